@@ -1,0 +1,334 @@
+"""Every setting, its type and its default; YAML files and `key=value` overrides on top.
+
+A recipe is a YAML file of configs/recipe/. It may `include:` other files of configs/ (`model/vit_b_32`), which
+are merged in order before it. Overrides come last. Unknown keys and ill-typed values are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
+
+from emcl.errors import UserError
+from emcl.registry import nearest, task_class
+
+DEFAULT_RECIPE = "sample"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shared backbone."""
+
+    name: str = "ViT-B-32"
+    """An open_clip configuration, or the path of a JSON file in open_clip's format."""
+    pretrained: str | None = None
+    """open_clip's tag (downloads), or a local checkpoint of the whole CLIP (OpenAI's or LAION's format)."""
+    image_weights: str | None = None
+    """Local weights of the image tower alone (a timm model's, safetensors)."""
+    temporal: str = "transformer"
+    """`transformer` over the frames, with a residual around it, or `mean` (frames are left as they are)."""
+    temporal_layers: int = 4
+    frozen: list[str] = field(default_factory=list)
+    """Parts that do not learn: `image`, `text` (the whole tower but for its last projection), or name prefixes."""
+    activation_checkpointing: bool = False
+    """Recompute the towers' activations in the backward pass."""
+
+    def __post_init__(self) -> None:
+        _one_of("model.temporal", self.temporal, ("transformer", "mean"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMCLConfig:
+    """The EMCL layer; the defaults are EMCL-Net's."""
+
+    enabled: bool = True
+    variant: str = "reference"
+    k: int = 32
+    """Number of bases."""
+    iterations: int = 9
+    temperature: float = 1.0
+    """lambda, of the E-step's softmax."""
+    beta: float = 3.0
+    """Weight of the reconstruction that is added to a row."""
+    momentum: float = 0.9
+    """alpha, of the moving average of the bases' start."""
+
+    def __post_init__(self) -> None:
+        _one_of("emcl.variant", self.variant, ("reference",))
+        _at_least("emcl.k", self.k, 1)
+        _at_least("emcl.iterations", self.iterations, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Shards and what is read from them."""
+
+    train: str = "shards/sample/train-{000000..000003}.tar"
+    """Brace pattern, glob or folder of WebDataset tars; several are joined by `::`."""
+    val: str | None = None
+    test: str | None = None
+    generate: bool = False
+    """Render the sample set where its shards are missing."""
+    frames: int = 12
+    """Frames a video, evenly spread."""
+    fps: float | None = None
+    """Take no more frames than the video has seconds times this; None always takes all."""
+    words: int = 32
+    """Text tokens, start and end token counted."""
+    size: int = 224
+    """Square side in pixels that the image tower gets."""
+    augment: str = "none"
+    """`none`, or a timm RandAugment string such as `rand-m7-n4-mstd0.5-inc1`, the same draw for all frames."""
+    jitter: bool = False
+    """In training, draw each frame's time at random within its slice of the video."""
+    pairs: str = "clip"
+    """An epoch's samples: `clip` (each video once, one caption drawn) or `caption` (each caption a pair)."""
+    captions_per_video: int | None = None
+    """In training, the captions of a video that are used: the first so many, or all."""
+    batch_size: int = 128
+    """Global batch: of all ranks and accumulation steps together."""
+    workers: int = 1
+    """Loader processes a rank."""
+    cache_gib: float = 0.0
+    """Keep decoded frames in the loader's memory, up to this size a rank; for small sets."""
+    shuffle_buffer: int = 4096
+    """Samples drawn from, in training; whole shards are shuffled besides."""
+    max_bad: float = 0.01
+    """Share of the samples that may fail to decode before training stops."""
+
+    def __post_init__(self) -> None:
+        _one_of("data.pairs", self.pairs, ("clip", "caption"))
+        for name in ("frames", "words", "size", "batch_size", "shuffle_buffer"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        _at_least("data.workers", self.workers, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with EMCL-Net's groups and schedule."""
+
+    lr: float = 1e-4
+    """For the new modules."""
+    clip_lr: float = 1e-7
+    """For CLIP's towers."""
+    weight_decay: float = 0.2
+    """Not on biases, norms and scales."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    grad_clip: float = 1.0
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises; a cosine follows."""
+    epochs: int = 5
+    max_steps: int | None = None
+    """Stop earlier."""
+    accumulation: int = 1
+    """Micro-batches a step; negatives come from the micro-batch of all ranks."""
+
+    def __post_init__(self) -> None:
+        _at_least("optim.epochs", self.epochs, 1)
+        _at_least("optim.accumulation", self.accumulation, 1)
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"optim.warmup is a share of the steps, between 0 and 1, not {self.warmup}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    every_epochs: int = 1
+    """Validate after so many epochs; the test set is scored once, at the end, with the best model."""
+    batch_size: int = 32
+    tile: int = 32
+    """Texts x videos that meet the reference EMCL together; its scores depend on this (docs/emcl.md)."""
+    dsl: bool = False
+    """Also report the dual softmax (transductive: it uses all test queries together)."""
+    dsl_temperature: float = 0.01
+    shuffle_frames: bool = False
+    """Score with every video's frames in a random order, to see whether order matters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 2
+    """The newest so many are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    enabled: bool = True
+    experiment: str = "emcl"
+    every_steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    seed: int = 0
+    name: str | None = None
+    """Of the run; made from task and time where not given."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    precision: str = "fp32"
+    deepspeed: str = "deepspeed/zero1.json"
+    """A DeepSpeed JSON file: a path, or one of configs/. Batch size, precision and clipping come from here."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """Settings of each active task; the task's own class says which."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    emcl: EMCLConfig = field(default_factory=EMCLConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
+
+
+def configs_folder() -> Path:
+    """Where configs/ lies: in the checkout, or in the installed wheel."""
+    from importlib.resources import files
+
+    return Path(str(files("emcl.configs")))
+
+
+def find_file(name: str, kind: str) -> Path:
+    """A path as given (from the working directory), or one of configs/ (with or without its ending).
+
+    Raises:
+        UserError: neither exists; lists the files of `kind`.
+    """
+    shipped = configs_folder()
+    relative = name.removeprefix("configs/")
+    for candidate in (Path(name), shipped / relative, shipped / kind / relative):
+        for path in (candidate, candidate.with_name(candidate.name + ".yaml")):
+            if path.is_file():
+                return path
+    known = sorted(path.stem for path in (shipped / kind).glob("*.*") if path.suffix in (".yaml", ".json"))
+    raise UserError(f"no such {kind} file: {name}{nearest(name, known)} (shipped in configs/{kind}: {', '.join(known)})")
+
+
+def resolve(tasks: Sequence[str], recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Config:
+    """Defaults, then the recipe and what it includes, then `key=value` overrides, for the named tasks.
+
+    Raises:
+        UserError: unknown task, recipe or key, ill-typed or impossible value.
+    """
+    path = find_file(recipe, "recipe")
+    layers = [_load_yaml(path), parse_overrides(overrides)]
+    return from_dict(layers, tasks, source=str(path))
+
+
+def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, source: str = "config") -> Config:
+    """A checked Config from plain dictionaries merged in order; `tasks` are taken from them where not given."""
+    merged: Any = OmegaConf.create({})
+    for layer in layers:
+        merged = OmegaConf.merge(merged, layer)
+    names = list(tasks) if tasks is not None else list(merged.get("tasks", {}))
+    if "tasks" in merged:  # a recipe may hold settings for tasks that this run leaves out
+        recipe_tasks = merged.tasks
+        for name in list(recipe_tasks):
+            if name not in names:
+                task_class(name)
+                del recipe_tasks[name]
+    base = OmegaConf.structured(Config)
+    _unlock(base)
+    base.tasks = {name: OmegaConf.structured(task_class(name).config_class) for name in names}
+    _unlock(base)
+    try:
+        whole = OmegaConf.merge(base, merged)
+        config = OmegaConf.to_object(whole)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        raise UserError(_unknown_key(error, base)) from None
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise UserError(f"{key}: {str(error).splitlines()[0]} ({source} and overrides)") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, readable by `from_dict`."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"optim.lr": 1e-4, ...}`, for MLflow's parameters."""
+
+    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", dataclasses.asdict(config)))
+
+
+def _load_yaml(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # yaml's errors span several lines
+        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} holds no `key: value` settings")
+    merged: Any = OmegaConf.create({})
+    for name in content.pop("include", []):
+        merged = OmegaConf.merge(merged, _load_yaml(find_file(name, name.partition("/")[0])))
+    return OmegaConf.merge(merged, content)  # type: ignore[return-value]
+
+
+def parse_overrides(overrides: Iterable[str]) -> DictConfig:
+    overrides = list(overrides)
+    for item in overrides:
+        if "=" not in item or item.startswith("-"):
+            raise UserError(f"override {item!r} is not key=value, such as optim.lr=1e-4 (options start with --, see --help)")
+    nodes: Any = OmegaConf.create({})
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if "{" in value and "..." not in value and ".." in value:  # a brace pattern of shards, not a YAML mapping
+            OmegaConf.update(nodes, key, value)
+        else:
+            try:
+                nodes = OmegaConf.merge(nodes, OmegaConf.from_dotlist([item]))
+            except Exception as error:
+                raise UserError(f"override {item!r} is not readable: {str(error).splitlines()[0]}") from None
+    return nodes
+
+
+def _unlock(node: Any) -> None:
+    """Frozen dataclasses become read-only nodes, which could not be merged into."""
+    if isinstance(node, DictConfig):
+        OmegaConf.set_readonly(node, False)
+        for key in node:
+            _unlock(node._get_node(key))
+
+
+def _unknown_key(error: Any, base: DictConfig) -> str:
+    full = str(getattr(error, "full_key", None) or getattr(error, "key", "?"))
+    parent, _, last = full.rpartition(".")
+    node = OmegaConf.select(base, parent) if parent else base
+    known = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    return f"unknown configuration key {full!r}{nearest(last, known)} (keys here: {', '.join(known)})"
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{key}={value} is none of {', '.join(known)}{nearest(value, list(known))}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if not value >= least or math.isnan(value):
+        raise ValueError(f"{key}={value} is below {least}")
+
+
+__all__ = ["Config", "ConfigTypeError", "configs_folder", "find_file", "flatten", "from_dict", "resolve", "to_yaml"]

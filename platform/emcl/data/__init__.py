@@ -1,0 +1,1 @@
+"""Shards to batches: the sample schema, the order, decoding, transforms."""

@@ -1,0 +1,157 @@
+"""Samples to batches: decoding, the tasks' own parts, and the loaders for training and evaluation.
+
+A batch is a dictionary: `frames` (n, H, W, 3) uint8, all frames of its B videos one after another; `frame_slot` (n,)
+each one's place in the flattened (B, T); `video_mask` (B, T) bool; `ids`; `bad`, which samples did not decode and
+why; and one entry per task with what its collator made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from emcl.config import DataConfig
+from emcl.data.augment import augmentation
+from emcl.data.decode import DecodeError, Frames, decode
+from emcl.data.order import Draw, RankBatches
+from emcl.data.samples import Sample
+from emcl.data.shards import Row, ShardSet
+
+Collator = Callable[[Sequence[Sample], Sequence[Draw]], Any]
+"""A task's part of a batch, made in the loader's process."""
+
+_ATTEMPTS = 20
+"""Neighbours to try in place of a clip that does not decode."""
+
+
+class Clips(Dataset[Any]):
+    """Decodes one sample at a time."""
+
+    def __init__(self, shards: ShardSet, data: DataConfig, *, training: bool) -> None:
+        self.shards, self.data, self.training = shards, data, training
+        self.augment = augmentation(data.augment) if training else None
+        self._cache: dict[int, Frames] = {}
+        self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
+
+    def frames(self, row: Row, index: int, seed: int | None) -> Frames:
+        """(n, size, size, 3), from the cache where the choice of frames is not random."""
+        random_times = self.data.jitter and self.training
+        found = self._cache.get(index)
+        if found is None:
+            found = decode(
+                self.shards.read(row),
+                frames=self.data.frames,
+                size=self.data.size,
+                fps=self.data.fps,
+                start=row.sample.start,
+                end=row.sample.end,
+                jitter=np.random.default_rng(seed) if random_times else None,
+            )
+            if not random_times and found.nbytes <= self._room:
+                self._cache[index] = found
+                self._room -= found.nbytes
+        if self.augment is not None and seed is not None:
+            found = self.augment(found, seed)
+        return found
+
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Sample, Frames | None, list[str]]:
+        """The drawn sample; in training, a broken one is replaced by the next that decodes, and named."""
+        bad = []
+        for attempt in range(_ATTEMPTS if self.training else 1):
+            index = (draw.row + attempt) % len(self.shards)
+            row = self.shards.rows[index]
+            try:
+                frames = self.frames(row, index, draw.seed)
+            except (DecodeError, OSError) as error:
+                bad.append(f"{row.sample.id} in {self.shards.paths[row.shard].name}: {error}")
+                continue
+            if attempt:
+                draw = Draw(index, None, draw.seed)
+            return draw, row.sample, frames, bad
+        return draw, self.shards.rows[draw.row].sample, None, bad
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+
+class Collate:
+    """Joins the clips and lets every task take its part."""
+
+    def __init__(self, collators: Mapping[str, Collator], *, frames: int, shuffle_seed: int | None = None) -> None:
+        self.collators, self.frames, self.shuffle_seed = dict(collators), frames, shuffle_seed
+
+    def __call__(self, items: Sequence[tuple[Draw, Sample, Frames | None, list[str]]]) -> dict[str, Any]:
+        good = [(draw, sample, frames) for draw, sample, frames, _ in items if frames is not None]
+        batch: dict[str, Any] = {
+            "ids": [sample.id for _, sample, _ in good],
+            "rows": [draw.row for draw, _, _ in good],
+            "bad": [name for *_, bad in items for name in bad],
+        }
+        if not good:
+            return batch
+        clips, slots = [], []
+        mask = np.zeros((len(good), self.frames), bool)
+        for place, (draw, _, clip) in enumerate(good):
+            if self.shuffle_seed is not None:
+                clip = clip[np.random.default_rng((self.shuffle_seed, draw.row)).permutation(len(clip))]
+            clips.append(clip)
+            slots.append(place * self.frames + np.arange(len(clip)))
+            mask[place, : len(clip)] = True
+        batch["frames"] = torch.from_numpy(np.concatenate(clips))
+        batch["frame_slot"] = torch.from_numpy(np.concatenate(slots))
+        batch["video_mask"] = torch.from_numpy(mask)
+        for name, collator in self.collators.items():
+            batch[name] = collator([sample for _, sample, _ in good], [draw for draw, _, _ in good])
+        return batch
+
+
+def training_loader(
+    shards: ShardSet, data: DataConfig, batches: RankBatches, collators: Mapping[str, Collator]
+) -> DataLoader[Any]:
+    return _loader(Clips(shards, data, training=True), data, batches, Collate(collators, frames=data.frames))
+
+
+def evaluation_loader(
+    shards: ShardSet,
+    data: DataConfig,
+    collators: Mapping[str, Collator],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    shuffle_seed: int | None = None,
+) -> DataLoader[Any]:
+    """Every sample exactly once over all ranks. With `shuffle_seed`, each video's frames in a random order."""
+    mine = [Draw(row, None, row) for row in range(rank, len(shards), world_size)]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    collate = Collate(collators, frames=data.frames, shuffle_seed=shuffle_seed)
+    return _loader(Clips(shards, data, training=False), data, batches, collate)
+
+
+def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate) -> DataLoader[Any]:
+    return DataLoader(
+        clips,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=data.workers,
+        worker_init_fn=_one_thread,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def pick_caption(sample: Sample, draw: Draw) -> str:
+    """The draw's caption of a sample; one at random where it names none; empty where there are none."""
+    if not sample.captions:
+        return ""
+    if draw.caption is not None:
+        return sample.captions[draw.caption]
+    return random.Random(draw.seed).choice(sample.captions)

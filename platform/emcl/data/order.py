@@ -1,0 +1,128 @@
+"""Which samples form global batch i: a pure function of (seed, i).
+
+World size, worker count, prefetching and interruptions do not enter. Shards are drawn in a random order and read
+mostly in sequence: samples are shuffled within a buffer that slides over them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from emcl.data.shards import ShardSet
+from emcl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of a batch."""
+
+    row: int
+    caption: int | None
+    """Which caption, or None for one drawn with `seed`."""
+    seed: int
+    """Of everything random about this sample in this epoch: caption, frame times, augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The endless sequence of global batches over some shards."""
+
+    lengths: tuple[int, ...]
+    """Samples in each shard."""
+    captions: tuple[int, ...] | None
+    """Captions of each sample where each is a pair of its own, else None."""
+    batch_size: int
+    buffer: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.size < self.batch_size:
+            raise UserError(
+                f"{self.size} training samples do not fill one global batch of {self.batch_size}: lower data.batch_size"
+            )
+
+    @property
+    def size(self) -> int:
+        """Pairs in an epoch, before the incomplete last batch is left out."""
+        return sum(self.captions) if self.captions is not None else sum(self.lengths)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.size // self.batch_size
+
+    def batch(self, step: int) -> list[Draw]:
+        """Global batch `step`, counted over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        pairs = _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+        return [
+            Draw(row, caption, hash((self.seed, step, slot)) & 0xFFFFFFFF) for slot, (row, caption) in enumerate(pairs)
+        ]
+
+
+def order_of(
+    shards: ShardSet, *, pairs: str, captions_per_video: int | None, batch_size: int, buffer: int, seed: int
+) -> Order:
+    counts = None
+    if pairs == "caption":
+        counts = tuple(len(row.sample.captions[:captions_per_video]) for row in shards.rows)
+    return Order(lengths=tuple(shards.lengths), captions=counts, batch_size=batch_size, buffer=buffer, seed=seed)
+
+
+@lru_cache(maxsize=2)
+def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
+    rng = random.Random(f"{order.seed}/{epoch}")
+    starts = [sum(order.lengths[:index]) for index in range(len(order.lengths))]
+    shards = list(range(len(order.lengths)))
+    rng.shuffle(shards)
+
+    def in_sequence() -> Iterator[tuple[int, int | None]]:
+        for shard in shards:
+            for row in range(starts[shard], starts[shard] + order.lengths[shard]):
+                if order.captions is None:
+                    yield row, None
+                else:
+                    yield from ((row, caption) for caption in range(order.captions[row]))
+
+    return _buffered_shuffle(in_sequence(), order.buffer, rng)
+
+
+def _buffered_shuffle(items: Iterator[tuple[int, int | None]], size: int, rng: random.Random) -> list[tuple[int, int | None]]:
+    buffer: list[tuple[int, int | None]] = []
+    out = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+            continue
+        slot = rng.randrange(size)
+        out.append(buffer[slot])
+        buffer[slot] = item
+    rng.shuffle(buffer)
+    return out + buffer
+
+
+class RankBatches:
+    """A batch sampler: this rank's part of each micro-batch, from `start` (a step) to `stop`."""
+
+    def __init__(self, order: Order, *, rank: int, world_size: int, accumulation: int, start: int, stop: int) -> None:
+        parts = world_size * accumulation
+        if order.batch_size % parts:
+            raise UserError(
+                f"data.batch_size={order.batch_size} is not divisible by {world_size} ranks x {accumulation} "
+                f"accumulation steps: take {max(1, round(order.batch_size / parts)) * parts}"
+            )
+        self.order, self.rank, self.world_size = order, rank, world_size
+        self.accumulation, self.start, self.stop = accumulation, start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulation
+
+    def __iter__(self) -> Iterator[Sequence[Draw]]:
+        share = self.order.batch_size // (self.world_size * self.accumulation)
+        for step in range(self.start, self.stop):
+            batch = self.order.batch(step)
+            for micro in range(self.accumulation):
+                first = (micro * self.world_size + self.rank) * share
+                yield batch[first : first + share]

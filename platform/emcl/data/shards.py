@@ -1,0 +1,132 @@
+"""Finding shards and reading single samples out of them.
+
+A shard is a plain WebDataset tar. webdataset itself reads tars as streams, which ties the order of samples to
+the number of workers and ranks; here a tar's headers are read once, and every sample is then a byte range of its
+file, so that the order can be a pure function of (seed, step). Only videos and JSON are ever looked at.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from webdataset.shardlists import expand_urls
+
+from emcl.data.samples import VIDEO_ENDINGS, Sample
+from emcl.errors import UserError
+
+OPEN_FILES = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample: where its video's bytes are, and what its JSON says."""
+
+    shard: int
+    offset: int
+    size: int
+    sample: Sample
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Files of a brace pattern (`train-{000000..000015}.tar`), a glob, a folder, or several joined by `::`.
+
+    Raises:
+        UserError: nothing matches, a file of a brace pattern is missing, or it is no local path.
+    """
+    found: list[Path] = []
+    for part in pattern.split("::"):
+        if part.startswith("pipe:") or "://" in part:
+            raise UserError(f"{part}: only local shards are read; copy them to a disk first")
+        if Path(part).is_dir():
+            paths = [Path(name) for name in sorted(glob.glob(f"{glob.escape(part)}/*.tar"))]
+        elif any(sign in part for sign in "*?["):
+            paths = [Path(name) for name in sorted(glob.glob(part))]
+        else:
+            paths = [Path(name) for name in expand_urls(part)]
+        missing = [path for path in paths if not path.is_file()]
+        if missing or not paths:
+            which = f"{missing[0]} is missing ({len(missing)} of {len(paths)})" if missing and len(paths) > 1 else "no such file"
+            raise UserError(f"no shard matches {part}: {which}; make shards with `emcl prepare`, or give data.train=PATTERN")
+        found += paths
+    return found
+
+
+class ShardSet:
+    """Some shards, indexed: `rows` in the order of files and members. Safe to hand to loader processes."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(pool.map(_index, range(len(self.paths)), self.paths))
+        self.rows: list[Row] = [row for part in parts for row in part]
+        self.lengths = [len(part) for part in parts]
+        self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        if not self.rows:
+            raise UserError(f"no sample in {len(self.paths)} shard(s), the first {self.paths[0]}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: Row) -> bytes:
+        """The video's bytes. At most OPEN_FILES tars are open in a process."""
+        key = (os.getpid(), row.shard)  # a descriptor opened before a fork is not shared
+        if key not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[key] = os.open(self.paths[row.shard], os.O_RDONLY)
+        self._files.move_to_end(key)
+        video = os.pread(self._files[key], row.size, row.offset)
+        if len(video) != row.size:
+            raise OSError(f"{self.paths[row.shard]} is shorter than when it was indexed")
+        return video
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for (process, _), descriptor in getattr(self, "_files", {}).items():
+            if process == os.getpid():
+                os.close(descriptor)
+
+
+def open_shards(pattern: str) -> ShardSet:
+    return ShardSet(find_shards(pattern))
+
+
+def _index(number: int, path: Path) -> list[Row]:
+    videos: dict[str, tuple[int, int]] = {}
+    texts: dict[str, Sample] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                key = f"{folder}/{stem}"
+                if ending == "json":
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    texts[key] = Sample.from_json(stream.read(), f"{path}:{member.name}")
+                elif ending.lower() in VIDEO_ENDINGS:
+                    if key in videos:
+                        raise UserError(f"{path}: two videos for the key {key.lstrip('/')!r}")
+                    videos[key] = (member.offset_data, member.size)
+                    if member.offset_data + member.size > path.stat().st_size:
+                        raise UserError(f"{path} is cut short at {member.name}: copy or prepare the shard again")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is not a whole tar ({error}): copy or prepare the shard again") from None
+    for one, other, what in ((videos, texts, "JSON"), (texts, videos, "video")):
+        for key in one:
+            if key not in other:
+                raise UserError(
+                    f"{path}: {key.lstrip('/')} has no {what}; a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
+                )
+    return [Row(number, *place, texts[key]) for key, place in videos.items()]

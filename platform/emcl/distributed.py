@@ -1,0 +1,150 @@
+"""Ranks and what they exchange. The only module that touches torch.distributed.
+
+Models and losses take a `Ranks` as an argument; `ALONE` is one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, outside autograd; the same bits on every rank."""
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def maximum(self, tensor: Tensor) -> Tensor:
+        """Elementwise maximum over ranks, outside autograd."""
+        if self.world_size == 1:
+            return tensor.detach()
+        highest = tensor.detach().clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return highest
+
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """(b, ...) of each rank -> (world b, ...), differentiable: gradients of all ranks' uses flow back."""
+        return tensor if self.world_size == 1 else _GatherRows.apply(tensor, self)
+
+    def sum_with_grad(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, differentiable: each rank's term gets the gradients of all ranks' uses of the sum."""
+        return tensor if self.world_size == 1 else _SumWithGrad.apply(tensor)
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        """Every rank's picklable object, in rank order."""
+        if self.world_size == 1:
+            return [item]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, item)
+        return gathered
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites the tensors by rank 0's."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def share(self, total: int) -> slice:
+        """This rank's rows of `total` gathered ones."""
+        size = total // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+
+ALONE = Ranks()
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        tensor = tensor.contiguous()
+        out = tensor.new_empty((ranks.world_size * len(tensor), *tensor.shape[1:]))
+        dist.all_gather_into_tensor(out, tensor)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        mine = gradient.new_empty((len(gradient) // ctx.ranks.world_size, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(mine, gradient)
+        return mine, None
+
+
+class _SumWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor]:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return (total,)
+
+
+def device() -> torch.device:
+    """This process's accelerator, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def quiet_start() -> None:
+    """Silences what DeepSpeed prints on import and start that no user can act on."""
+    import logging
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def start() -> Ranks:
+    """Joins the process group that the launcher describes; one process where there is none."""
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    import deepspeed
+
+    on_gpu = device().type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device())
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

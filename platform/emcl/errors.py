@@ -1,0 +1,9 @@
+"""The one exception that users are meant to see.
+
+Entry points print its message as a single line and exit with 2; every other exception is our own
+mistake and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the thing and the way out, in one line."""

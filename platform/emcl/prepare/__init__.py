@@ -1,0 +1,1 @@
+"""Raw videos and benchmark files to shards, and the generated sample set."""

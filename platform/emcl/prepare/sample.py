@@ -1,0 +1,114 @@
+"""The generated sample set: everything here runs with no download.
+
+    emcl prepare sample --out shards/sample
+
+renders 2,000 / 200 / 500 clips for train / val / test. The scenes of val and test are never seen in training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from emcl.data.samples import Sample
+from emcl.prepare import scenes
+from emcl.prepare.render import FPS, render
+from emcl.prepare.scenes import Scene
+from emcl.prepare.writer import encode_mp4, write_shard
+
+SPLITS = {"train": 2000, "val": 200, "test": 500}
+SINGLE_SHARE = 0.4
+SHARD_SIZE = 500
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to render; everything about it follows from these fields."""
+
+    id: str
+    split: str
+    scene: Scene
+    seed: int
+
+
+def plan(counts: dict[str, int], seed: int) -> list[Clip]:
+    """Which scene each clip shows. Scenes of val and test are distinct and held out of training."""
+    rng = random.Random(seed)
+    clips: dict[str, list[Scene]] = {split: [] for split in counts}
+    for pool, share in ((scenes.single_scenes(), SINGLE_SHARE), (scenes.double_scenes(), 1 - SINGLE_SHARE)):
+        rng.shuffle(pool)
+        for split in ("test", "val"):
+            taken = round(counts.get(split, 0) * share)
+            clips.setdefault(split, []).extend(pool[:taken])
+            del pool[:taken]
+        wanted = round(counts["train"] * share)
+        rounds, rest = divmod(wanted, len(pool))
+        clips["train"] += pool * rounds + pool[:rest]
+    for split in clips:
+        rng.shuffle(clips[split])
+    return [
+        Clip(f"{split}{index:05d}", split, scene, rng.getrandbits(48))
+        for split in counts
+        for index, scene in enumerate(clips[split])
+    ]
+
+
+def make_clip(clip: Clip) -> tuple[Sample, str, bytes]:
+    """Renders and encodes one clip, with its captions and questions."""
+    words, pixels = random.Random(clip.seed), np.random.default_rng(clip.seed)
+    background = words.choice(scenes.BACKGROUNDS)
+    sample = Sample(
+        id=clip.id,
+        source="sample",
+        split=clip.split,
+        captions=scenes.captions(clip.scene, words),
+        qa=scenes.questions(clip.scene, background),
+    )
+    return sample, "mp4", encode_mp4(render(clip.scene, background, pixels), FPS)
+
+
+
+def shards(clips: list[Clip], shard_size: int) -> Iterator[tuple[str, list[Clip]]]:
+    """(file name, its clips), in order."""
+    for split in dict.fromkeys(clip.split for clip in clips):
+        chosen = [clip for clip in clips if clip.split == split]
+        for number, start in enumerate(range(0, len(chosen), shard_size)):
+            yield f"{split}-{number:06d}.tar", chosen[start : start + shard_size]
+
+
+def generate(
+    folder: Path,
+    *,
+    counts: dict[str, int] | None = None,
+    seed: int = 0,
+    shard_size: int = SHARD_SIZE,
+    processes: int | None = None,
+    progress: bool = True,
+) -> None:
+    """Writes the sample set to `folder`, byte-identical for a seed. Shards that are there already are kept."""
+    tasks = list(shards(plan(counts or SPLITS, seed), shard_size))
+    missing = [task for task in tasks if not (folder / task[0]).exists()]
+    # shards are written clip by clip as workers finish them, in order, so that the bar moves with every clip
+    with ProcessPoolExecutor(processes or cpu_count(), mp_context=get_context("spawn")) as pool:
+        bar = tqdm(total=sum(len(clips) for _, clips in missing), desc="rendering the sample set", unit="clip", disable=not progress)
+        with bar:
+            for name, clips in missing:
+                rendered = pool.map(make_clip, clips, chunksize=8)
+                write_shard(folder / name, _counted(rendered, bar))
+
+
+def _counted(items: Iterator[tuple[Sample, str, bytes]], bar: tqdm[None]) -> Iterator[tuple[Sample, str, bytes]]:
+    for item in items:
+        bar.update()
+        yield item
+
+
+__all__ = ["SPLITS", "Clip", "generate", "make_clip", "plan"]

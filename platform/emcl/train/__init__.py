@@ -1,0 +1,1 @@
+"""The training loop, optimiser groups, checkpoints and exports."""

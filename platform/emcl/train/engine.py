@@ -1,0 +1,83 @@
+"""The DeepSpeed engine, driven directly (accelerate's reductions are wrong with DeepSpeed on CPUs)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from emcl.config import Config, find_file
+from emcl.distributed import Ranks
+from emcl.em import EMCL
+from emcl.errors import UserError
+from emcl.train.optimizer import build_optimizer, build_schedule
+
+OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16")
+"""Keys that the configuration sets, so that they are in one place."""
+
+
+def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
+    """The JSON file of `deepspeed=`, completed by batch size, precision and clipping.
+
+    Raises:
+        UserError: no such file, no JSON, or it sets what the configuration sets.
+    """
+    path = find_file(config.deepspeed, "deepspeed")
+    try:
+        settings = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    for key in OURS:
+        if key in settings:
+            raise UserError(f"{path} sets {key!r}, which comes from the configuration: remove it there (see docs/configuration.md)")
+    micro = config.data.batch_size // (world_size * config.optim.accumulation)
+    return {
+        **settings,
+        "train_batch_size": config.data.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.optim.accumulation,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**12,
+    }
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
+
+
+def build_engine(model: nn.Module, config: Config, ranks: Ranks, device: torch.device, steps: int) -> Any:
+    """Wraps the model, with its optimiser and schedule over `steps`."""
+    settings = deepspeed_settings(config, ranks.world_size)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda")
+    schedule = build_schedule(optimizer, config.optim, steps)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+    )
+    # DeepSpeed broadcasts parameters, not buffers
+    ranks.broadcast_(module.mu for module in engine.module.modules() if isinstance(module, EMCL))
+    return engine
+
+
+def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The whole model's state on rank 0's CPU (elsewhere empty); called by all ranks.
+
+    Under ZeRO-3 one parameter at a time is gathered, so no rank holds more than that besides the result.
+    """
+    state = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.state_dict().items()} if ranks.first else {}
+    if engine.zero_optimization_stage() < 3:
+        return state
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            if ranks.first:
+                state[name] = parameter.detach().cpu().clone()
+    return state

@@ -1,0 +1,84 @@
+"""The export directory: `model.safetensors`, `config.yaml` and `scores.json`; opened by `emcl.load` without DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from emcl.config import Config, from_dict, to_yaml
+from emcl.errors import UserError
+from emcl.model.multitask import VideoLanguageModel
+
+WEIGHTS, CONFIG, SCORES = "model.safetensors", "config.yaml", "scores.json"
+
+
+def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: dict[str, Any]) -> None:
+    """Writes the directory beside its place and renames it, so that it is whole or not there."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS, metadata={"format": "pt"})
+    (temporary / CONFIG).write_text(to_yaml(config))
+    (temporary / SCORES).write_text(json.dumps(scores, indent=1))
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_export(path: Path) -> Path:
+    """The export directory at `path`: itself, or the best one of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    for candidate in (path, path / "best"):
+        if (candidate / WEIGHTS).is_file() and (candidate / CONFIG).is_file():
+            return candidate
+    if not path.exists():
+        raise UserError(f"{path}: no such directory (give a run's folder, such as runs/NAME, or an export in it)")
+    raise UserError(f"{path} holds no export ({WEIGHTS} and {CONFIG}); give a run's folder, such as runs/NAME")
+
+
+def exported_config(folder: Path) -> Config:
+    import yaml
+
+    try:
+        return from_dict([yaml.safe_load((folder / CONFIG).read_text())], source=str(folder / CONFIG))
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder / CONFIG} is not readable: {str(error).splitlines()[0]}") from None
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fills `model` from an export.
+
+    Raises:
+        UserError: the weights are of another architecture; names the first difference.
+    """
+    state = load_file(folder / WEIGHTS)
+    own = model.state_dict()
+    for name in own:
+        if name not in state:
+            raise UserError(f"{folder} holds another architecture: it lacks {name} (use the configuration beside it)")
+        if own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
+            raise UserError(f"{folder} holds another architecture: {name} is {shapes} (use the configuration beside it)")
+    extra = next((name for name in state if name not in own), None)
+    if extra is not None:
+        raise UserError(f"{folder} holds another architecture: {extra} is unknown here (use the configuration beside it)")
+    model.load_state_dict(state)
+
+
+def open_export(folder: Path) -> tuple[VideoLanguageModel, Config]:
+    """Builds the exported model with its weights; nothing is downloaded."""
+    config = exported_config(folder)
+    model = VideoLanguageModel(config, load_weights=False)
+    load_weights(model, folder)
+    return model.eval(), config

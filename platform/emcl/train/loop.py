@@ -1,0 +1,236 @@
+"""The training loop: global batch i, one step; checkpoints, validation and the best model after each epoch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from emcl.config import Config
+from emcl.data.loader import training_loader
+from emcl.data.order import RankBatches, order_of
+from emcl.data.shards import ShardSet, open_shards
+from emcl.distributed import Ranks
+from emcl.errors import UserError
+from emcl.evaluate.driver import evaluate
+from emcl.evaluate.report import as_json
+from emcl.model.multitask import VideoLanguageModel, total_loss
+from emcl.task import Scores, to_device
+from emcl.tracking import Tracker
+from emcl.train import checkpoint
+from emcl.train.engine import build_engine, weights
+from emcl.train.export import save_export
+
+Step = tuple[list[dict[str, Any]], float]
+"""A step's micro-batches and the seconds it was waited for."""
+
+
+class Trainer:
+    """Trains one configuration. All ranks make one and call the same methods."""
+
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device, folder: Path, tracker: Tracker) -> None:
+        self.config, self.ranks, self.device, self.folder, self.tracker = config, ranks, device, folder, tracker
+        self.shards = open_shards(config.data.train)
+        self.val = open_shards(config.data.val) if config.data.val else None
+        data = config.data
+        self.order = order_of(
+            self.shards,
+            pairs=data.pairs,
+            captions_per_video=data.captions_per_video,
+            batch_size=data.batch_size,
+            buffer=data.shuffle_buffer,
+            seed=config.seed,
+        )
+        self.per_epoch = self.order.steps_per_epoch
+        self.total = min(config.optim.epochs * self.per_epoch, config.optim.max_steps or 2**62)
+        self.batches = RankBatches(
+            self.order,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            accumulation=config.optim.accumulation,
+            start=0,
+            stop=self.total,
+        )
+        torch.manual_seed(config.seed)  # the same start on all ranks
+        model = VideoLanguageModel(config, ranks=ranks)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.engine = build_engine(model, config, ranks, device, self.total)
+        self.best: float | None = None
+        self.meter = _Meter(ranks, device)
+
+    @property
+    def model(self) -> VideoLanguageModel:
+        return self.engine.module
+
+    def train(self, *, resume: bool = False) -> None:
+        """From the start, or from the newest checkpoint, to the last step."""
+        start = 0
+        if resume:
+            state = checkpoint.resume(self.engine, self.folder / "checkpoints")
+            start, self.best = state["step"], state["best"]
+        self.engine.train()
+        with tqdm(
+            total=self.total, initial=start, desc="training", unit="step", disable=not self.ranks.first, dynamic_ncols=True
+        ) as bar:
+            for step, (micro_batches, waited) in enumerate(self._steps(start), start):
+                losses = self._step(micro_batches)
+                self.meter.add(losses, micro_batches, waited)
+                bar.update()
+                done = step + 1
+                if done % self.config.tracking.every_steps == 0 or done == self.total:
+                    self._report(bar, done)
+                if done % self.per_epoch == 0 or done == self.total:
+                    self._end_epoch(done)
+                elif done % self.config.checkpoint.every_steps == 0:
+                    self._save(done)
+
+    def _steps(self, start: int) -> Iterator[Step]:
+        self.batches.start = start
+        collators = {
+            name: type(task).collator(self.config.tasks[name], self.config, training=True)
+            for name, task in self.model.tasks.items()
+        }
+        loader = iter(training_loader(self.shards, self.config.data, self.batches, collators))
+        for _ in range(start, self.total):
+            began = time.perf_counter()
+            micro_batches = [next(loader) for _ in range(self.config.optim.accumulation)]
+            yield micro_batches, time.perf_counter() - began
+
+    def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+        sums: dict[str, Tensor] = {}
+        for batch in micro_batches:
+            losses = self.engine(to_device(batch, self.device))
+            loss = total_loss(losses)
+            self.engine.backward(loss)
+            self.engine.step()
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
+        return sums
+
+    def _report(self, bar: tqdm[Any], done: int) -> None:
+        found = self.meter.read(self.config)
+        bar.set_postfix_str(
+            f"loss {found['train/loss']:.3f}, {found['samples_per_second']:.0f} samples/s, "
+            f"waiting {100 * found['data_wait_share']:.0f}%"
+        )
+        rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        self.tracker.metrics({**found, **rates, "epoch": done / self.per_epoch}, done)
+
+    def _end_epoch(self, done: int) -> None:
+        epoch = -(-done // self.per_epoch)
+        due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
+        if self.val is not None and due:
+            self.engine.eval()
+            scores = evaluate(
+                self.engine, self.model.tasks, self.val, self.config, self.ranks, self.device, name="val"  # type: ignore[arg-type]
+            )
+            self.engine.train()
+            self.tracker.metrics(
+                {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()}, done
+            )
+            self._say(f"epoch {epoch}: " + ", ".join(f"{name} {self._chosen(name, item):.1f}" for name, item in scores.items()))
+            self._keep_best(scores, done)
+        elif done == self.total:
+            self._export({}, done)
+        self._save(done)
+        self.meter.restart()
+
+    def _keep_best(self, scores: dict[str, Scores], done: int) -> None:
+        signs = {name: 1.0 if task.greater_is_better else -1.0 for name, task in self.model.tasks.items()}
+        value = sum(signs[name] * self._chosen(name, item) for name, item in scores.items()) / len(scores)
+        if self.best is None or value > self.best:
+            self.best = value
+            self._export(scores, done)
+
+    def _export(self, scores: dict[str, Scores], done: int) -> None:
+        state = weights(self.engine, self.ranks)
+        if self.ranks.first:
+            record = {**as_json(scores, "val", self.config), "step": done}
+            save_export(self.folder / "best", state, self.config, record)
+        self.ranks.barrier()
+
+    def _chosen(self, name: str, scores: Scores) -> float:
+        return scores.metrics[self.model.tasks[name].metric]  # type: ignore[index]
+
+    def _save(self, done: int) -> None:
+        checkpoint.save(
+            self.engine, self.folder / "checkpoints", done, {"best": self.best}, self.ranks, self.config.checkpoint.keep
+        )
+
+    def _say(self, text: str) -> None:
+        if self.ranks.first:
+            tqdm.write(text)
+
+
+@dataclass
+class _Meter:
+    """Sums between two reports. Only `read` waits for the device."""
+
+    ranks: Ranks
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.seen, self.bad = 0, 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets the time so far, which an evaluation took."""
+        self.losses: dict[str, Tensor] = {}
+        self.steps, self.samples, self.waited, self.new_bad = 0, 0, 0.0, 0
+        self.began = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], micro_batches: list[dict[str, Any]], waited: float) -> None:
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value
+        for batch in micro_batches:
+            self.samples += len(batch["ids"])
+            self.new_bad += len(batch["bad"])
+            for item in batch["bad"]:
+                tqdm.write(f"does not decode, another clip is taken: {item}")
+        self.steps, self.waited = self.steps + 1, self.waited + waited
+
+    def read(self, config: Config) -> dict[str, float]:
+        """Means over ranks and steps since the last time.
+
+        Raises:
+            UserError: a loss that is not finite, or too many broken clips.
+        """
+        elapsed = time.perf_counter() - self.began
+        names = list(self.losses)
+        packed = [*(self.losses[name] for name in names)]
+        counts = torch.tensor([self.samples, self.new_bad, self.waited / elapsed], device=self.device, dtype=torch.float64)
+        values = torch.cat([torch.stack(packed).double() / self.steps, counts])
+        sums = self.ranks.sum(values).tolist()
+        means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
+        samples, bad, waiting = sums[len(names) :]
+        self.seen, self.bad = self.seen + int(samples), self.bad + int(bad)
+        self.restart()
+        for name, value in means.items():
+            if not abs(value) < float("inf"):
+                raise UserError(f"{name} is {value}: lower optim.lr, or train with precision=fp32; the last checkpoint is kept")
+        if self.bad > config.data.max_bad * self.seen:
+            raise UserError(
+                f"{self.bad} of {self.seen} clips did not decode, more than data.max_bad={config.data.max_bad} allows; "
+                "they are named above"
+            )
+        return {
+            **means,
+            "train/loss": sum(means.values()),
+            "samples_per_second": samples / elapsed,
+            "data_wait_share": waiting / self.ranks.world_size,
+            "bad_clips": float(self.bad),
+        }
+
+
+def write_run(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:
+    """What a run's folder says of itself from its start."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config_yaml)
+    (folder / "run.json").write_text(json.dumps(facts, indent=1))

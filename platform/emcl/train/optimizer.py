@@ -1,0 +1,56 @@
+"""Parameter groups, the optimiser and its schedule, as EMCL-Net sets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from emcl.config import OptimConfig
+
+
+def is_clip_weight(name: str) -> bool:
+    """Belongs to a tower's trunk, which learns with CLIP's own rate."""
+    return any(f"{tower}.trunk." in name for tower in ("image", "text")) and ".temporal." not in name
+
+
+def decays(parameter: nn.Parameter, name: str) -> bool:
+    """Matrices decay; biases, norms and scales do not."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
+    return len(shape) >= 2 and not name.endswith("bias")
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Up to four groups: {CLIP, new} x {decay, no decay}; frozen parameters are in none."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            groups.setdefault((is_clip_weight(name), decays(parameter, name)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.clip_lr if clip else config.lr,
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "name": f"{'clip' if clip else 'new'}_{'decay' if decay else 'no_decay'}",
+        }
+        for (clip, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's CPU Adam where the optimiser's state is offloaded."""
+    groups = parameter_groups(model.named_parameters(), config)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=fused, **settings)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Any:
+    """Linear warm-up over a share of the steps, then a cosine to zero."""
+    return get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)

@@ -1,0 +1,179 @@
+"""One run from settings to the final table; what launch.py and a notebook call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emcl import distributed
+from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
+from emcl.data.shards import find_shards, open_shards
+from emcl.distributed import Ranks
+from emcl.errors import UserError
+from emcl.evaluate.driver import evaluate
+from emcl.evaluate.report import record, table
+from emcl.prepare.sample import generate
+from emcl.registry import task_class
+from emcl.task import Scores
+from emcl.tracking import Tracker, open_tracker
+from emcl.train.checkpoint import checkpoints
+from emcl.train.engine import deepspeed_settings
+from emcl.train.export import exported_config, find_export, open_export
+from emcl.train.loop import Trainer, write_run
+
+
+def run(
+    tasks: Sequence[str],
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    evaluate_path: Path | None = None,
+    resume: str | None = None,
+) -> dict[str, Scores]:
+    """Trains (or only evaluates) and returns the test scores of each task.
+
+    Everything that can be wrong with the settings is found before a process group or a folder is made.
+
+    Raises:
+        UserError: one line for the user.
+    """
+    for name in tasks:
+        task_class(name)
+    folder = _run_to_resume(resume) if resume else None
+    config = _settings(tasks, recipe, overrides, evaluate_path, folder)
+    distributed.quiet_start()
+    ranks = distributed.start()
+    device = distributed.device()
+    try:
+        _check(config, ranks, training=evaluate_path is None)
+        name = folder.name if folder else ranks.gather_objects(config.name or _name(tasks))[0]
+        if evaluate_path is not None:
+            export = find_export(evaluate_path)
+            tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
+            with _finished(tracker):
+                return _score(export, config, ranks, device, _home(export), tracker, step=0)
+        folder = folder or Path(config.runs) / name
+        return _train(config, ranks, device, folder, resuming=resume is not None)
+    finally:
+        distributed.stop()
+
+
+def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool) -> dict[str, Scores]:
+    tracker = open_tracker(config, folder.name, first_rank=ranks.first)
+    with _finished(tracker):
+        trainer = Trainer(config, ranks, device, folder, tracker)
+        if ranks.first:
+            write_run(folder, to_yaml(config), {"tracking": tracker.uri, "ranks": ranks.world_size})
+            tracker.artifact(folder / "config.yaml")
+            print(
+                f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
+                f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
+                f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
+                flush=True,
+            )
+        trainer.train(resume=resuming)
+        total = trainer.total
+        del trainer
+        scores = {}
+        if config.data.test:
+            scores = _score(folder / "best", config, ranks, device, folder, tracker, step=total)
+        if ranks.first:
+            print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder}/best'))")
+            if tracker.uri:
+                hint = f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
+                print(f"compare runs in MLflow: {hint}")
+        return scores
+
+
+def _score(
+    export: Path, config: Config, ranks: Ranks, device: torch.device, folder: Path, tracker: Tracker, *, step: int
+) -> dict[str, Scores]:
+    """The exported model on the test split."""
+    model, _ = open_export(export)
+    model.to(device)
+    shards = open_shards(str(config.data.test))
+    scores = evaluate(model, model.tasks, shards, config, ranks, device, name="test")  # type: ignore[arg-type]
+    if ranks.first:
+        record(scores, shards, config, folder, tracker, split="test", step=step)
+        for name, item in scores.items():
+            print(f"\n{name} on test\n{table(item)}", flush=True)
+    return scores
+
+
+def _settings(
+    tasks: Sequence[str], recipe: str | None, overrides: Sequence[str], evaluate_path: Path | None, folder: Path | None
+) -> Config:
+    """From the recipe; or, to evaluate or resume, from what the run itself was configured with."""
+    if recipe is None and (evaluate_path or folder):
+        import yaml
+
+        from emcl.config import parse_overrides
+
+        saved: dict[str, Any]
+        if evaluate_path:
+            export = find_export(evaluate_path)
+            exported_config(export)
+            saved = yaml.safe_load((export / "config.yaml").read_text())
+        else:
+            assert folder is not None
+            saved = yaml.safe_load((folder / "config.yaml").read_text())
+        missing = [name for name in tasks if name not in saved["tasks"]]
+        if missing:
+            raise UserError(f"{evaluate_path or folder} was not trained for {missing[0]} (its tasks: {', '.join(saved['tasks'])})")
+        return from_dict([saved, parse_overrides(overrides)], None)
+    return resolve(tasks, recipe or DEFAULT_RECIPE, overrides)
+
+
+def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
+    """What else would fail later: shards, batch size, the DeepSpeed file. Renders the sample set if asked."""
+    wanted = [config.data.train, config.data.val] if training else []
+    patterns = [pattern for pattern in [*wanted, config.data.test] if pattern]
+    if training:
+        deepspeed_settings(config, ranks.world_size)
+    elif not patterns:
+        raise UserError("data.test names no shards to evaluate on")
+    if config.data.generate and ranks.first:
+        try:
+            for pattern in patterns:
+                find_shards(pattern)
+        except UserError:
+            generate(Path(config.data.train).parent, seed=0)
+    ranks.barrier()
+    for pattern in patterns:
+        find_shards(pattern)
+
+
+def _name(tasks: Sequence[str]) -> str:
+    return f"{'-'.join(tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _home(export: Path) -> Path:
+    return export.parent if export.name == "best" else export
+
+
+def _run_to_resume(resume: str) -> Path:
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"--resume {resume}: no run's folder (it would hold config.yaml and checkpoints/)")
+        return folder
+    found = [path.parent for path in Path("runs").glob("*/config.yaml") if checkpoints(path.parent / "checkpoints")]
+    if not found:
+        raise UserError("--resume: no run with a complete checkpoint in runs/; start one without --resume")
+    return max(found, key=lambda path: checkpoints(path / "checkpoints")[-1].stat().st_mtime)
+
+
+class _finished:
+    """Ends the tracked run with the status that its block ends with."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")

@@ -1,0 +1,184 @@
+"""Text-video retrieval: EMCL-Net's similarity, its contrastive loss, and recall in both directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from emcl.config import Config
+from emcl.data.loader import Collator, pick_caption
+from emcl.data.order import Draw
+from emcl.data.samples import Sample
+from emcl.distributed import Ranks
+from emcl.em import EMCL
+from emcl.evaluate.retrieval import dual_softmax_metrics, retrieval_metrics
+from emcl.model.backbone import Backbone, Encoded
+from emcl.model.similarity import clamp_logit_scale, contrastive_loss, similarity
+from emcl.model.towers import tokenizer
+from emcl.task import EncodeText, Example, Scorer, Scores, Task
+
+EXAMPLES = 6
+TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    weight: float = 1.0
+    """Of this task's loss."""
+    pooling_temperature: float = 3.0
+    """Of the text-conditioned pooling's softmax over frames."""
+    logit_scale: float | None = None
+    """Initial scale of the logits; CLIP's own where not given."""
+
+
+class RetrievalTask(Task):
+    config_class = RetrievalConfig
+    metric = "text_to_video/R@1"
+
+    def __init__(self, settings: RetrievalConfig, config: Config, backbone: Backbone) -> None:
+        super().__init__(settings, config, backbone)
+        self.settings = settings
+        scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
+        self.logit_scale = nn.Parameter(torch.tensor([scale]))
+        self.emcl: EMCL | None = None
+        if config.emcl.enabled:
+            self.emcl = EMCL(
+                bases=config.emcl.k,
+                iterations=config.emcl.iterations,
+                temperature=config.emcl.temperature,
+                beta=config.emcl.beta,
+                momentum=config.emcl.momentum,
+                variant=config.emcl.variant,
+                seed=config.seed,
+            )
+
+    @classmethod
+    def collator(cls, settings: Any, config: Config, *, training: bool) -> Collator:
+        return _Tokens(tokenizer(config.model.name, config.data.words), every_caption=not training)
+
+    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
+        text_AD = backbone.encode_text(part["tokens"])
+        return {"contrastive": self(text_AD, encoded.frames_BTD, encoded.video_mask_BT, ranks)}
+
+    def forward(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
+        """The loss; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only."""
+        scores_AB = self.similarity(text_AD, ranks.gather_rows(frames_BTD), ranks.gather_rows(mask_BT), ranks)
+        logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
+        return self.settings.weight * contrastive_loss(logits_AB, ranks)
+
+    def similarity(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
+        """(A, D), (B, T, D), (B, T) -> (A, B)."""
+        temperature = self.settings.pooling_temperature
+        return similarity(text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=self.emcl, ranks=ranks)
+
+    @torch.no_grad()
+    def similarity_in_tiles(
+        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks
+    ) -> np.ndarray:
+        """(Q, G) on every rank, from tiles of `tile` texts x `tile` videos, so memory does not grow with Q x G x D.
+
+        The ranks share the tiles' rows. EM sees one tile at a time, whichever rank computes it.
+        """
+        alone = Ranks()
+        rows: dict[int, np.ndarray] = {}
+        for number, first in enumerate(range(0, len(text_QD), tile)):
+            if number % ranks.world_size != ranks.rank:
+                continue
+            parts = [
+                self.similarity(
+                    text_QD[first : first + tile], frames_GTD[start : start + tile], mask_GT[start : start + tile], alone
+                )
+                for start in range(0, len(frames_GTD), tile)
+            ]
+            rows[first] = torch.cat(parts, 1).cpu().numpy()
+        merged = {first: block for part in ranks.gather_objects(rows) for first, block in part.items()}
+        return np.concatenate([merged[first] for first in sorted(merged)])
+
+    def scorer(self, config: Config) -> Scorer:
+        return _RetrievalScorer(self, config)
+
+
+class _Tokens:
+    """Tokens of the drawn caption of each sample, or of all its captions."""
+
+    def __init__(self, tokenize: Callable[[list[str]], Tensor], *, every_caption: bool) -> None:
+        self.tokenize, self.every_caption = tokenize, every_caption
+
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+        if not self.every_caption:
+            return {"tokens": self.tokenize([pick_caption(sample, draw) for sample, draw in zip(samples, draws, strict=True)])}
+        texts = [(draw.row, text) for sample, draw in zip(samples, draws, strict=True) for text in sample.captions]
+        return {"tokens": self.tokenize([text for _, text in texts]) if texts else None, "rows": [row for row, _ in texts]}
+
+
+class _RetrievalScorer(Scorer):
+    def __init__(self, task: RetrievalTask, config: Config) -> None:
+        self.task, self.config = task, config
+        self.videos: list[tuple[list[int], Tensor, Tensor]] = []
+        self.texts: list[tuple[list[int], Tensor]] = []
+
+    def add(self, encoded: Encoded, batch: Mapping[str, Any], encode_text: EncodeText) -> None:
+        self.videos.append((batch["rows"], encoded.frames_BTD, encoded.video_mask_BT))
+        part = batch["retrieval"]
+        embeddings = encode_text(part["tokens"])  # called by all ranks, also with nothing to encode
+        if embeddings is not None:
+            self.texts.append((part["rows"], embeddings))
+
+    def result(self, ranks: Ranks, captions_of_row: Callable[[int], list[str]]) -> Scores:
+        video_rows, frames, mask = _in_row_order(ranks, [(rows, (f, m)) for rows, f, m in self.videos])
+        text_rows, text = _in_row_order(ranks, [(rows, (t,)) for rows, t in self.texts])
+        column = {row: index for index, row in enumerate(video_rows)}
+        kept = [index for index, row in enumerate(text_rows) if row in column]
+        owner = np.array([column[text_rows[index]] for index in kept])
+        device = self.task.logit_scale.device
+        settings = self.config.evaluate
+        scores_QG = self.task.similarity_in_tiles(
+            text[kept].to(device), frames.to(device), mask.to(device), settings.tile, ranks
+        )
+        found = {"": retrieval_metrics(scores_QG, owner)}
+        if settings.dsl:
+            found["_dsl_transductive"] = dual_softmax_metrics(scores_QG, owner, temperature=settings.dsl_temperature)
+        metrics = {
+            f"{direction}{suffix}/{name}": value
+            for suffix, both in found.items()
+            for direction, values in both.items()
+            for name, value in values.items()
+        }
+        queries = [captions_of_row(row)[_nth(text_rows, index)] for index, row in enumerate(text_rows)]
+        examples = [
+            Example(queries[kept[index]], video_rows[owner[index]], [video_rows[i] for i in np.argsort(-scores_QG[index])[:TOP]])
+            for index in np.linspace(0, len(kept) - 1, min(EXAMPLES, len(kept))).astype(int)
+        ]
+        return Scores(metrics, self._protocol(len(kept), len(video_rows)), examples)
+
+    def _protocol(self, texts: int, videos: int) -> str:
+        emcl, settings = self.config.emcl, self.config.evaluate
+        layer = f"EMCL {emcl.variant} in tiles of {settings.tile} x {settings.tile}" if emcl.enabled else "no EMCL"
+        return (
+            f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
+            f"against; {layer}{'; frames shuffled' if settings.shuffle_frames else ''}"
+        )
+
+
+def _in_row_order(ranks: Ranks, batches: Sequence[tuple[list[int], tuple[Tensor, ...]]]) -> Any:
+    """All ranks' rows and tensors, ordered by row: (rows, tensor, ...) on the CPU of every rank."""
+    mine = [(rows, tuple(tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors)) for rows, tensors in batches]
+    everyone = [item for part in ranks.gather_objects(mine) for item in part]
+    rows = [row for part, _ in everyone for row in part]
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # stable: a video's captions keep their order
+    columns = [torch.cat(parts)[order] for parts in zip(*(tensors for _, tensors in everyone), strict=True)]
+    return [rows[index] for index in order], *columns
+
+
+def _nth(rows: Sequence[int], index: int) -> int:
+    """Which of its row's texts `index` is."""
+    first = index
+    while first > 0 and rows[first - 1] == rows[index]:
+        first -= 1
+    return index - first
