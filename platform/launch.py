@@ -1,9 +1,9 @@
 """Trains or evaluates: `deepspeed platform/launch.py --task retrieval [key=value ...]`.
 
-    deepspeed platform/launch.py --task retrieval                      the sample set, end to end
-    deepspeed platform/launch.py --task retrieval optim.lr=1e-4 emcl.k=16 deepspeed=configs/deepspeed/zero3.json
-    deepspeed platform/launch.py --task retrieval --evaluate runs/NAME
-    deepspeed platform/launch.py --task retrieval --resume
+deepspeed platform/launch.py --task retrieval                      the sample set, end to end
+deepspeed platform/launch.py --task retrieval optim.lr=1e-4 emcl.k=16 deepspeed=configs/deepspeed/zero3.json
+deepspeed platform/launch.py --task retrieval --evaluate runs/NAME
+deepspeed platform/launch.py --task retrieval --resume
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--task", required=True, help="one or several of `emcl tasks`, joined by commas")
     parser.add_argument("--recipe", default=None, help="a file of configs/recipe, or a path (default: sample)")
-    parser.add_argument("--evaluate", metavar="PATH", type=Path, help="score a run's folder or an export on data.test; no training")
     parser.add_argument(
-        "--resume", nargs="?", const="auto", metavar="RUN", help="continue a run's folder (the newest of runs/ without RUN)"
+        "--evaluate", metavar="PATH", type=Path, help="score a run's folder or an export on data.test; no training"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="RUN",
+        help="continue a run's folder (the newest of runs/ without RUN)",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-4 data.train='a-{0..3}.tar'")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-4 data.train='a-{0..3}.tar'"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -9,19 +9,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from emcl.config import Config
-from emcl.data.loader import Collator, pick_caption
+from emcl.data.loader import Collator, every_caption, pick_caption
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
+from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.evaluate.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.similarity import clamp_logit_scale, contrastive_loss, similarity
-from emcl.model.towers import tokenizer
 from emcl.task import EncodeText, Example, Scorer, Scores, Task
+from torch import Tensor, nn
 
 EXAMPLES = 6
 TOP = 5
@@ -59,11 +58,11 @@ class RetrievalTask(Task):
             )
 
     @classmethod
-    def collator(cls, settings: Any, config: Config, *, training: bool) -> Collator:
-        return _Tokens(tokenizer(config.model.name, config.data.words), every_caption=not training)
+    def collator(cls, settings: Any, texts: TextSource, *, training: bool) -> Collator:
+        return _DrawnCaptions(texts) if training else _AllCaptions(texts)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        text_AD = backbone.encode_text(part["tokens"])
+        text_AD = backbone.encode_text(part["text"])
         return {"contrastive": self(text_AD, encoded.frames_BTD, encoded.video_mask_BT, ranks)}
 
     def forward(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
@@ -92,7 +91,10 @@ class RetrievalTask(Task):
                 continue
             parts = [
                 self.similarity(
-                    text_QD[first : first + tile], frames_GTD[start : start + tile], mask_GT[start : start + tile], alone
+                    text_QD[first : first + tile],
+                    frames_GTD[start : start + tile],
+                    mask_GT[start : start + tile],
+                    alone,
                 )
                 for start in range(0, len(frames_GTD), tile)
             ]
@@ -104,17 +106,25 @@ class RetrievalTask(Task):
         return _RetrievalScorer(self, config)
 
 
-class _Tokens:
-    """Tokens of the drawn caption of each sample, or of all its captions."""
+@dataclass
+class _DrawnCaptions:
+    """One caption a sample."""
 
-    def __init__(self, tokenize: Callable[[list[str]], Tensor], *, every_caption: bool) -> None:
-        self.tokenize, self.every_caption = tokenize, every_caption
+    texts: TextSource
 
     def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
-        if not self.every_caption:
-            return {"tokens": self.tokenize([pick_caption(sample, draw) for sample, draw in zip(samples, draws, strict=True)])}
-        texts = [(draw.row, text) for sample, draw in zip(samples, draws, strict=True) for text in sample.captions]
-        return {"tokens": self.tokenize([text for _, text in texts]) if texts else None, "rows": [row for row, _ in texts]}
+        return {"text": self.texts([pick_caption(*pair) for pair in zip(samples, draws, strict=True)])}
+
+
+@dataclass
+class _AllCaptions:
+    """Every caption of each sample, with the sample's row."""
+
+    texts: TextSource
+
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+        captions = [caption for pair in zip(samples, draws, strict=True) for caption in every_caption(*pair)]
+        return {"text": self.texts(captions) if captions else None, "rows": [caption.row for caption in captions]}
 
 
 class _RetrievalScorer(Scorer):
@@ -126,7 +136,7 @@ class _RetrievalScorer(Scorer):
     def add(self, encoded: Encoded, batch: Mapping[str, Any], encode_text: EncodeText) -> None:
         self.videos.append((batch["rows"], encoded.frames_BTD, encoded.video_mask_BT))
         part = batch["retrieval"]
-        embeddings = encode_text(part["tokens"])  # called by all ranks, also with nothing to encode
+        embeddings = encode_text(part["text"])  # called by all ranks, also with nothing to encode
         if embeddings is not None:
             self.texts.append((part["rows"], embeddings))
 
@@ -152,7 +162,11 @@ class _RetrievalScorer(Scorer):
         }
         queries = [captions_of_row(row)[_nth(text_rows, index)] for index, row in enumerate(text_rows)]
         examples = [
-            Example(queries[kept[index]], video_rows[owner[index]], [video_rows[i] for i in np.argsort(-scores_QG[index])[:TOP]])
+            Example(
+                queries[kept[index]],
+                video_rows[owner[index]],
+                [video_rows[i] for i in np.argsort(-scores_QG[index])[:TOP]],
+            )
             for index in np.linspace(0, len(kept) - 1, min(EXAMPLES, len(kept))).astype(int)
         ]
         return Scores(metrics, self._protocol(len(kept), len(video_rows)), examples)
@@ -168,7 +182,10 @@ class _RetrievalScorer(Scorer):
 
 def _in_row_order(ranks: Ranks, batches: Sequence[tuple[list[int], tuple[Tensor, ...]]]) -> Any:
     """All ranks' rows and tensors, ordered by row: (rows, tensor, ...) on the CPU of every rank."""
-    mine = [(rows, tuple(tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors)) for rows, tensors in batches]
+    mine = [
+        (rows, tuple(tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors))
+        for rows, tensors in batches
+    ]
     everyone = [item for part in ranks.gather_objects(mine) for item in part]
     rows = [row for part, _ in everyone for row in part]
     order = sorted(range(len(rows)), key=rows.__getitem__)  # stable: a video's captions keep their order

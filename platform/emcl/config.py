@@ -37,6 +37,8 @@ class ModelConfig:
     temporal_layers: int = 4
     frozen: list[str] = field(default_factory=list)
     """Parts that do not learn: `image`, `text` (the whole tower but for its last projection), or name prefixes."""
+    cache_features: bool = False
+    """With both towers frozen: compute their outputs once, keep them beside the shards, train on those."""
     activation_checkpointing: bool = False
     """Recompute the towers' activations in the backward pass."""
 
@@ -212,7 +214,9 @@ def find_file(name: str, kind: str) -> Path:
             if path.is_file():
                 return path
     known = sorted(path.stem for path in (shipped / kind).glob("*.*") if path.suffix in (".yaml", ".json"))
-    raise UserError(f"no such {kind} file: {name}{nearest(name, known)} (shipped in configs/{kind}: {', '.join(known)})")
+    raise UserError(
+        f"no such {kind} file: {name}{nearest(name, known)} (shipped in configs/{kind}: {', '.join(known)})"
+    )
 
 
 def resolve(tasks: Sequence[str], recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Config:
@@ -291,7 +295,9 @@ def parse_overrides(overrides: Iterable[str]) -> DictConfig:
     overrides = list(overrides)
     for item in overrides:
         if "=" not in item or item.startswith("-"):
-            raise UserError(f"override {item!r} is not key=value, such as optim.lr=1e-4 (options start with --, see --help)")
+            raise UserError(
+                f"override {item!r} is not key=value, such as optim.lr=1e-4 (options start with --, see --help)"
+            )
     nodes: Any = OmegaConf.create({})
     for item in overrides:
         key, _, value = item.partition("=")

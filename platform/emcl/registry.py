@@ -1,4 +1,4 @@
-"""Tasks by name. A package adds its own through the entry-point group `emcl.tasks`; nothing is imported to fill a table."""
+"""Tasks by name. A package adds its own through the entry-point group `emcl.tasks`; no import fills a table."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.data.loader import Collator
+from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
-
 
 EncodeText = Callable[[Tensor | None], Tensor | None]
 """Token ids (B, L) -> (B, D)."""
@@ -78,8 +78,8 @@ class Task(nn.Module):
         super().__init__()
 
     @classmethod
-    def collator(cls, settings: Any, config: Config, *, training: bool) -> Collator:
-        """Makes this task's part of a batch, in the loader's process."""
+    def collator(cls, settings: Any, texts: TextSource, *, training: bool) -> Collator:
+        """Makes this task's part of a batch, in the loader's process; `texts` makes the text tower's input."""
         raise NotImplementedError
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:

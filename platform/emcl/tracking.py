@@ -74,7 +74,9 @@ class MLflowTracker(Tracker):
             act()
         except Exception as error:
             self._failed = True
-            log.warning("MLflow at %s stopped answering (%s); training goes on without it", self.uri, str(error).splitlines()[0])
+            log.warning(
+                "MLflow at %s stopped answering (%s); training goes on without it", self.uri, str(error).splitlines()[0]
+            )
 
 
 def open_tracker(config: Config, name: str, *, first_rank: bool) -> Tracker:
@@ -93,7 +95,9 @@ def open_tracker(config: Config, name: str, *, first_rank: bool) -> Tracker:
     try:
         return MLflowTracker(wanted or local, config, name, local_artifacts=None if wanted else artifacts)
     except Exception as error:
-        log.warning("MLflow at %s cannot be used (%s); training goes on without it", wanted or local, str(error).splitlines()[0])
+        log.warning(
+            "MLflow at %s cannot be used (%s); training goes on without it", wanted or local, str(error).splitlines()[0]
+        )
         return Tracker()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -41,7 +42,7 @@ def decode(
         DecodeError: nothing could be decoded.
     """
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video)) as container:
+        with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video), "r") as container:
             if not container.streams.video:
                 raise DecodeError("no video stream")
             stream = container.streams.video[0]
@@ -55,7 +56,9 @@ def decode(
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
-def _span(container: av.container.InputContainer, stream: av.VideoStream, start: float | None, end: float | None) -> tuple[float, float]:
+def _span(
+    container: av.container.InputContainer, stream: av.VideoStream, start: float | None, end: float | None
+) -> tuple[float, float]:
     """Seconds of the part to take, counted from the video's own first moment."""
     origin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
     if stream.duration and stream.time_base:
@@ -71,7 +74,9 @@ def _span(container: av.container.InputContainer, stream: av.VideoStream, start:
     return origin + begin, origin + finish
 
 
-def _at(container: av.container.InputContainer, stream: av.VideoStream, times: NDArray[np.float64]) -> Iterator[av.VideoFrame]:
+def _at(
+    container: av.container.InputContainer, stream: av.VideoStream, times: NDArray[np.float64]
+) -> Iterator[av.VideoFrame]:
     """The frame shown at each of the rising `times`: the last one that starts no later."""
     if times[0] > 4.0 and stream.time_base:
         container.seek(int((times[0] - 0.5) / stream.time_base), stream=stream)
@@ -94,6 +99,6 @@ def _at(container: av.container.InputContainer, stream: av.VideoStream, times: N
 def _square(frame: av.VideoFrame, size: int) -> Frames:
     scale = size / min(frame.width, frame.height)
     width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    image = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+    image: Any = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]

@@ -13,14 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from emcl.config import DataConfig
 from emcl.data.augment import augmentation
-from emcl.data.decode import DecodeError, Frames, decode
+from emcl.data.decode import DecodeError, decode
+from emcl.data.features import FeatureStore
 from emcl.data.order import Draw, RankBatches
 from emcl.data.samples import Sample
 from emcl.data.shards import Row, ShardSet
+from emcl.data.text import Caption
+
+Clip = NDArray[Any]
+"""(n, H, W, 3) uint8 frames, or (n, W) features of a frozen image tower."""
 
 Collator = Callable[[Sequence[Sample], Sequence[Draw]], Any]
 """A task's part of a batch, made in the loader's process."""
@@ -32,14 +38,18 @@ _ATTEMPTS = 20
 class Clips(Dataset[Any]):
     """Decodes one sample at a time."""
 
-    def __init__(self, shards: ShardSet, data: DataConfig, *, training: bool) -> None:
-        self.shards, self.data, self.training = shards, data, training
+    def __init__(
+        self, shards: ShardSet, data: DataConfig, *, training: bool, features: FeatureStore | None = None
+    ) -> None:
+        self.shards, self.data, self.training, self.features = shards, data, training, features
         self.augment = augmentation(data.augment) if training else None
-        self._cache: dict[int, Frames] = {}
+        self._cache: dict[int, Clip] = {}
         self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
 
-    def frames(self, row: Row, index: int, seed: int | None) -> Frames:
-        """(n, size, size, 3), from the cache where the choice of frames is not random."""
+    def frames(self, row: Row, index: int, seed: int | None) -> Clip:
+        """From the features or the cache where there are any."""
+        if self.features is not None:
+            return self.features.frames(index)
         random_times = self.data.jitter and self.training
         found = self._cache.get(index)
         if found is None:
@@ -59,7 +69,7 @@ class Clips(Dataset[Any]):
             found = self.augment(found, seed)
         return found
 
-    def __getitem__(self, draw: Draw) -> tuple[Draw, Sample, Frames | None, list[str]]:
+    def __getitem__(self, draw: Draw) -> tuple[Draw, Sample, Clip | None, list[str]]:
         """The drawn sample; in training, a broken one is replaced by the next that decodes, and named."""
         bad = []
         for attempt in range(_ATTEMPTS if self.training else 1):
@@ -85,7 +95,7 @@ class Collate:
     def __init__(self, collators: Mapping[str, Collator], *, frames: int, shuffle_seed: int | None = None) -> None:
         self.collators, self.frames, self.shuffle_seed = dict(collators), frames, shuffle_seed
 
-    def __call__(self, items: Sequence[tuple[Draw, Sample, Frames | None, list[str]]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[tuple[Draw, Sample, Clip | None, list[str]]]) -> dict[str, Any]:
         good = [(draw, sample, frames) for draw, sample, frames, _ in items if frames is not None]
         batch: dict[str, Any] = {
             "ids": [sample.id for _, sample, _ in good],
@@ -111,9 +121,15 @@ class Collate:
 
 
 def training_loader(
-    shards: ShardSet, data: DataConfig, batches: RankBatches, collators: Mapping[str, Collator]
+    shards: ShardSet,
+    data: DataConfig,
+    batches: RankBatches,
+    collators: Mapping[str, Collator],
+    features: FeatureStore | None = None,
 ) -> DataLoader[Any]:
-    return _loader(Clips(shards, data, training=True), data, batches, Collate(collators, frames=data.frames))
+    return _loader(
+        Clips(shards, data, training=True, features=features), data, batches, Collate(collators, frames=data.frames)
+    )
 
 
 def evaluation_loader(
@@ -125,12 +141,13 @@ def evaluation_loader(
     rank: int,
     world_size: int,
     shuffle_seed: int | None = None,
+    features: FeatureStore | None = None,
 ) -> DataLoader[Any]:
     """Every sample exactly once over all ranks. With `shuffle_seed`, each video's frames in a random order."""
     mine = [Draw(row, None, row) for row in range(rank, len(shards), world_size)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     collate = Collate(collators, frames=data.frames, shuffle_seed=shuffle_seed)
-    return _loader(Clips(shards, data, training=False), data, batches, collate)
+    return _loader(Clips(shards, data, training=False, features=features), data, batches, collate)
 
 
 def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate) -> DataLoader[Any]:
@@ -148,10 +165,15 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def pick_caption(sample: Sample, draw: Draw) -> str:
+def pick_caption(sample: Sample, draw: Draw) -> Caption:
     """The draw's caption of a sample; one at random where it names none; empty where there are none."""
     if not sample.captions:
-        return ""
-    if draw.caption is not None:
-        return sample.captions[draw.caption]
-    return random.Random(draw.seed).choice(sample.captions)
+        return Caption(draw.row, 0, "")
+    index = draw.caption
+    if index is None:
+        index = random.Random(draw.seed).randrange(len(sample.captions))
+    return Caption(draw.row, index, sample.captions[index])
+
+
+def every_caption(sample: Sample, draw: Draw) -> list[Caption]:
+    return [Caption(draw.row, index, text) for index, text in enumerate(sample.captions)]

@@ -89,7 +89,9 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
     return _buffered_shuffle(in_sequence(), order.buffer, rng)
 
 
-def _buffered_shuffle(items: Iterator[tuple[int, int | None]], size: int, rng: random.Random) -> list[tuple[int, int | None]]:
+def _buffered_shuffle(
+    items: Iterator[tuple[int, int | None]], size: int, rng: random.Random
+) -> list[tuple[int, int | None]]:
     buffer: list[tuple[int, int | None]] = []
     out = []
     for item in items:

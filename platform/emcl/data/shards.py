@@ -45,15 +45,21 @@ def find_shards(pattern: str) -> list[Path]:
         if part.startswith("pipe:") or "://" in part:
             raise UserError(f"{part}: only local shards are read; copy them to a disk first")
         if Path(part).is_dir():
-            paths = [Path(name) for name in sorted(glob.glob(f"{glob.escape(part)}/*.tar"))]
+            paths = sorted(Path(part).glob("*.tar"))
         elif any(sign in part for sign in "*?["):
-            paths = [Path(name) for name in sorted(glob.glob(part))]
+            paths = [Path(name) for name in sorted(glob.glob(part))]  # noqa: PTH207, the pattern may be absolute
         else:
             paths = [Path(name) for name in expand_urls(part)]
         missing = [path for path in paths if not path.is_file()]
         if missing or not paths:
-            which = f"{missing[0]} is missing ({len(missing)} of {len(paths)})" if missing and len(paths) > 1 else "no such file"
-            raise UserError(f"no shard matches {part}: {which}; make shards with `emcl prepare`, or give data.train=PATTERN")
+            which = (
+                f"{missing[0]} is missing ({len(missing)} of {len(paths)})"
+                if missing and len(paths) > 1
+                else "no such file"
+            )
+            raise UserError(
+                f"no shard matches {part}: {which}; make shards with `emcl prepare`, or give data.train=PATTERN"
+            )
         found += paths
     return found
 
@@ -126,7 +132,6 @@ def _index(number: int, path: Path) -> list[Row]:
     for one, other, what in ((videos, texts, "JSON"), (texts, videos, "video")):
         for key in one:
             if key not in other:
-                raise UserError(
-                    f"{path}: {key.lstrip('/')} has no {what}; a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
-                )
+                pair = "a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
+                raise UserError(f"{path}: {key.lstrip('/')} has no {what}; {pair}")
     return [Row(number, *place, texts[key]) for key, place in videos.items()]

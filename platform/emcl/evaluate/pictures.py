@@ -27,7 +27,10 @@ def draw_examples(path: Path, examples: Sequence[Example], frames_of: Callable[[
     for line, example in zip(axes, examples, strict=True):
         line[0].text(0, 0.5, textwrap.fill(example.query, 26), va="center", fontsize=9)
         for axis, row, head in zip(
-            line[1:], [example.right, *example.found], ["the query's own", *(f"found {n}" for n in range(1, columns))], strict=False
+            line[1:],
+            [example.right, *example.found],
+            ["the query's own", *(f"found {n}" for n in range(1, columns))],
+            strict=False,
         ):
             clip = frames_of(row)
             chosen = clip[np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)]

@@ -40,7 +40,14 @@ def as_json(scores: Mapping[str, Scores], split: str, config: Config) -> dict[st
 
 
 def record(
-    scores: Mapping[str, Scores], shards: ShardSet, config: Config, folder: Path, tracker: Tracker, *, split: str, step: int
+    scores: Mapping[str, Scores],
+    shards: ShardSet,
+    config: Config,
+    folder: Path,
+    tracker: Tracker,
+    *,
+    split: str,
+    step: int,
 ) -> None:
     """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0."""
     path = folder / f"scores-{split}.json"
@@ -57,7 +64,12 @@ def record(
             def frames_of(row: int) -> Any:
                 found = shards.rows[row]
                 return decode(
-                    shards.read(found), frames=6, size=112, start=found.sample.start, end=found.sample.end, fps=config.data.fps
+                    shards.read(found),
+                    frames=6,
+                    size=112,
+                    start=found.sample.start,
+                    end=found.sample.end,
+                    fps=config.data.fps,
                 )
 
             draw_examples(picture, item.examples, frames_of, f"{name} on {split}: {config.model.name}")

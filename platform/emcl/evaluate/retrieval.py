@@ -24,12 +24,16 @@ def ranks_of(scores_QG: ArrayLike, right_Q: Sequence[int] | NDArray[np.int64]) -
     return scores.shape[1] - (scores < own).sum(1)
 
 
-def text_to_video_ranks(similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+def text_to_video_ranks(
+    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Each text ranks the videos: (texts,)."""
     return ranks_of(similarity_QG, video_of_text)
 
 
-def video_to_text_ranks(similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+def video_to_text_ranks(
+    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Each video ranks the videos' sets of texts, a set scoring as its best text: (videos,).
 
     With one text a video this is plain video-to-text retrieval. Videos without a text are left out.
@@ -80,7 +84,10 @@ def dual_softmax(similarity_QG: ArrayLike, *, temperature: float = 0.01, over: s
 
 
 def dual_softmax_metrics(
-    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64] | None = None, *, temperature: float = 0.01
+    similarity_QG: ArrayLike,
+    video_of_text: Sequence[int] | NDArray[np.int64] | None = None,
+    *,
+    temperature: float = 0.01,
 ) -> dict[str, dict[str, float]]:
     """Both directions with the dual softmax; any number of texts a video."""
     owner = np.arange(np.shape(similarity_QG)[0]) if video_of_text is None else np.asarray(video_of_text)

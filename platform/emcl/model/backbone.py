@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ class Encoded:
 
     frames_BTD: Tensor
     video_mask_BT: Tensor
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Backbone(nn.Module):
@@ -57,19 +55,29 @@ class Backbone(nn.Module):
         return self
 
     def encode_video(self, frames: Tensor, frame_slot: Tensor, mask_BT: Tensor) -> Tensor:
-        """All frames of the batch, uint8 (n, H, W, 3), their slots in (B T), and mask (B, T) -> (B, T, D).
+        """All frames of the batch, their slots in (B T), and mask (B, T) -> (B, T, D).
 
-        Short videos are not padded before the tower: a batch costs the frames that it holds.
+        Frames are uint8 (n, H, W, 3), or (n, W) outputs of the frozen trunk. Short videos are not padded before the
+        tower: a batch costs the frames that it holds.
         """
-        pixels = (frames.permute(0, 3, 1, 2).float() - self.mean.float()) / self.std.float()
-        features = self._run(self.image, pixels.to(_dtype(self.image)))  # (n, D)
+        if frames.ndim == 2:
+            features = self.image.head(frames.to(_dtype(self.image)))  # (n, D)
+        else:
+            features = self._run(self.image, self.pixels(frames))
         flat = features.new_zeros((mask_BT.numel(), features.shape[-1])).index_copy(0, frame_slot, features)
         frames_BTD = flat.view(*mask_BT.shape, -1)
         return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
 
-    def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """Token ids (B, L) -> (B, D)."""
-        return self._run(self.text, tokens_BL)
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Token ids (B, L), or outputs of the frozen trunk (B, W) -> (B, D)."""
+        if text.is_floating_point():
+            return self.text.head(text.to(_dtype(self.text)))
+        return self._run(self.text, text)
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """uint8 (n, H, W, 3) -> normalised (n, 3, H, W) in the image tower's precision."""
+        channels_first = frames.permute(0, 3, 1, 2).float()
+        return ((channels_first - self.mean.float()) / self.std.float()).to(_dtype(self.image))
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():

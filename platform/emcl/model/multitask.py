@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from emcl.config import Config
 from emcl.distributed import ALONE, Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.registry import task_class
+from emcl.task import Task
 
 
 class VideoLanguageModel(nn.Module):
@@ -25,6 +26,11 @@ class VideoLanguageModel(nn.Module):
             {name: task_class(name)(settings, config, self.backbone) for name, settings in config.tasks.items()}
         )
 
+    @property
+    def heads(self) -> dict[str, Task]:
+        """The active tasks by name."""
+        return cast("dict[str, Task]", dict(self.tasks.items()))
+
     def forward(self, batch: Mapping[str, Any], part: str = "losses") -> Any:
         """`losses`: name -> this rank's share of each loss. `video` / `text`: embeddings alone.
 
@@ -32,13 +38,13 @@ class VideoLanguageModel(nn.Module):
         global batch.
         """
         if part == "text":
-            return self.backbone.encode_text(batch["tokens"])
+            return self.backbone.encode_text(batch["text"])
         frames_BTD = self.backbone.encode_video(batch["frames"], batch["frame_slot"], batch["video_mask"])
         if part == "video":
             return frames_BTD
         encoded = Encoded(frames_BTD, batch["video_mask"])
         losses: dict[str, Tensor] = {}
-        for name, task in self.tasks.items():
+        for name, task in self.heads.items():
             for key, loss in task.losses(self.backbone, encoded, batch[name], self.ranks).items():
                 losses[f"{name}/{key}"] = loss * self.ranks.world_size
         return losses

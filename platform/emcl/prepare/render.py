@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from emcl.prepare.scenes import Scene, Thing
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 
 SIDE = 112
 FPS = 12
@@ -110,11 +111,15 @@ def _motions(scene: Scene, t: Array, rng: np.random.Generator) -> list[tuple[Thi
     return _pair_motions(scene, t, on, turn, rng)
 
 
-def _pair_motions(scene: Scene, t: Array, on: Array, turn: Array, rng: np.random.Generator) -> list[tuple[Thing, Motion]]:
+def _pair_motions(
+    scene: Scene, t: Array, on: Array, turn: Array, rng: np.random.Generator
+) -> list[tuple[Thing, Motion]]:
     assert scene.b is not None
     one = np.ones_like(t)
     # two places on opposite sides, mirrored or transposed at random
-    near, far, lane, drift = (float(rng.uniform(*span)) for span in ((0.2, 0.28), (0.72, 0.8), (0.35, 0.65), (-0.1, 0.1)))
+    near, far, lane, drift = (
+        float(rng.uniform(*span)) for span in ((0.2, 0.28), (0.72, 0.8), (0.35, 0.65), (-0.1, 0.1))
+    )
     flip, upright = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
 
     def place(along: Array, across: Array) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -75,7 +76,6 @@ def make_clip(clip: Clip) -> tuple[Sample, str, bytes]:
     return sample, "mp4", encode_mp4(render(clip.scene, background, pixels), FPS)
 
 
-
 def shards(clips: list[Clip], shard_size: int) -> Iterator[tuple[str, list[Clip]]]:
     """(file name, its clips), in order."""
     for split in dict.fromkeys(clip.split for clip in clips):
@@ -98,14 +98,19 @@ def generate(
     missing = [task for task in tasks if not (folder / task[0]).exists()]
     # shards are written clip by clip as workers finish them, in order, so that the bar moves with every clip
     with ProcessPoolExecutor(processes or cpu_count(), mp_context=get_context("spawn")) as pool:
-        bar = tqdm(total=sum(len(clips) for _, clips in missing), desc="rendering the sample set", unit="clip", disable=not progress)
+        bar = tqdm(
+            total=sum(len(clips) for _, clips in missing),
+            desc="rendering the sample set",
+            unit="clip",
+            disable=not progress,
+        )
         with bar:
             for name, clips in missing:
                 rendered = pool.map(make_clip, clips, chunksize=8)
                 write_shard(folder / name, _counted(rendered, bar))
 
 
-def _counted(items: Iterator[tuple[Sample, str, bytes]], bar: tqdm[None]) -> Iterator[tuple[Sample, str, bytes]]:
+def _counted(items: Iterator[tuple[Sample, str, bytes]], bar: tqdm[Any]) -> Iterator[tuple[Sample, str, bytes]]:
     for item in items:
         bar.update()
         yield item

@@ -17,7 +17,14 @@ from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.train.optimizer import build_optimizer, build_schedule
 
-OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16")
+OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+)
 """Keys that the configuration sets, so that they are in one place."""
 
 
@@ -34,7 +41,9 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {error}") from None
     for key in OURS:
         if key in settings:
-            raise UserError(f"{path} sets {key!r}, which comes from the configuration: remove it there (see docs/configuration.md)")
+            raise UserError(
+                f"{path} sets {key!r}, which comes from the configuration: remove it there (see docs/configuration.md)"
+            )
     micro = config.data.batch_size // (world_size * config.optim.accumulation)
     return {
         **settings,
@@ -73,7 +82,11 @@ def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
 
     Under ZeRO-3 one parameter at a time is gathered, so no rank holds more than that besides the result.
     """
-    state = {name: buffer.detach().cpu().clone() for name, buffer in engine.module.state_dict().items()} if ranks.first else {}
+    state = (
+        {name: buffer.detach().cpu().clone() for name, buffer in engine.module.state_dict().items()}
+        if ranks.first
+        else {}
+    )
     if engine.zero_optimization_stage() < 3:
         return state
     for name, parameter in engine.module.named_parameters():

@@ -1,4 +1,4 @@
-"""The export directory: `model.safetensors`, `config.yaml` and `scores.json`; opened by `emcl.load` without DeepSpeed."""
+"""The export directory: `model.safetensors`, `config.yaml`, `scores.json`; `emcl.load` opens it without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: 
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
+    )
     (temporary / CONFIG).write_text(to_yaml(config))
     (temporary / SCORES).write_text(json.dumps(scores, indent=1))
     old = folder.with_name(f".{folder.name}.old")
@@ -69,10 +71,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             raise UserError(f"{folder} holds another architecture: it lacks {name} (use the configuration beside it)")
         if own[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
-            raise UserError(f"{folder} holds another architecture: {name} is {shapes} (use the configuration beside it)")
+            raise UserError(
+                f"{folder} holds another architecture: {name} is {shapes} (use the configuration beside it)"
+            )
     extra = next((name for name in state if name not in own), None)
     if extra is not None:
-        raise UserError(f"{folder} holds another architecture: {extra} is unknown here (use the configuration beside it)")
+        raise UserError(
+            f"{folder} holds another architecture: {extra} is unknown here (use the configuration beside it)"
+        )
     model.load_state_dict(state)
 
 

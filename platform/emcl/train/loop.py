@@ -16,7 +16,7 @@ from tqdm import tqdm
 from emcl.config import Config
 from emcl.data.loader import training_loader
 from emcl.data.order import RankBatches, order_of
-from emcl.data.shards import ShardSet, open_shards
+from emcl.data.shards import open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
@@ -27,6 +27,7 @@ from emcl.tracking import Tracker
 from emcl.train import checkpoint
 from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
+from emcl.train.features import open_source
 
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
@@ -60,6 +61,8 @@ class Trainer:
         )
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
+        self.source = open_source(config, self.shards, model.backbone, ranks, device)
+        self.val_source = open_source(config, self.val, model.backbone, ranks, device) if self.val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = build_engine(model, config, ranks, device, self.total)
         self.best: float | None = None
@@ -77,7 +80,12 @@ class Trainer:
             start, self.best = state["step"], state["best"]
         self.engine.train()
         with tqdm(
-            total=self.total, initial=start, desc="training", unit="step", disable=not self.ranks.first, dynamic_ncols=True
+            total=self.total,
+            initial=start,
+            desc="training",
+            unit="step",
+            disable=not self.ranks.first,
+            dynamic_ncols=True,
         ) as bar:
             for step, (micro_batches, waited) in enumerate(self._steps(start), start):
                 losses = self._step(micro_batches)
@@ -94,10 +102,10 @@ class Trainer:
     def _steps(self, start: int) -> Iterator[Step]:
         self.batches.start = start
         collators = {
-            name: type(task).collator(self.config.tasks[name], self.config, training=True)
-            for name, task in self.model.tasks.items()
+            name: type(task).collator(self.config.tasks[name], self.source.texts, training=True)
+            for name, task in self.model.heads.items()
         }
-        loader = iter(training_loader(self.shards, self.config.data, self.batches, collators))
+        loader = iter(training_loader(self.shards, self.config.data, self.batches, collators, self.source.features))
         for _ in range(start, self.total):
             began = time.perf_counter()
             micro_batches = [next(loader) for _ in range(self.config.optim.accumulation)]
@@ -126,16 +134,26 @@ class Trainer:
     def _end_epoch(self, done: int) -> None:
         epoch = -(-done // self.per_epoch)
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
-        if self.val is not None and due:
+        if self.val_source is not None and due:
             self.engine.eval()
             scores = evaluate(
-                self.engine, self.model.tasks, self.val, self.config, self.ranks, self.device, name="val"  # type: ignore[arg-type]
+                self.engine,
+                self.model.heads,
+                self.val_source,
+                self.config,
+                self.ranks,
+                self.device,
+                name="val",
             )
             self.engine.train()
             self.tracker.metrics(
-                {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()}, done
+                {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()},
+                done,
             )
-            self._say(f"epoch {epoch}: " + ", ".join(f"{name} {self._chosen(name, item):.1f}" for name, item in scores.items()))
+            self._say(
+                f"epoch {epoch}: "
+                + ", ".join(f"{name} {self._chosen(name, item):.1f}" for name, item in scores.items())
+            )
             self._keep_best(scores, done)
         elif done == self.total:
             self._export({}, done)
@@ -143,7 +161,7 @@ class Trainer:
         self.meter.restart()
 
     def _keep_best(self, scores: dict[str, Scores], done: int) -> None:
-        signs = {name: 1.0 if task.greater_is_better else -1.0 for name, task in self.model.tasks.items()}
+        signs = {name: 1.0 if task.greater_is_better else -1.0 for name, task in self.model.heads.items()}
         value = sum(signs[name] * self._chosen(name, item) for name, item in scores.items()) / len(scores)
         if self.best is None or value > self.best:
             self.best = value
@@ -157,7 +175,7 @@ class Trainer:
         self.ranks.barrier()
 
     def _chosen(self, name: str, scores: Scores) -> float:
-        return scores.metrics[self.model.tasks[name].metric]  # type: ignore[index]
+        return scores.metrics[self.model.heads[name].metric]
 
     def _save(self, done: int) -> None:
         checkpoint.save(
@@ -205,7 +223,9 @@ class _Meter:
         elapsed = time.perf_counter() - self.began
         names = list(self.losses)
         packed = [*(self.losses[name] for name in names)]
-        counts = torch.tensor([self.samples, self.new_bad, self.waited / elapsed], device=self.device, dtype=torch.float64)
+        counts = torch.tensor(
+            [self.samples, self.new_bad, self.waited / elapsed], device=self.device, dtype=torch.float64
+        )
         values = torch.cat([torch.stack(packed).double() / self.steps, counts])
         sums = self.ranks.sum(values).tolist()
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
@@ -214,7 +234,9 @@ class _Meter:
         self.restart()
         for name, value in means.items():
             if not abs(value) < float("inf"):
-                raise UserError(f"{name} is {value}: lower optim.lr, or train with precision=fp32; the last checkpoint is kept")
+                raise UserError(
+                    f"{name} is {value}: lower optim.lr, or train with precision=fp32; the last checkpoint is kept"
+                )
         if self.bad > config.data.max_bad * self.seen:
             raise UserError(
                 f"{self.bad} of {self.seen} clips did not decode, more than data.max_bad={config.data.max_bad} allows; "

@@ -23,6 +23,7 @@ from emcl.tracking import Tracker, open_tracker
 from emcl.train.checkpoint import checkpoints
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
+from emcl.train.features import open_source
 from emcl.train.loop import Trainer, write_run
 
 
@@ -54,7 +55,7 @@ def run(
         if evaluate_path is not None:
             export = find_export(evaluate_path)
             tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
-            with _finished(tracker):
+            with _Finished(tracker):
                 return _score(export, config, ranks, device, _home(export), tracker, step=0)
         folder = folder or Path(config.runs) / name
         return _train(config, ranks, device, folder, resuming=resume is not None)
@@ -64,7 +65,7 @@ def run(
 
 def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool) -> dict[str, Scores]:
     tracker = open_tracker(config, folder.name, first_rank=ranks.first)
-    with _finished(tracker):
+    with _Finished(tracker):
         trainer = Trainer(config, ranks, device, folder, tracker)
         if ranks.first:
             write_run(folder, to_yaml(config), {"tracking": tracker.uri, "ranks": ranks.world_size})
@@ -84,7 +85,9 @@ def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, 
         if ranks.first:
             print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder}/best'))")
             if tracker.uri:
-                hint = f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
+                hint = (
+                    f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
+                )
                 print(f"compare runs in MLflow: {hint}")
         return scores
 
@@ -96,7 +99,8 @@ def _score(
     model, _ = open_export(export)
     model.to(device)
     shards = open_shards(str(config.data.test))
-    scores = evaluate(model, model.tasks, shards, config, ranks, device, name="test")  # type: ignore[arg-type]
+    source = open_source(config, shards, model.backbone, ranks, device)
+    scores = evaluate(model, model.heads, source, config, ranks, device, name="test")
     if ranks.first:
         record(scores, shards, config, folder, tracker, split="test", step=step)
         for name, item in scores.items():
@@ -123,7 +127,9 @@ def _settings(
             saved = yaml.safe_load((folder / "config.yaml").read_text())
         missing = [name for name in tasks if name not in saved["tasks"]]
         if missing:
-            raise UserError(f"{evaluate_path or folder} was not trained for {missing[0]} (its tasks: {', '.join(saved['tasks'])})")
+            raise UserError(
+                f"{evaluate_path or folder} was not trained for {missing[0]} (its tasks: {', '.join(saved['tasks'])})"
+            )
         return from_dict([saved, parse_overrides(overrides)], None)
     return resolve(tasks, recipe or DEFAULT_RECIPE, overrides)
 
@@ -167,7 +173,7 @@ def _run_to_resume(resume: str) -> Path:
     return max(found, key=lambda path: checkpoints(path / "checkpoints")[-1].stat().st_mtime)
 
 
-class _finished:
+class _Finished:
     """Ends the tracked run with the status that its block ends with."""
 
     def __init__(self, tracker: Tracker) -> None:

@@ -1,0 +1,33 @@
+# Two commands do everything: make train, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PARALLEL ?= 2
+
+.PHONY: install train test lint format clean
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[dev,towers]'
+	touch $@
+
+install: $(VENV)/installed
+
+train: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed platform/launch.py --task retrieval
+
+test: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy platform/launch.py platform/emcl tasks
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info platform/*.egg-info

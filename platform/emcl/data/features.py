@@ -1,0 +1,95 @@
+"""Remembered outputs of frozen towers, beside the shards they were computed from.
+
+For every shard there is a tar of `KEY.safetensors` with `frames` (n, W) and `captions` (c, W'), in a folder named by
+a fingerprint of everything that they depend on: model, weights, transform and the shard itself. Another model or
+size never finds a stale one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from torch import Tensor
+
+from emcl.config import Config
+from emcl.data.shards import ShardSet
+from emcl.data.text import Caption
+
+Feature = dict[str, Tensor]
+
+
+def fingerprint(config: Config, shard: Path) -> str:
+    """Of all that a shard's features depend on."""
+    weights = [config.model.pretrained, config.model.image_weights]
+    facts: dict[str, Any] = {
+        "version": 1,
+        "model": config.model.name,
+        "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in weights],
+        "seed": config.seed,
+        "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words],
+        "shard": _stamp(shard),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def feature_path(config: Config, shard: Path) -> Path:
+    return shard.parent / "features" / fingerprint(config, shard) / shard.name
+
+
+def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
+    """Writes (sample id, tensors) to `path`, under a temporary name until it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with tarfile.open(temporary, "w") as tar:
+            for key, feature in items:
+                blob = save(feature)
+                member = tarfile.TarInfo(f"{key}.safetensors")
+                member.size = len(blob)
+                tar.addfile(member, io.BytesIO(blob))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class FeatureStore:
+    """The features of a ShardSet's rows, in memory (half precision)."""
+
+    def __init__(self, config: Config, shards: ShardSet) -> None:
+        found: list[Feature] = []
+        for shard in shards.paths:
+            with tarfile.open(feature_path(config, shard)) as tar:
+                for member in tar:
+                    stream = tar.extractfile(member)
+                    assert stream is not None
+                    found.append({key: value.half() for key, value in load(stream.read()).items()})
+        assert len(found) == len(shards)
+        self._found = found
+        self.width = found[0]["frames"].shape[1]
+        self.text_width = found[0]["captions"].shape[1]
+
+    def frames(self, row: int) -> NDArray[np.float32]:
+        """(n, W)"""
+        return self._found[row]["frames"].float().numpy()
+
+    def __call__(self, captions: Sequence[Caption]) -> Tensor:
+        return torch.stack([self._found[caption.row]["captions"][caption.number] for caption in captions]).float()
+
+    def filler(self) -> Tensor:
+        return torch.zeros(1, self.text_width)
+
+
+def _stamp(path: Path) -> list[Any]:
+    """A file's name, size and time; cheap, and enough to notice that it was replaced."""
+    facts = path.stat()
+    return [path.name, facts.st_size, facts.st_mtime_ns]

@@ -1,0 +1,135 @@
+"""A trained model for people who only use it: `m = emcl.load("runs/NAME/best")`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from emcl.data.decode import DecodeError, decode
+from emcl.distributed import device as default_device
+from emcl.errors import UserError
+from emcl.model.towers import tokenizer
+from emcl.train.export import find_export, open_export
+
+Video = str | Path | np.ndarray | Tensor
+"""A file, or its frames (time, height, width, 3) uint8."""
+
+
+class VideoTextModel:
+    """Embeds videos and sentences, and compares them as training did.
+
+    Not thread-safe; nothing is downloaded and no pickle is read.
+    """
+
+    def __init__(self, path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 16) -> None:
+        self.folder = find_export(Path(path))
+        self.model, self.config = open_export(self.folder)
+        self.device = torch.device(device) if device is not None else default_device()
+        self.model.to(self.device)
+        self.batch_size = batch_size
+        self._tokenize = tokenizer(self.config.model.name, self.config.data.words)
+
+    @torch.no_grad()
+    def encode_video(self, videos: Video | list[Video] | tuple[Video, ...]) -> VideoFeatures:
+        """One video or several, each a file or its frames.
+
+        Raises:
+            UserError: a file that does not decode, or frames of another shape or type.
+        """
+        clips = [self._frames(video) for video in (videos if isinstance(videos, list | tuple) else [videos])]
+        frames, masks = [], []
+        for first in range(0, len(clips), self.batch_size):
+            part = clips[first : first + self.batch_size]
+            mask = torch.zeros(len(part), self.config.data.frames, dtype=torch.bool)
+            for row, clip in enumerate(part):
+                mask[row, : len(clip)] = True
+            batch = {
+                "frames": torch.from_numpy(np.concatenate(part)).to(self.device),
+                "frame_slot": mask.flatten().nonzero().squeeze(1).to(self.device),
+                "video_mask": mask.to(self.device),
+            }
+            frames.append(self.model(batch, part="video").cpu())
+            masks.append(mask)
+        return VideoFeatures(torch.cat(frames), torch.cat(masks))
+
+    @torch.no_grad()
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Sentences -> (n, D) on the CPU."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.zeros(0, self.model.backbone.embed_dim)
+        tokens = self._tokenize(texts).split(4 * self.batch_size)
+        return torch.cat([self.model({"text": part.to(self.device)}, part="text").cpu() for part in tokens])
+
+    def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
+        """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them."""
+        if "retrieval" not in self.model.tasks:
+            raise UserError(f"{self.folder} was not trained for retrieval, so it has no similarity")
+        from emcl.distributed import ALONE
+
+        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
+        embedded = text if isinstance(text, Tensor) else self.encode_text(text)
+        task: Any = self.model.heads["retrieval"]
+        scores = task.similarity_in_tiles(
+            embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
+            self.config.evaluate.tile, ALONE,
+        )  # fmt: skip
+        return torch.from_numpy(scores)
+
+    def _frames(self, video: Video) -> np.ndarray:
+        data = self.config.data
+        if isinstance(video, (str, Path)):
+            if not Path(video).is_file():
+                raise UserError(f"{video}: no such file")
+            try:
+                return decode(Path(video), frames=data.frames, size=data.size, fps=data.fps)
+            except DecodeError as error:
+                raise UserError(f"{video} does not decode: {error}") from None
+        frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+            raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")
+        chosen = frames
+        if len(frames) > data.frames:  # the middle of each of as many equal slices
+            chosen = frames[((np.arange(data.frames) + 0.5) * len(frames) / data.frames).astype(int)]
+        return np.stack([_square(frame, data.size) for frame in chosen])
+
+
+class VideoFeatures:
+    """Frame embeddings of some videos: `frames` (n, T, D) and `mask` (n, T), on the CPU."""
+
+    def __init__(self, frames: Tensor, mask: Tensor) -> None:
+        self.frames, self.mask = frames, mask
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def mean(self) -> Tensor:
+        """One vector a video (n, D): the mean of its frames."""
+        weights = self.mask.unsqueeze(-1).to(self.frames.dtype)
+        return (self.frames * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None) -> VideoTextModel:
+    """Opens a run's folder or an export of it.
+
+    Raises:
+        UserError: no export there, or its weights do not fit its configuration.
+    """
+    return VideoTextModel(path, device=device)
+
+
+def _square(frame: np.ndarray, size: int) -> np.ndarray:
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    scale = size / min(height, width)
+    image = Image.fromarray(frame).resize(
+        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
+    )
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]

@@ -1,0 +1,77 @@
+"""Computes what frozen towers say of every sample, once; later runs and epochs read it (data/features.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from emcl.config import Config
+from emcl.data.features import Feature, FeatureStore, feature_path, write_features
+from emcl.data.loader import Clips
+from emcl.data.order import Draw
+from emcl.data.shards import ShardSet
+from emcl.data.source import Source
+from emcl.data.text import Tokens
+from emcl.distributed import Ranks
+from emcl.errors import UserError
+from emcl.model.backbone import Backbone
+from emcl.model.towers import tokenizer
+
+TEXTS_AT_ONCE = 256
+FRAMES_AT_ONCE = 64
+
+
+def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ranks, device: torch.device) -> Source:
+    """The split as training and evaluation read it; computes missing features where the configuration wants them.
+
+    `backbone` is one that no DeepSpeed engine holds yet. Called by all ranks, which share the shards' work.
+
+    Raises:
+        UserError: features of towers that are not frozen, or of random augmentations, are asked for.
+    """
+    texts = Tokens(tokenizer(config.model.name, config.data.words))
+    if not config.model.cache_features:
+        return Source(shards, texts)
+    if not {"image", "text"} <= set(config.model.frozen):
+        raise UserError(
+            "model.cache_features=true wants model.frozen=[image,text]: a tower that learns has no lasting features"
+        )
+    if config.data.jitter or config.data.augment != "none":
+        raise UserError(
+            "model.cache_features=true excludes data.jitter and data.augment, which change the frames every epoch"
+        )
+    missing = [number for number, path in enumerate(shards.paths) if not feature_path(config, path).exists()]
+    backbone.to(device).eval()
+    for number in missing[ranks.rank :: ranks.world_size]:
+        rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
+        bar = tqdm(rows, desc=f"features of {shards.paths[number].name}", unit="video", disable=not ranks.first)
+        write_features(
+            feature_path(config, shards.paths[number]), _of_rows(bar, config, shards, texts, backbone, device)
+        )
+    ranks.barrier()
+    store = FeatureStore(config, shards)
+    return Source(shards, store, store)
+
+
+@torch.no_grad()
+def _of_rows(
+    rows: tqdm[int], config: Config, shards: ShardSet, texts: Tokens, backbone: Backbone, device: torch.device
+) -> Iterator[tuple[str, Feature]]:
+    clips = Clips(shards, config.data, training=False)
+    for row in rows:
+        _, sample, frames, bad = clips[Draw(row, None, 0)]
+        if frames is None:
+            raise UserError(
+                f"{bad[0]}: write the shards again without it (`emcl prepare` leaves out what does not decode)"
+            )
+        pixels = torch.from_numpy(frames).to(device)
+        image = [backbone.image.trunk(backbone.pixels(part)) for part in pixels.split(FRAMES_AT_ONCE)]
+        captions: list[Tensor] = []
+        if sample.captions:
+            tokens = texts.tokenize(sample.captions).to(device)
+            captions = [backbone.text.trunk(part) for part in tokens.split(TEXTS_AT_ONCE)]
+        text = torch.cat(captions) if captions else torch.zeros(0, backbone.text.width)
+        yield sample.id, {"frames": torch.cat(image).cpu().half(), "captions": text.cpu().half()}
