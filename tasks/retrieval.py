@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from emcl.config import Config
 from emcl.data.loader import Collator, every_caption, pick_caption
 from emcl.data.order import Draw
@@ -18,9 +20,9 @@ from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.evaluate.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.similarity import clamp_logit_scale, contrastive_loss, similarity
+from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.similarity import similarity
 from emcl.task import EncodeText, Example, Scorer, Scores, Task
-from torch import Tensor, nn
 
 EXAMPLES = 6
 TOP = 5

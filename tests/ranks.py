@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
 from conftest import free_port
 from emcl.distributed import ALONE, Ranks
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from conftest import shared
 from emcl.evaluate.retrieval import (
     dual_softmax_metrics,

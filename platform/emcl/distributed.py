@@ -58,6 +58,12 @@ class Ranks:
         dist.all_gather_object(gathered, item)
         return gathered
 
+    def agree(self, error: Exception | None) -> None:
+        """Raises the first rank's error on all ranks, so that none goes on to wait for one that has ended."""
+        first = next((found for found in self.gather_objects(error) if found is not None), None)
+        if first is not None:
+            raise first
+
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites the tensors by rank 0's."""
         if self.world_size > 1:

@@ -2,30 +2,57 @@
 
 This file needs torch alone and nothing else of this project, so it can be copied into any code base.
 
+    layer = EMCL(variant="compact", bases=32)
+    video, text = layer(video, text)                        # in a training loop: (n, D) rows each, corrected
+    EMCL(variant="compact").fit(video, text).transform(x)   # on features of any model, NumPy or torch
+
 Legend: N feature rows, D width, K bases.
 
-The published iterations (Jin et al., NeurIPS 2022, section 3.2, with the reference code's details) are,
-for rows X (N, D), starting from M[n, k] = mu[k]::
+Both variants are one method: EM finds K bases Z (D, K) of the latent space from the rows X (N, D), every row is
+reconstructed from them, and the reconstruction is added to it::
 
-    Z = softmax_k(X^T M / temperature)        (D, K)  E-step
+    output = x + beta x_hat,    x_hat = Z diag(w) Z^T x - |x| c          with weights w (K,) and an offset c (D,)
+
+They differ in the model that EM fits. Rows enter it only through their moments, G = sum x x^T, s = sum x and N:
+one pass over the rows however many iterations follow, one message between ranks, exact on any number of them.
+
+`reference` is the published algorithm (Jin et al., NeurIPS 2022, section 3.2, with the details of its code): features
+d are softly assigned to bases. From M[n, k] = mu[k], T times::
+
+    Z = softmax_k(X^T M / temperature)        E-step: responsibility of basis k for feature d
     Z[:, k] /= 1e-6 + sum_d Z[d, k]
-    M = X Z                                   (N, K)  M-step
-    M[:, k] /= 1e-6 + ||M[:, k]||
-    X_hat = M Z^T,   output = X + beta X_hat,   mu <- momentum mu + (1 - momentum) mean_n M[n, :]
+    M = X Z                                   M-step
+    M[:, k] /= 1e-6 + |M[:, k]|
+    X_hat = M Z^T,   mu <- momentum mu + (1 - momentum) mean_n M[n, :]     (mu in training only)
 
-Rows enter these formulas only through two sums, G = X^T X and s = sum_n X[n]:
+By X^T M = G Z / (1e-6 + |M|), |M[:, k]|^2 = Z[:, k]^T G Z[:, k] and X^T M = s mu^T at the start, the same numbers
+follow from the moments; w = 1 / |M[:, k]| and c = 0. X_hat is a constant to autograd, as published. Its bases
+collapse (two are distinct), X_hat fades as 1 / sqrt(N), and it is fitted anew on whatever rows are compared.
 
-    X^T M = G Z / (1e-6 + ||M||)   with   ||M[:, k]||^2 = Z[:, k]^T G Z[:, k],   X^T M_0 = s mu^T,
+`compact` keeps the paper's promise. EM fits K directions to the directions u = x / |x| of the rows, centred within each
+modality (each counts alike, however many rows it has), by alternating least squares, the noise-free limit of EM for
+probabilistic PCA (Roweis, NeurIPS 1997; Tipping and Bishop, 1999)::
 
-so the same numbers follow from (G, s, N), which we call the moments. Computing them takes one pass over
-the rows however many iterations follow; they add over blocks and over ranks; and the result is a linear
-map of a row, X_hat = X (Z diag(1 / norm) Z^T), which is applied to any rows, a block at a time.
+    codes  A = U Z (Z^T Z)^-1                 E-step: the best codes given the bases
+    bases  Z = U^T A (A^T A)^-1               M-step: the best bases given the codes; then orthonormal
+
+The objective, the mean squared reconstruction error |U - A Z^T|^2 / N, never rises from one iteration to the next. With
+the variance v_k of the codes of basis k and the mean direction m,
+
+    x_hat = |x| sum_k Z_k v_k^(-balance/2) (u - m).Z_k / r        c = Z diag(w) Z^T m
+
+where r makes |x_hat| as large as |x| over the fitted rows (root mean square), so beta alone says how strong the
+correction is, at any N and any scale of X. `balance` 0 keeps the spectrum of the features, 1 lets every basis
+contribute alike. The moments are a moving sum over the training batches (momentum); in evaluation the bases are fixed,
+so a row's embedding depends on that row alone. Gradients flow through x_hat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +60,10 @@ from torch import Tensor, nn
 AllReduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, outside autograd; the same result on every rank."""
 
+VARIANTS = ("reference", "compact")
 _EPSILON = 1e-6
+_NOISE = 1e-6
+"""A variance below this share of the squared norm is rounding, not signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +76,75 @@ class Moments:
 
     @staticmethod
     @torch.no_grad()
-    def of(*blocks: Tensor, all_reduce: AllReduce | None = None) -> Moments:
-        """Moments of all rows of `blocks`, each (..., D), and of the other ranks' where `all_reduce` is given."""
-        rows = [block.detach().float().flatten(0, -2) for block in blocks]  # each (n, D)
-        width = rows[0].shape[1]
-        packed = torch.zeros(width + 2, width, device=rows[0].device)
-        for block in rows:
-            packed[:width].addmm_(block.T, block)
-            packed[width] += block.sum(0)
-            packed[width + 1, 0] += len(block)
-        if all_reduce is not None:
-            packed = all_reduce(packed)  # one message for the three sums
-        return Moments(gram=packed[:width], total=packed[width], count=packed[width + 1, 0])
+    def of(rows: Tensor) -> Moments:
+        """Of rows (..., D)."""
+        flat = rows.detach().float().flatten(0, -2)  # (N, D)
+        count = torch.full((), float(len(flat)), device=flat.device)
+        return Moments(gram=_gram(flat), total=flat.sum(0), count=count)
+
+    @staticmethod
+    @torch.no_grad()
+    def of_directions(rows: Tensor) -> Moments:
+        """Of the rows' directions; rows that are zero or not finite have none and do not count."""
+        flat = rows.detach().float().flatten(0, -2)
+        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)  # (N, 1)
+        valid = norm.isfinite() & (norm > 0)
+        unit = torch.where(valid, flat / norm, 0.0)
+        return Moments(gram=_gram(unit), total=unit.sum(0), count=valid.sum().float())
+
+    @staticmethod
+    def sum(parts: Sequence[Moments], all_reduce: AllReduce | None = None) -> list[Moments]:
+        """Each part summed over all ranks, by one message of the upper triangles."""
+        if all_reduce is None:
+            return list(parts)
+        width = parts[0].gram.shape[0]
+        upper = torch.triu_indices(width, width, device=parts[0].gram.device)
+        packed = torch.stack([torch.cat([p.gram[upper[0], upper[1]], p.total, p.count[None]]) for p in parts])
+        packed = all_reduce(packed)
+        found = []
+        for row in packed:
+            gram = torch.zeros_like(parts[0].gram)
+            gram[upper[0], upper[1]] = row[: upper.shape[1]]
+            gram = gram + gram.triu(1).T
+            found.append(Moments(gram=gram, total=row[upper.shape[1] : -1], count=row[-1]))
+        return found
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(gram=self.gram + other.gram, total=self.total + other.total, count=self.count + other.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """What EM found, as the linear map that it is: x -> x + beta (Z diag(w) Z^T x - |x| c)."""
+
+    bases: Tensor  # Z (D, K)
+    weights: Tensor  # w (K,)
+    offset: Tensor | None  # c (D,)
+    beta: float | Tensor
+    constant: bool
+    """Whether x_hat is a constant to autograd."""
+
+    def reconstruct(self, rows: Tensor) -> Tensor:
+        """x_hat of rows (..., D), in float32."""
+        x = (rows.detach() if self.constant else rows).float()
+        found = ((x @ self.bases) * self.weights) @ self.bases.T
+        if self.offset is not None:
+            found = found - torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.offset
+        return found
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        with torch.autocast(rows.device.type, enabled=False):
+            return rows + (self.beta * self.reconstruct(rows)).to(rows.dtype)
+
+    def matrix(self) -> Tensor:
+        """Z diag(w) Z^T, (D, D)."""
+        return (self.bases * self.weights) @ self.bases.T
 
 
 @torch.no_grad()
-def fit_reference(moments: Moments, mu: Tensor, *, iterations: int, temperature: float) -> tuple[Tensor, Tensor]:
+def fit_reference(
+    moments: Moments, mu: Tensor, *, iterations: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """The published EM, from moments.
 
     Args:
@@ -71,7 +154,7 @@ def fit_reference(moments: Moments, mu: Tensor, *, iterations: int, temperature:
         temperature: lambda of the E-step's softmax.
 
     Returns:
-        projection (D, D) with X_hat = X @ projection, and the mean code (K,) that moves `mu` in training.
+        bases (D, K), their weights (K,), and the mean code (K,) that moves `mu` in training.
     """
     cross = moments.total[:, None] * mu[None, :]  # X^T M, (D, K)
     for _ in range(iterations):
@@ -80,28 +163,51 @@ def fit_reference(moments: Moments, mu: Tensor, *, iterations: int, temperature:
         unscaled = moments.gram @ bases  # X^T X Z, (D, K)
         norm = _EPSILON + (bases * unscaled).sum(0).clamp_min(0).sqrt()  # (K,)
         cross = unscaled / norm
-    projection = (bases / norm) @ bases.T  # (D, D)
     mean_code = (moments.total @ bases) / norm / moments.count.clamp_min(1)  # (K,)
-    return projection, mean_code
+    return bases, 1 / norm, mean_code
+
+
+@torch.no_grad()
+def fit_compact(covariance: Tensor, start: Tensor, *, iterations: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """EM for K bases of rows with this covariance (D, D), from orthonormal `start` (D, K).
+
+    With Z^T Z = 1, both steps together are Z <- orth(C Z): U^T A = N C Z, and (A^T A)^-1 leaves its span.
+
+    Returns:
+        orthonormal bases (D, K), sorted by the variance of their codes; those variances (K,); and the objective, the
+        mean squared reconstruction error, before the first iteration and after each.
+    """
+    total = covariance.diagonal().sum()
+    bases, objective = start, []
+    for _ in range(iterations):
+        image = covariance @ bases
+        objective.append(total - (bases * image).sum())
+        bases = torch.linalg.qr(image + _tiny(total) * bases)[0]  # the tiny term: a basis of no variance stays one
+    image = covariance @ bases
+    objective.append(total - (bases * image).sum())
+    variance, rotation = torch.linalg.eigh(bases.T @ image)  # the codes' own axes: distinct, uncorrelated
+    return bases @ rotation.flip(1), variance.flip(0).clamp_min(0), objective
 
 
 class EMCL(nn.Module):
     """The EMCL layer: adds to every feature row its reconstruction from K bases that EM finds.
 
-    The state is one scalar a basis (`mu`), a float32 buffer whatever precision the model is cast to.
-    It moves in training mode only, as an exponential average.
+    The state (float32, whatever precision the model is cast to) moves in training mode, and in `fit`. A compact layer
+    that has seen no rows adds nothing.
 
     Args:
         bases: K.
         iterations: T.
-        temperature: lambda.
+        temperature: lambda (reference).
         beta: weight of the reconstruction.
-        momentum: alpha of the moving average of `mu`.
-        variant: `reference`, the published behaviour.
-        seed: of the initial signs of `mu`.
+        momentum: alpha of the moving average.
+        balance: how equally the bases contribute, 0 to 1 (compact).
+        variant: `reference`, the published behaviour, or `compact`.
+        width: D; where not given, the first rows say it (compact).
+        seed: of the initial bases.
     """
 
-    VARIANTS = ("reference",)
+    VARIANTS = VARIANTS
 
     def __init__(
         self,
@@ -111,46 +217,205 @@ class EMCL(nn.Module):
         temperature: float = 1.0,
         beta: float = 3.0,
         momentum: float = 0.9,
+        balance: float = 0.5,
         variant: str = "reference",
+        width: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if variant not in self.VARIANTS:
-            raise ValueError(f"emcl variant {variant!r} is none of {', '.join(self.VARIANTS)}")
+        if variant not in VARIANTS:
+            raise ValueError(f"emcl variant {variant!r} is none of {', '.join(VARIANTS)}")
         if bases < 1 or iterations < 1 or temperature <= 0:
             raise ValueError("emcl wants at least 1 basis, 1 iteration and a temperature above 0")
-        self.iterations, self.temperature = iterations, temperature
-        self.beta, self.momentum = beta, momentum
-        # The published initialisation normalises along an axis of length 1, which leaves the signs.
-        signs = torch.randn(bases, generator=torch.Generator().manual_seed(seed)).sign()
+        self.variant, self.bases, self.iterations, self.temperature = variant, bases, iterations, temperature
+        self.beta, self.momentum, self.balance, self.seed = beta, momentum, balance, seed
+        self.state_names: tuple[str, ...] = ()
         self.mu: Tensor
-        self.register_buffer("mu", signs)
+        self.start: Tensor
+        self.gram: Tensor
+        self.total: Tensor
+        self.count: Tensor
+        if variant == "reference":
+            # The published initialisation normalises along an axis of length 1, which leaves the signs.
+            signs = torch.randn(bases, generator=torch.Generator().manual_seed(seed)).sign()
+            self._keep(mu=signs)
+        elif width is not None:
+            self._allocate(width)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        mu = self.mu
-        super()._apply(fn, recurse)
-        if self.mu.is_floating_point() and self.mu.dtype != torch.float32:  # .half() and .bfloat16() would round it
-            self.mu = mu.to(self.mu.device)
+    # --- the layer
+
+    def forward(self, *blocks: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, ...]:
+        """Fits EM on all blocks together (video rows and text rows, each (..., D)) and returns them corrected.
+
+        In evaluation the compact variant fits nothing: its bases are those of training. With `all_reduce`, blocks are
+        this rank's rows and the fit is that of all ranks' rows.
+        """
+        correction = self.correction(lambda: self.measure(*blocks), all_reduce=all_reduce)
+        return tuple(correction(block) for block in blocks)
+
+    def measure(self, *blocks: Tensor) -> list[Moments]:
+        """The moments that this variant fits to: of all rows together, or of each modality's directions."""
+        if self.variant == "reference":
+            parts = [Moments.of(block) for block in blocks]
+            return [sum(parts[1:], parts[0])]
+        return [Moments.of_directions(block) for block in blocks]
+
+    @torch.no_grad()
+    def correction(self, measure: Callable[[], list[Moments]], *, all_reduce: AllReduce | None = None) -> Correction:
+        """The map for the present rows, whose moments `measure` gives where they are needed; moves the state."""
+        if self.variant == "compact" and not self.training:
+            return self._compact()
+        parts = measure()
+        with torch.autocast(parts[0].gram.device.type, enabled=False):  # sums over many rows want float32
+            parts = Moments.sum(parts, all_reduce)
+            return self._reference(parts[0]) if self.variant == "reference" else self._learn(parts, self.momentum)
+
+    def _reference(self, moments: Moments) -> Correction:
+        bases, weights, mean_code = fit_reference(
+            moments, self.mu, iterations=self.iterations, temperature=self.temperature
+        )
+        if self.training:
+            self.mu.mul_(self.momentum).add_(mean_code, alpha=1 - self.momentum)
+        return Correction(bases=bases, weights=weights, offset=None, beta=self.beta, constant=True)
+
+    def _learn(self, parts: Sequence[Moments], momentum: float) -> Correction:
+        """Takes each modality's moments (an equal weight each) into the moving sums and goes on with EM from there."""
+        if "start" not in self.state_names:
+            self._allocate(parts[0].gram.shape[0], parts[0].gram.device)
+        present = torch.stack(
+            [(part.count > 0).float() for part in parts]
+        )  # no .item(): the device need not be waited for
+        share = present / present.sum().clamp_min(1)
+        gram, mean = torch.zeros_like(self.gram), torch.zeros_like(self.total)
+        for part, weight in zip(parts, share, strict=True):
+            count = part.count.clamp_min(1)
+            centre = part.total / count
+            gram += weight * (part.gram / count - torch.outer(centre, centre))
+            mean += weight * centre
+        fresh = (present.sum() > 0).float()
+        keep = torch.where(fresh > 0, momentum, 1.0)
+        self.gram.mul_(keep).add_(gram)
+        self.total.mul_(keep).add_(mean * fresh)
+        self.count.mul_(keep).add_(fresh)
+        covariance = self.gram / self.count.clamp_min(_EPSILON)
+        bases, _, _ = fit_compact(covariance, self.start, iterations=self.iterations)
+        self.start.copy_(bases)
+        return self._compact()
+
+    def _compact(self) -> Correction:
+        """The map of the present bases."""
+        if "start" not in self.state_names:
+            raise RuntimeError("this compact EMCL layer has no width yet: give `width`, or let it see training rows")
+        bases = self.start
+        count = self.count.clamp_min(_EPSILON)
+        covariance, mean = self.gram / count, self.total / count
+        variance = (bases * (covariance @ bases)).sum(0)
+        signal = variance > _NOISE * (variance.sum() + mean.square().sum()).clamp_min(_NOISE)
+        safe = torch.where(signal, variance, 1.0)
+        # over the fitted directions, |x_hat|^2 has the mean sum_k v_k^(1 - balance) / r^2
+        size = torch.where(signal, safe.pow(1 - self.balance), 0.0).sum().clamp_min(_NOISE).sqrt()
+        weights = torch.where(signal, safe.pow(-self.balance / 2), 0.0) / size
+        offset = (bases * weights) @ (mean @ bases)
+        return Correction(bases=bases, weights=weights, offset=offset, beta=self.beta, constant=False)
+
+    # --- on features of any model, as scikit-learn's transformers
+
+    def fit(self, video: Any, text: Any | None = None) -> EMCL:
+        """Finds the bases of features (n, D) of one or two modalities, NumPy or torch; forgets what was fitted before.
+
+        Raises:
+            ValueError: not two-dimensional, of different widths, or the reference variant, which fits the rows that
+                it is given and keeps no bases.
+        """
+        if self.variant == "reference":
+            raise ValueError(
+                "the reference variant keeps no bases to fit: call the layer on the rows, or use `compact`"
+            )
+        blocks = [_as_tensor(block) for block in (video, text) if block is not None]
+        if any(block.ndim != 2 for block in blocks) or len({block.shape[-1] for block in blocks}) != 1:
+            raise ValueError(f"features are (n, D) of one width, not {[tuple(block.shape) for block in blocks]}")
+        self._allocate(blocks[0].shape[1], blocks[0].device)
+        self._learn([Moments.of_directions(block) for block in blocks], 0.0)
         return self
 
     @torch.no_grad()
-    def fit(self, *blocks: Tensor, all_reduce: AllReduce | None = None) -> Tensor:
-        """EM on the rows of all blocks (and ranks): the (D, D) map with X_hat = X @ map. Moves `mu` in training."""
-        with torch.autocast(blocks[0].device.type, enabled=False):  # sums over many rows want float32
-            moments = Moments.of(*blocks, all_reduce=all_reduce)
-            projection, mean_code = fit_reference(
-                moments, self.mu, iterations=self.iterations, temperature=self.temperature
-            )
-        if self.training:
-            self.mu.mul_(self.momentum).add_(mean_code, alpha=1 - self.momentum)
-        return projection
+    def transform(self, features: Any) -> Any:
+        """Corrected features (n, D), of the kind and type that was given; each row depends on that row alone."""
+        rows = _as_tensor(features)
+        if self.variant == "reference":
+            raise ValueError("the reference variant has no bases: call the layer on all rows that are compared")
+        if "start" not in self.state_names:
+            raise RuntimeError("nothing fitted yet: call fit(video, text) first, or load")
+        if rows.shape[-1] != self.start.shape[0]:
+            raise ValueError(f"features have width {rows.shape[-1]}, the bases {self.start.shape[0]}")
+        corrected = self._compact()(rows.to(self.start.device))
+        return corrected.to(features.device) if isinstance(features, Tensor) else corrected.cpu().numpy()
 
-    def apply_projection(self, rows: Tensor, projection: Tensor) -> Tensor:
-        """rows (..., D) plus beta times their reconstruction, which is a constant to autograd, as published."""
-        reconstruction = rows.detach().float() @ projection
-        return rows + (self.beta * reconstruction).to(rows.dtype)
+    def save(self, path: str | Path) -> None:
+        """Settings and state in one file, without any pickled code."""
+        settings = {
+            name: getattr(self, name)
+            for name in ("bases", "iterations", "temperature", "beta", "momentum", "balance", "variant", "seed")
+        }
+        torch.save({"settings": settings, "state": self.state_dict()}, path)
 
-    def forward(self, *blocks: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, ...]:
-        """Fits EM on all blocks together (video rows and text rows, each (..., D)) and returns them corrected."""
-        projection = self.fit(*blocks, all_reduce=all_reduce)
-        return tuple(self.apply_projection(block, projection) for block in blocks)
+    @staticmethod
+    def load(path: str | Path) -> EMCL:
+        """What `save` wrote, in evaluation mode."""
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        layer = EMCL(**content["settings"])
+        layer.load_state_dict(content["state"])
+        return layer.eval()
+
+    # --- the state
+
+    def _allocate(self, width: int, device: torch.device | None = None) -> None:
+        if self.bases > width:
+            raise ValueError(f"emcl wants at most as many bases as the features are wide: {self.bases} of {width}")
+        draw = torch.randn(width, self.bases, generator=torch.Generator().manual_seed(self.seed))
+        start = torch.linalg.qr(draw)[0].to(device)
+        zeros = torch.zeros(width, width, device=device)
+        self._keep(start=start, gram=zeros, total=zeros[0].clone(), count=torch.zeros((), device=device))
+
+    def _keep(self, **state: Tensor) -> None:
+        for name, value in state.items():
+            self.register_buffer(name, value)
+        self.state_names = tuple(state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        saved = state_dict.get(f"{prefix}start")
+        if self.variant == "compact" and saved is not None and "start" not in self.state_names:
+            self._allocate(saved.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        exact = {name: getattr(self, name) for name in self.state_names}
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = getattr(self, name)
+            if moved.is_floating_point() and moved.dtype != torch.float32:  # .half() and .bfloat16() would round it
+                setattr(self, name, value.to(moved.device))
+        return self
+
+
+def _gram(rows: Tensor, blocks: int = 4) -> Tensor:
+    """rows^T rows (D, D); by symmetry only the blocks on and above the diagonal are computed."""
+    width = rows.shape[1]
+    if width % blocks or width // blocks < 64:  # too small to gain
+        return rows.T @ rows
+    size = width // blocks
+    out = rows.new_empty(width, width)
+    for index in range(blocks):
+        first, last = index * size, (index + 1) * size
+        strip = rows[:, first:last].T @ rows[:, first:]  # (size, width - first)
+        out[first:last, first:] = strip
+        out[last:, first:last] = strip[:, size:].T
+    return out
+
+
+def _tiny(total: Tensor) -> Tensor:
+    return total.clamp_min(_EPSILON) * 1e-12
+
+
+def _as_tensor(features: Any) -> Tensor:
+    return features.detach() if isinstance(features, Tensor) else torch.as_tensor(features)

@@ -73,18 +73,24 @@ def order_of(
 
 @lru_cache(maxsize=2)
 def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
+    """All pairs of an epoch. Caption pairs go through the videos once for each caption: a batch would else hold
+    several captions of one video, which the contrastive loss takes for negatives."""
     rng = random.Random(f"{order.seed}/{epoch}")
     starts = [sum(order.lengths[:index]) for index in range(len(order.lengths))]
     shards = list(range(len(order.lengths)))
-    rng.shuffle(shards)
+    captions: list[list[int | None]] | None = None
+    if order.captions is not None:
+        captions = [rng.sample(range(count), count) for count in order.captions]
 
     def in_sequence() -> Iterator[tuple[int, int | None]]:
-        for shard in shards:
-            for row in range(starts[shard], starts[shard] + order.lengths[shard]):
-                if order.captions is None:
-                    yield row, None
-                else:
-                    yield from ((row, caption) for caption in range(order.captions[row]))
+        for turn in range(max(order.captions) if order.captions is not None else 1):
+            rng.shuffle(shards)
+            for shard in shards:
+                for row in range(starts[shard], starts[shard] + order.lengths[shard]):
+                    if captions is None:
+                        yield row, None
+                    elif turn < len(captions[row]):
+                        yield row, captions[row][turn]
 
     return _buffered_shuffle(in_sequence(), order.buffer, rng)
 

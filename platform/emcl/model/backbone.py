@@ -30,9 +30,6 @@ class Backbone(nn.Module):
     `encode_video` and `encode_text` go through modules' forward passes only, as ZeRO-3 needs.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> None:
         super().__init__()
         towers = build_towers(config, words=words, load_weights=load_weights)
@@ -41,8 +38,8 @@ class Backbone(nn.Module):
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
             self.temporal = TemporalTransformer(towers.embed_dim, config.temporal_layers, towers.text.trunk)
-        self.register_buffer("mean", torch.tensor(towers.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(towers.std).view(3, 1, 1) * 255, persistent=False)
+        # numbers and not buffers: a cast of the model to bf16 would round them
+        self.normalisation = [(255 * mean, 255 * std) for mean, std in zip(towers.mean, towers.std, strict=True)]
         self.checkpointing = config.activation_checkpointing
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         _freeze(self, config.frozen)
@@ -76,8 +73,8 @@ class Backbone(nn.Module):
 
     def pixels(self, frames: Tensor) -> Tensor:
         """uint8 (n, H, W, 3) -> normalised (n, 3, H, W) in the image tower's precision."""
-        channels_first = frames.permute(0, 3, 1, 2).float()
-        return ((channels_first - self.mean.float()) / self.std.float()).to(_dtype(self.image))
+        channels = [(frames[..., c].float() - mean) / std for c, (mean, std) in enumerate(self.normalisation)]
+        return torch.stack(channels, 1).to(_dtype(self.image))
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
         if self.checkpointing and self.training and torch.is_grad_enabled():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def pool_frames(text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
-    """Each video as each text sees it: (A, B, D).
+def pooling_weights(text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
+    """How much each frame counts in each video as each text sees it: (A, B, T).
 
-    weights = softmax over frames of <text, frame> / temperature, then masked without renormalisation, as published.
+    Softmax over frames of <text, frame> / temperature, then masked without renormalisation, as published.
     """
-    weights_ABT = torch.einsum("ad,btd->abt", text_AD, frames_BTD).div(temperature).softmax(-1)
-    return torch.einsum("abt,btd->abd", weights_ABT * mask_BT.to(weights_ABT.dtype), frames_BTD)
+    scores_ABT = F.linear(text_AD, frames_BTD.flatten(0, 1)).view(len(text_AD), *mask_BT.shape)
+    return scores_ABT.div(temperature).softmax(-1) * mask_BT.to(scores_ABT.dtype)

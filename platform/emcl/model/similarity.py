@@ -1,22 +1,36 @@
-"""The similarity of texts and videos, and the contrastive loss over it.
+"""The similarity of texts and videos as EMCL-Net defines it, without ever holding a pooled row.
+
+Each text a pools the frames of each video b for itself, p_ab = sum_t w_abt f_bt, EM runs over all A B pooled rows and
+the A text rows, and the corrected rows are compared by their cosine. Written as it stands that takes A B D numbers.
+But a pooled row enters only by products, which follow from its T weights and from products of frames:
+
+    p_ab . x   = sum_t w_abt (f_bt . x)                         (A, B, T) in place of (A, B, D)
+    |L p_ab|^2 = w_ab^T [(L F_b) (L F_b)^T] w_ab                one (T, T) matrix a video, for any linear map L
+    sum_ab p_ab p_ab^T = sum_b F_b^T [sum_a w_ab w_ab^T] F_b    the moments that EM needs
+
+so the cost is that of T frames a video and not of A pooled rows. Texts go in blocks, each of them computed again in the
+backward pass, so that memory grows with A B and with the block.
 
 Legend: A texts of this rank, B videos of all ranks, T frames, D width.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from emcl.distributed import ALONE, Ranks
-from emcl.em import EMCL
-from emcl.model.pooling import pool_frames
+from emcl.em import EMCL, Correction, Moments
+from emcl.model.pooling import pooling_weights
 
-MAX_LOGIT_SCALE = math.log(100)
+BLOCK_NUMBERS = 2**22
+"""Pooling weights of a block, by default: 16 MiB."""
+_EPSILON = 1e-12
 
 
 def similarity(
@@ -27,51 +41,130 @@ def similarity(
     temperature: float,
     emcl: EMCL | None = None,
     ranks: Ranks = ALONE,
+    block: int | None = None,
 ) -> Tensor:
-    """Cosine of each text with each video as that text pools it, (A, B).
+    """Cosine of each text with each video as that text pools it, (A, B), in float32.
 
-    With `emcl`, its EM runs over the stacked A B + A rows of all ranks, and the corrected rows are compared.
-    Everything is in float32: EM and the cosine of near-equal rows want it.
+    With `emcl`, its EM runs over the pooled rows and the text rows of all ranks, and the corrected rows are compared.
+
+    Args:
+        text_AD: this rank's texts.
+        frames_BTD: all ranks' videos.
+        mask_BT: which frames there are; a video without any gets 0.
+        temperature: of the pooling's softmax.
+        block: texts at once; as many as keep a block's pooling weights below `BLOCK_NUMBERS` where not given.
     """
     text_AD, frames_BTD = text_AD.float(), frames_BTD.float()
-    pooled_ABD = pool_frames(text_AD, frames_BTD, mask_BT, temperature)
+    size = block or max(1, BLOCK_NUMBERS // max(1, mask_BT.numel()))
+    correction = None
     if emcl is not None:
-        pooled_ABD, text_AD = emcl(pooled_ABD, text_AD, all_reduce=ranks.sum)
-    return torch.einsum("abd,ad->ab", F.normalize(pooled_ABD, dim=-1), F.normalize(text_AD, dim=-1))
+        correction = emcl.correction(
+            lambda: _measure(emcl, text_AD, frames_BTD, mask_BT, temperature, size), all_reduce=ranks.sum
+        )
+    videos = _Videos.of(frames_BTD, mask_BT, correction)
+    texts = list(text_AD.split(size))
+    if len(texts) == 1 or not torch.is_grad_enabled():
+        return torch.cat([_cosine(text, videos, correction, temperature) for text in texts])
+    recomputed = [
+        checkpoint(_cosine, text, videos, correction, temperature, use_reentrant=False, preserve_rng_state=False)
+        for text in texts
+    ]
+    return torch.cat(recomputed)
 
 
-def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE) -> Tensor:
-    """This rank's share of the symmetric cross-entropy over the global batch; the shares add up to the loss.
+@dataclass
+class _Videos:
+    """What of the videos all texts share: their frames, the frames after the correction, and products of those."""
 
-    Rank r's texts are rows of `logits_AB`, whose pairs are the columns r A to (r + 1) A. Rows are complete here;
-    a column's log-sum over the texts of all ranks is exchanged as B numbers, so no rank holds all logits.
-    """
-    total = logits_AB.shape[1]
-    mine = ranks.share(total)
-    positives = logits_AB[:, mine].diagonal()
-    text_to_video = logits_AB.logsumexp(1) - positives
-    highest_B = ranks.maximum(logits_AB.amax(0))
-    columns_B = ranks.sum_with_grad((logits_AB - highest_B).exp().sum(0)).log() + highest_B
-    video_to_text = columns_B[mine] - positives
-    return (text_to_video.sum() + video_to_text.sum()) / (2 * total)
-
-
-class _ClampScale(torch.autograd.Function):
-    """min(scale, maximum), whose gradient vanishes only where a step would go further over the maximum."""
-
-    @staticmethod
-    def forward(ctx: Any, scale: Tensor, maximum: float) -> Tensor:
-        ctx.save_for_backward(scale)
-        ctx.maximum = maximum
-        return scale.clamp(max=maximum)
+    frames: Tensor  # (B, T, D)
+    mask: Tensor  # (B, T)
+    products: Tensor  # (B, T, T), F F^T
+    shifts: Tensor | None = None  # beta P f, (B, T, D); detached where the reconstruction is a constant
+    cross: Tensor | None = None  # F shifts^T, (B, T, T)
+    shift_products: Tensor | None = None  # shifts shifts^T, (B, T, T)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (scale,) = ctx.saved_tensors
-        outward = (scale >= ctx.maximum) & (gradients[0] < 0)
-        return gradients[0].masked_fill(outward, 0.0), None
+    def of(frames: Tensor, mask: Tensor, correction: Correction | None) -> _Videos:
+        products = frames @ frames.transpose(1, 2)
+        if correction is None:
+            return _Videos(frames, mask, products)
+        seen = frames.detach() if correction.constant else frames
+        shifts = correction.beta * (((seen @ correction.bases) * correction.weights) @ correction.bases.T)
+        across = shifts.transpose(1, 2)
+        return _Videos(frames, mask, products, shifts, frames @ across, shifts @ across)
 
 
-def clamp_logit_scale(scale: Tensor) -> Tensor:
-    """CLIP's clamp at ln 100, in the forward pass: a clamp of the weight itself would not reach ZeRO's own copies."""
-    return _ClampScale.apply(scale, MAX_LOGIT_SCALE)
+def _cosine(text_AD: Tensor, videos: _Videos, correction: Correction | None, temperature: float) -> Tensor:
+    weights_ABT = pooling_weights(text_AD, videos.frames, videos.mask, temperature)
+    if correction is None:
+        dot_AB = (weights_ABT * _dots(text_AD, videos.frames)).sum(-1)
+        return _normalised(dot_AB, text_AD, _quadratic(weights_ABT, videos.products, weights_ABT))
+    assert videos.shifts is not None and videos.cross is not None and videos.shift_products is not None
+    text_AD = correction(text_AD)
+    fixed_ABT = weights_ABT.detach() if correction.constant else weights_ABT
+    dot_AB = (weights_ABT * _dots(text_AD, videos.frames) + fixed_ABT * _dots(text_AD, videos.shifts)).sum(-1)
+    length_AB = _quadratic(weights_ABT, videos.products, weights_ABT)  # |p|^2
+    square_AB = (
+        length_AB
+        + 2 * _quadratic(weights_ABT, videos.cross, fixed_ABT)
+        + _quadratic(fixed_ABT, videos.shift_products, fixed_ABT)
+    )
+    if correction.offset is not None:  # ... - beta |p| c
+        offset = correction.beta * correction.offset
+        norm_AB = length_AB.clamp_min(_EPSILON).sqrt()
+        moved_BT = (videos.frames + videos.shifts) @ offset
+        square_AB = square_AB - 2 * norm_AB * (weights_ABT * moved_BT).sum(-1) + length_AB * offset.square().sum()
+        dot_AB = dot_AB - norm_AB * (text_AD @ offset)[:, None]
+    return _normalised(dot_AB, text_AD, square_AB)
+
+
+def _normalised(dot_AB: Tensor, text_AD: Tensor, square_AB: Tensor) -> Tensor:
+    scale_AB = square_AB.clamp_min(_EPSILON).sqrt() * text_AD.norm(dim=-1).clamp_min(_EPSILON)[:, None]
+    return dot_AB / scale_AB
+
+
+def _dots(text_AD: Tensor, frames_BTD: Tensor) -> Tensor:
+    """Text a . frame t of video b: (A, B, T), as one matrix product."""
+    return F.linear(text_AD, frames_BTD.flatten(0, 1)).view(len(text_AD), *frames_BTD.shape[:2])
+
+
+def _quadratic(left_ABT: Tensor, matrix_BTT: Tensor, right_ABT: Tensor) -> Tensor:
+    """left_ab^T matrix_b right_ab: (A, B)."""
+    return (torch.einsum("abt,bts->abs", left_ABT, matrix_BTT) * right_ABT).sum(-1)
+
+
+@torch.no_grad()
+def _measure(
+    emcl: EMCL, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, temperature: float, size: int
+) -> list[Moments]:
+    """Moments of this rank's A B pooled rows and A text rows, as the layer's variant counts them."""
+    directions = emcl.variant == "compact"
+    videos = _Videos.of(frames_BTD, mask_BT, None)
+    batch, frames = mask_BT.shape
+    second_BTT = frames_BTD.new_zeros(batch, frames, frames)
+    first_BT = frames_BTD.new_zeros(batch, frames)
+    count = frames_BTD.new_zeros(())
+    for weights_ABT in _weights(text_AD, videos, temperature, size):
+        if directions:
+            length_AB = _quadratic(weights_ABT, videos.products, weights_ABT)
+            valid_AB = (length_AB > _EPSILON) & length_AB.isfinite()
+            weights_ABT = torch.where(
+                valid_AB[..., None], weights_ABT * length_AB.clamp_min(_EPSILON).rsqrt()[..., None], 0
+            )
+            count += valid_AB.sum()
+        else:
+            count += weights_ABT.shape[0] * batch
+        second_BTT += torch.einsum("abt,abs->bts", weights_ABT, weights_ABT)
+        first_BT += weights_ABT.sum(0)
+    flat = frames_BTD.flatten(0, 1)  # (B T, D)
+    pooled = Moments(
+        gram=flat.T @ (second_BTT @ frames_BTD).flatten(0, 1), total=first_BT.flatten() @ flat, count=count
+    )
+    if directions:
+        return [pooled, Moments.of_directions(text_AD)]
+    return [pooled + Moments.of(text_AD)]
+
+
+def _weights(text_AD: Tensor, videos: _Videos, temperature: float, size: int) -> Iterator[Tensor]:
+    for text in text_AD.split(size):
+        yield pooling_weights(text, videos.frames, videos.mask, temperature)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from emcl.config import ModelConfig
 from emcl.errors import UserError
+from emcl.model.conv import ConvTower
 from emcl.registry import nearest
 
 OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
@@ -96,6 +97,10 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
             )
     if not load_weights:
         settings = without_downloads(settings)
+    widths = settings["vision_cfg"].get("conv_widths")
+    if widths:  # open_clip builds no such tower: it builds a placeholder, which ours takes the place of
+        size = settings["vision_cfg"]["image_size"]
+        settings["vision_cfg"] = {"image_size": size, "patch_size": size, "layers": 1, "width": 64, "head_width": 64}
     with _quiet(), _registered(config.name, settings, keep_name=tag is not None) as name:
         try:
             clip: Any = open_clip.create_model(
@@ -103,6 +108,8 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
             )
         except RuntimeError as error:
             raise UserError(f"model {config.name}, pretrained {tag}: {str(error).splitlines()[0]}") from None
+    if widths:
+        clip.visual = ConvTower(widths, size, settings["embed_dim"])
     if state is not None:
         _load(clip, state, Path(str(config.pretrained)), config.name)
     image, text = clip.visual, clip.text

@@ -27,7 +27,7 @@ RGB = {
     "white": (245, 245, 245),
     "cyan": (60, 210, 220),
 }
-RADIUS = {"small": 0.13, "large": 0.23, None: 0.16}
+RADIUS = {"small": 0.15, "large": 0.27, None: 0.2}
 """Of the side; varied by a tenth either way."""
 
 
@@ -54,7 +54,7 @@ def render(scene: Scene, background: str, rng: np.random.Generator) -> NDArray[n
         touched = cover > 0
         image[touched] += cover[touched][:, None] * (colour - image[touched])
     image *= float(rng.uniform(0.85, 1.1))
-    image += rng.integers(-12, 13, image.shape, dtype=np.int8)
+    image += rng.integers(-8, 9, image.shape, dtype=np.int8)
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
@@ -77,7 +77,7 @@ def _texture(background: str, rng: np.random.Generator) -> Array:
             kx, ky, phase = float(rng.normal(0, 7)), float(rng.normal(0, 7)), float(rng.uniform(0, 6.3))
             pattern = pattern + 0.5 * np.sin(kx * x + ky * y + phase)
     base = rng.uniform(50, 110, 3).astype(np.float32)
-    contrast = rng.uniform(-22, 22, 3).astype(np.float32)
+    contrast = rng.uniform(-14, 14, 3).astype(np.float32)
     return (base + contrast * pattern[..., None]).astype(np.float32)
 
 
@@ -154,24 +154,10 @@ def _box(u: Array, v: Array, w: float, h: float) -> Array:
     return np.maximum(np.abs(u) - w, np.abs(v) - h)
 
 
-def _star(u: Array, v: Array) -> Array:
-    angle = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)  # one half spike
-    radius = np.sqrt(u * u + v * v)
-    # the line from the tip (1, 0) to the notch (0.45 at 36 degrees)
-    tip, notch = np.array([1.1, 0.0]), 0.47 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-    normal = np.array([notch[1] - tip[1], tip[0] - notch[0]])
-    normal /= np.linalg.norm(normal)
-    nx, ny, offset = (float(value) for value in (*normal, tip @ normal))
-    px, py = radius * np.cos(angle), radius * np.sin(angle)
-    return px * nx + py * ny - offset
-
-
 SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda u, v: np.sqrt(u * u + v * v) - 0.95,
     "square": lambda u, v: _box(u, v, 0.82, 0.82),
     "triangle": lambda u, v: np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.5 * 1.05,
-    "star": _star,
     "cross": lambda u, v: np.minimum(_box(u, v, 1.0, 0.3), _box(u, v, 0.3, 1.0)),
-    "ring": lambda u, v: np.abs(np.sqrt(u * u + v * v) - 0.72) - 0.25,
 }
 """Distance outside a shape of radius 1; y points down."""

@@ -26,7 +26,7 @@ from emcl.prepare.scenes import Scene
 from emcl.prepare.writer import encode_mp4, write_shard
 
 SPLITS = {"train": 2000, "val": 200, "test": 500}
-SINGLE_SHARE = 0.4
+SINGLE_SHARE = 0.25
 SHARD_SIZE = 500
 
 

@@ -12,12 +12,12 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SIZES = ("small", "large")
 BACKGROUNDS = ("striped", "checkered", "dotted", "cloudy")
 
-SHAPE_WORDS = {"circle": ("circle", "disc"), "cross": ("cross", "plus"), "ring": ("ring", "hoop")}
+SHAPE_WORDS = {"circle": ("circle", "disc"), "cross": ("cross", "plus")}
 SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
 
 ACTIONS: dict[str, tuple[str, ...]] = {

@@ -82,9 +82,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(state)
 
 
-def open_export(folder: Path) -> tuple[VideoLanguageModel, Config]:
-    """Builds the exported model with its weights; nothing is downloaded."""
-    config = exported_config(folder)
+def open_export(folder: Path, config: Config | None = None) -> tuple[VideoLanguageModel, Config]:
+    """Builds the exported model (or what `config` makes of it) with its weights; nothing is downloaded."""
+    config = config or exported_config(folder)
     model = VideoLanguageModel(config, load_weights=False)
     load_weights(model, folder)
     return model.eval(), config

@@ -44,14 +44,18 @@ def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ran
             "model.cache_features=true excludes data.jitter and data.augment, which change the frames every epoch"
         )
     missing = [number for number, path in enumerate(shards.paths) if not feature_path(config, path).exists()]
+    missing = ranks.gather_objects(missing)[0]  # one list: another rank may look after the first has been written
     backbone.to(device).eval()
-    for number in missing[ranks.rank :: ranks.world_size]:
-        rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
-        bar = tqdm(rows, desc=f"features of {shards.paths[number].name}", unit="video", disable=not ranks.first)
-        write_features(
-            feature_path(config, shards.paths[number]), _of_rows(bar, config, shards, texts, backbone, device)
-        )
-    ranks.barrier()
+    error = None
+    try:
+        for number in missing[ranks.rank :: ranks.world_size]:
+            path = shards.paths[number]
+            rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
+            bar = tqdm(rows, desc=f"features of {path.name}", unit="video", disable=not ranks.first)
+            write_features(feature_path(config, path), _of_rows(bar, config, shards, texts, backbone, device))
+    except UserError as found:
+        error = found
+    ranks.agree(error)
     store = FeatureStore(config, shards)
     return Source(shards, store, store)
 

@@ -36,8 +36,10 @@ Step = tuple[list[dict[str, Any]], float]
 class Trainer:
     """Trains one configuration. All ranks make one and call the same methods."""
 
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device, folder: Path, tracker: Tracker) -> None:
-        self.config, self.ranks, self.device, self.folder, self.tracker = config, ranks, device, folder, tracker
+    tracker: Tracker
+
+    def __init__(self, config: Config, ranks: Ranks, device: torch.device, folder: Path) -> None:
+        self.config, self.ranks, self.device, self.folder = config, ranks, device, folder
         self.shards = open_shards(config.data.train)
         self.val = open_shards(config.data.val) if config.data.val else None
         data = config.data
@@ -72,8 +74,9 @@ class Trainer:
     def model(self) -> VideoLanguageModel:
         return self.engine.module
 
-    def train(self, *, resume: bool = False) -> None:
+    def train(self, tracker: Tracker, *, resume: bool = False) -> None:
         """From the start, or from the newest checkpoint, to the last step."""
+        self.tracker = tracker
         start = 0
         if resume:
             state = checkpoint.resume(self.engine, self.folder / "checkpoints")

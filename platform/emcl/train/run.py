@@ -64,9 +64,9 @@ def run(
 
 
 def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool) -> dict[str, Scores]:
+    trainer = Trainer(config, ranks, device, folder)  # before anything is recorded: it finds what is wrong
     tracker = open_tracker(config, folder.name, first_rank=ranks.first)
     with _Finished(tracker):
-        trainer = Trainer(config, ranks, device, folder, tracker)
         if ranks.first:
             write_run(folder, to_yaml(config), {"tracking": tracker.uri, "ranks": ranks.world_size})
             tracker.artifact(folder / "config.yaml")
@@ -76,7 +76,7 @@ def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, 
                 f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
                 flush=True,
             )
-        trainer.train(resume=resuming)
+        trainer.train(tracker, resume=resuming)
         total = trainer.total
         del trainer
         scores = {}
@@ -96,7 +96,7 @@ def _score(
     export: Path, config: Config, ranks: Ranks, device: torch.device, folder: Path, tracker: Tracker, *, step: int
 ) -> dict[str, Scores]:
     """The exported model on the test split."""
-    model, _ = open_export(export)
+    model, _ = open_export(export, config)
     model.to(device)
     shards = open_shards(str(config.data.test))
     source = open_source(config, shards, model.backbone, ranks, device)

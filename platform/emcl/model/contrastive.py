@@ -1,0 +1,50 @@
+"""The symmetric contrastive loss over the global batch, and CLIP's clamp of its scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emcl.distributed import ALONE, Ranks
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE) -> Tensor:
+    """This rank's share of the symmetric cross-entropy over the global batch; the shares add up to the loss.
+
+    Rank r's texts are rows of `logits_AB`, whose pairs are the columns r A to (r + 1) A. Rows are complete here;
+    a column's log-sum over the texts of all ranks is exchanged as B numbers, so no rank holds all logits.
+    """
+    total = logits_AB.shape[1]
+    mine = ranks.share(total)
+    positives = logits_AB[:, mine].diagonal()
+    text_to_video = logits_AB.logsumexp(1) - positives
+    highest_B = ranks.maximum(logits_AB.amax(0))
+    columns_B = ranks.sum_with_grad((logits_AB - highest_B).exp().sum(0)).log() + highest_B
+    video_to_text = columns_B[mine] - positives
+    return (text_to_video.sum() + video_to_text.sum()) / (2 * total)
+
+
+class _ClampScale(torch.autograd.Function):
+    """min(scale, maximum), whose gradient vanishes only where a step would go further over the maximum."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, maximum: float) -> Tensor:
+        ctx.save_for_backward(scale)
+        ctx.maximum = maximum
+        return scale.clamp(max=maximum)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        outward = (scale >= ctx.maximum) & (gradients[0] < 0)
+        return gradients[0].masked_fill(outward, 0.0), None
+
+
+def clamp_logit_scale(scale: Tensor) -> Tensor:
+    """CLIP's clamp at ln 100, in the forward pass: a clamp of the weight itself would not reach ZeRO's own copies."""
+    return _ClampScale.apply(scale, MAX_LOGIT_SCALE)

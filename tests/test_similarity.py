@@ -1,0 +1,83 @@
+"""The similarity that never holds a pooled row equals the one written as its formulas stand, gradients too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from emcl.em import EMCL
+from emcl.model.similarity import similarity
+from straightforward import cosines, pooled_rows, reference_similarity
+
+A, B, T, D = 7, 9, 5, 32
+TEMPERATURE = 3.0
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(A, D, generator=generator)
+    frames = torch.randn(B, T, D, generator=generator) + 0.5
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[2, 3:] = False
+    return text.requires_grad_(), frames.requires_grad_(), mask
+
+
+def layer(variant: str) -> EMCL:
+    emcl = EMCL(variant=variant, bases=6, width=D, beta=1.5)
+    if variant == "reference":
+        emcl.mu.copy_(torch.linspace(-1, 1, 6))
+    return emcl
+
+
+def plainly(text: torch.Tensor, frames: torch.Tensor, mask: torch.Tensor, emcl: EMCL | None) -> torch.Tensor:
+    if emcl is not None and emcl.variant == "reference":
+        return reference_similarity(text, frames, mask, emcl.mu, temperature=TEMPERATURE, beta=emcl.beta)
+    pooled = pooled_rows(text, frames, mask, TEMPERATURE)
+    return cosines(pooled, text) if emcl is None else cosines(*emcl(pooled, text))
+
+
+@pytest.mark.parametrize("block", [None, 1, 3])
+@pytest.mark.parametrize("variant", [None, "reference", "compact"])
+def test_values_and_gradients_equal_the_formulas(variant: str | None, block: int | None) -> None:
+    upstream = torch.randn(A, B, generator=torch.Generator().manual_seed(1))
+    found = []
+    for compute in (plainly, similarity):
+        text, frames, mask = inputs()
+        emcl = layer(variant) if variant else None
+        if compute is plainly:
+            scores = plainly(text, frames, mask, emcl)
+        else:
+            scores = similarity(text, frames, mask, temperature=TEMPERATURE, emcl=emcl, block=block)
+        (scores * upstream).sum().backward()
+        found.append((scores.detach(), text.grad, frames.grad))
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [None, "reference", "compact"])
+def test_a_video_without_frames_scores_nothing_and_has_no_nan(variant: str | None) -> None:
+    text, frames, mask = inputs()
+    mask[4] = False
+    scores = similarity(text, frames, mask, temperature=TEMPERATURE, emcl=layer(variant) if variant else None)
+    scores.sum().backward()
+    assert scores.isfinite().all()
+    assert text.grad is not None and text.grad.isfinite().all()
+    assert frames.grad is not None and frames.grad.isfinite().all()
+    if variant is None:
+        assert (scores[:, 4] == 0).all()
+
+
+def test_the_largest_tensor_grows_with_frames_and_not_with_the_width() -> None:
+    """Saved for the backward pass: nothing of A x B x D."""
+    text = torch.randn(128, 256, requires_grad=True)
+    frames = torch.randn(128, 4, 256, requires_grad=True)
+    mask = torch.ones(128, 4, dtype=torch.bool)
+    saved: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        similarity(text, frames, mask, temperature=TEMPERATURE, emcl=EMCL()).sum().backward()
+    assert max(saved) <= max(frames.numel(), 128 * 128 * 4) < 128 * 128 * 256 / 10
