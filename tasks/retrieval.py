@@ -18,7 +18,7 @@ from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.em import EMCL
-from emcl.evaluate.retrieval import dual_softmax_metrics, retrieval_metrics
+from emcl.metrics.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.similarity import similarity

@@ -1,8 +1,9 @@
-"""Fixtures: where the real data lies, small shards rendered on the fly, and processes for distributed tests."""
+"""Fixtures: where the real data lies, small shards rendered on the fly, and the launch command as a user types it."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+TINY = str(ROOT / "tests" / "tiny_clip.json")
+"""A model of some thousand weights, besides its vocabulary."""
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a model hub
 
@@ -33,10 +36,19 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small(shards: Path) -> list[str]:
+    """Settings for a few steps of a tiny model on `sample_shards`."""
+    return [
+        "data.generate=false", f"data.train={shards}/train-*.tar", f"data.val={shards}/val-000000.tar",
+        f"data.test={shards}/test-000000.tar", f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16",
+        "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1",
+    ]  # fmt: skip
+
+
 def launch(
     *arguments: str, cwd: Path, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 900
 ) -> subprocess.CompletedProcess[str]:
-    """The user's own command: `deepspeed platform/launch.py ...`, in `cwd`."""
+    """The user's own command, `deepspeed platform/launch.py ...`, in `cwd`, on so many CPU processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [
@@ -47,8 +59,6 @@ def launch(
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -10,7 +10,7 @@ import torch
 from emcl.config import resolve
 from emcl.distributed import Ranks
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
-from emcl.model.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, total_loss
 from ranks import run_on_ranks
 
 BATCH = 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import shared
-from emcl.evaluate.retrieval import (
+from emcl.metrics.retrieval import (
     dual_softmax_metrics,
     ranks_of,
     retrieval_metrics,

@@ -1,1 +1,1 @@
-"""Metrics as pure functions on arrays."""
+"""Scores a model on a split, and reports it: the driver, the tables, the pictures."""

@@ -129,16 +129,28 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
 
 
 def tokenizer(name: str, words: int) -> Callable[[list[str]], Tensor]:
-    """Captions to (B, words) token ids, zero-padded (or with the tokenizer's own padding)."""
+    """Captions to (B, words) token ids, zero-padded (Hugging Face: its own padding, to the longest caption)."""
     settings = model_json(name)
     text = settings["text_cfg"]
     if text.get("hf_tokenizer_name"):
         _local_directory(text["hf_tokenizer_name"], "hf_tokenizer_name")
-        return open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=words)
+        return _Trimmed(open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=words))
     limit = text.get("context_length", 77)
     if words > limit:
         raise UserError(f"data.words={words} is more than the {limit} positions of {name}'s text tower")
     return open_clip.tokenizer.SimpleTokenizer(context_length=words)
+
+
+class _Trimmed:
+    """Hugging Face tokens without the columns that are padding in every row, which cost as much as words."""
+
+    def __init__(self, tokenize: open_clip.tokenizer.HFTokenizer) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenize(texts)
+        used = (tokens != self.tokenize.tokenizer.pad_token_id).any(0).nonzero()
+        return tokens[:, : int(used[-1]) + 1] if len(used) else tokens[:, :1]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:

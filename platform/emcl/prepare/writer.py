@@ -44,7 +44,9 @@ def encode_mp4(frames: NDArray[np.uint8], fps: int, *, crf: int = 26) -> bytes:
         stream.width, stream.height = frames.shape[2], frames.shape[1]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "veryfast", "g": str(fps), "threads": "1"}
+        # x264's fast paths give other bytes by the CPU, and now and then by where its buffers lie
+        exact = "cpu-independent=1:lookahead-threads=1"
+        stream.options = {"crf": str(crf), "preset": "veryfast", "g": str(fps), "threads": "1", "x264-params": exact}
         for image in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
                 container.mux(packet)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emcl.config import Config, from_dict, to_yaml
 from emcl.errors import UserError
-from emcl.model.multitask import VideoLanguageModel
+from emcl.multitask import VideoLanguageModel
 
 WEIGHTS, CONFIG, SCORES = "model.safetensors", "config.yaml", "scores.json"
 

@@ -12,6 +12,7 @@ from emcl.config import Config
 from emcl.data.features import Feature, FeatureStore, feature_path, write_features
 from emcl.data.loader import Clips
 from emcl.data.order import Draw
+from emcl.data.samples import Sample
 from emcl.data.shards import ShardSet
 from emcl.data.source import Source
 from emcl.data.text import Tokens
@@ -21,7 +22,9 @@ from emcl.model.backbone import Backbone
 from emcl.model.towers import tokenizer
 
 TEXTS_AT_ONCE = 256
-FRAMES_AT_ONCE = 64
+FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
+"""On a CPU few frames stay in its cache: 157 frames/s by 8, 66 by 64 (EfficientNet-lite0 at 192 px, 2 cores)."""
+VIDEOS_AT_ONCE = 32
 
 
 def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ranks, device: torch.device) -> Source:
@@ -65,17 +68,41 @@ def _of_rows(
     rows: tqdm[int], config: Config, shards: ShardSet, texts: Tokens, backbone: Backbone, device: torch.device
 ) -> Iterator[tuple[str, Feature]]:
     clips = Clips(shards, config.data, training=False)
+    group: list[tuple[Sample, Tensor]] = []
     for row in rows:
         _, sample, frames, bad = clips[Draw(row, None, 0)]
         if frames is None:
             raise UserError(
                 f"{bad[0]}: write the shards again without it (`emcl prepare` leaves out what does not decode)"
             )
-        pixels = torch.from_numpy(frames).to(device)
-        image = [backbone.image.trunk(backbone.pixels(part)) for part in pixels.split(FRAMES_AT_ONCE)]
-        captions: list[Tensor] = []
-        if sample.captions:
-            tokens = texts.tokenize(sample.captions).to(device)
-            captions = [backbone.text.trunk(part) for part in tokens.split(TEXTS_AT_ONCE)]
-        text = torch.cat(captions) if captions else torch.zeros(0, backbone.text.width)
-        yield sample.id, {"frames": torch.cat(image).cpu().half(), "captions": text.cpu().half()}
+        group.append((sample, torch.from_numpy(frames)))
+        if len(group) == VIDEOS_AT_ONCE:
+            yield from _of_group(group, texts, backbone, device)
+            group = []
+    yield from _of_group(group, texts, backbone, device)
+
+
+def _of_group(
+    group: list[tuple[Sample, Tensor]], texts: Tokens, backbone: Backbone, device: torch.device
+) -> Iterator[tuple[str, Feature]]:
+    """Frames and captions of several videos go through the towers together."""
+    if not group:
+        return
+    frames = torch.cat([frames for _, frames in group]).to(device)
+    image = torch.cat(
+        [
+            backbone.image.trunk(backbone.pixels(part).contiguous(memory_format=torch.channels_last)).cpu().half()
+            for part in frames.split(FRAMES_AT_ONCE.get(device.type, 64))
+        ]
+    )
+    captions = [caption for sample, _ in group for caption in sample.captions]
+    text = torch.zeros(len(captions), backbone.text.width, dtype=torch.float16)
+    by_length = sorted(range(len(captions)), key=lambda index: len(captions[index]))  # little padding
+    for first in range(0, len(captions), TEXTS_AT_ONCE):
+        chosen = by_length[first : first + TEXTS_AT_ONCE]
+        tokens = texts.tokenize([captions[index] for index in chosen]).to(device)
+        text[chosen] = backbone.text.trunk(tokens).cpu().half()
+    of_video = image.split([len(frames) for _, frames in group])
+    of_caption = text.split([len(sample.captions) for sample, _ in group])
+    for (sample, _), frames, captions_ in zip(group, of_video, of_caption, strict=True):
+        yield sample.id, {"frames": frames.clone(), "captions": captions_.clone()}

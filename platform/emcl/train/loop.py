@@ -21,7 +21,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
 from emcl.evaluate.report import as_json
-from emcl.model.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, total_loss
 from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
 from emcl.train import checkpoint

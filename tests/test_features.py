@@ -1,0 +1,75 @@
+"""Outputs of frozen towers, computed once: they are what the towers say, and stale ones are not used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TINY
+from emcl.config import Config, resolve
+from emcl.data.features import feature_path
+from emcl.data.shards import open_shards
+from emcl.distributed import ALONE
+from emcl.errors import UserError
+from emcl.model.backbone import Backbone
+from emcl.train.features import open_source
+
+SETTINGS = [f"model.name={TINY}", "model.frozen=[image,text]", "model.cache_features=true", "data.generate=false"]
+CPU = torch.device("cpu")
+
+
+def settings(*more: str) -> Config:
+    return resolve(["retrieval"], overrides=[*SETTINGS, "data.size=32", "data.frames=3", "data.words=16", *more])
+
+
+def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
+    config = settings()
+    torch.manual_seed(0)
+    backbone = Backbone(config.model, words=config.data.words)
+    shards = open_shards(f"{sample_shards}/val-000000.tar")
+    source = open_source(config, shards, backbone, ALONE, CPU)
+    assert source.features is not None
+    assert feature_path(config, shards.paths[0]).is_file()
+    from emcl.data.loader import Clips, every_caption
+    from emcl.data.order import Draw
+    from emcl.model.towers import tokenizer
+
+    clips = Clips(shards, config.data, training=False)
+    tokenize = tokenizer(TINY, 16)
+    for row in range(len(shards)):
+        _, sample, frames, _ = clips[Draw(row, None, 0)]
+        with torch.no_grad():
+            direct = backbone.image.trunk(backbone.pixels(torch.from_numpy(frames)))
+            words = backbone.text.trunk(tokenize(sample.captions))
+        torch.testing.assert_close(torch.from_numpy(source.features.frames(row)), direct, atol=2e-3, rtol=2e-3)
+        kept = source.texts(every_caption(sample, Draw(row, None, 0)))
+        torch.testing.assert_close(kept, words, atol=2e-3, rtol=2e-3)
+
+
+def test_another_model_size_or_shard_never_finds_them(sample_shards: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "val-000000.tar"
+    shard.write_bytes((sample_shards / "val-000000.tar").read_bytes())
+    mine = feature_path(settings(), shard)
+    for other in ("data.size=48", "data.frames=2", "data.words=12", "data.fps=1.0", "model.name=tiny", "seed=1"):
+        assert feature_path(settings(other), shard) != mine, other
+    assert feature_path(settings("optim.lr=1", "emcl.k=4"), shard) == mine
+    os.utime(shard, ns=(1, 1))  # written again
+    assert feature_path(settings(), shard) != mine
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.frozen=[image]", "model.frozen"),
+        ("data.jitter=true", "data.jitter"),
+        ("data.augment=rand-m7-n4", "augment"),
+    ],
+)
+def test_features_that_would_not_last_are_refused(override: str, named: str, sample_shards: Path) -> None:
+    config = settings(override)
+    backbone = Backbone(config.model, words=16)
+    with pytest.raises(UserError, match=named):
+        open_source(config, open_shards(f"{sample_shards}/val-000000.tar"), backbone, ALONE, CPU)

@@ -1,0 +1,108 @@
+"""What holds the house together: no package named `platform`, imports that go down only, a complete wheel."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "platform" / "emcl"
+FLOORS = (
+    {"errors", "version"},
+    {"em", "registry", "metrics"},
+    {"config", "distributed"},
+    {"data"},
+    {"prepare", "model"},
+    {"task"},
+    {"multitask", "tasks"},
+    {"tracking", "evaluate"},
+    {"train"},
+    {"inference", "cli"},
+)
+"""From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""
+
+
+def test_platform_is_no_package_and_holds_nothing_beside_the_package() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists(), "torch imports the standard library's `platform`"
+    tracked = subprocess.run(
+        ["git", "ls-files", "platform"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {Path(name).parts[1] for name in tracked} == {"launch.py", "emcl"}
+
+
+def test_an_init_file_there_is_what_breaks(tmp_path: Path) -> None:
+    """The trap itself: with the file, torch finds ours in place of the standard library's."""
+    (tmp_path / "platform").mkdir()
+    (tmp_path / "platform" / "__init__.py").touch()
+    code = "import platform; platform.system()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "has no attribute 'system'" in done.stderr
+
+
+def floor_of(module: str) -> int:
+    top = module.split(".")[1] if "." in module else module
+    return next(number for number, names in enumerate(FLOORS) if top in names)
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = [
+        (f"emcl.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}", path) for path in PACKAGE.rglob("*.py")
+    ]
+    found += [(f"emcl.tasks.{path.stem}", path) for path in (ROOT / "tasks").glob("*.py")]
+    return [(name, path) for name, path in found if name != "emcl.__init__"]
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_imports_go_down_only(module: str, path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for node in tree.body:  # an import inside a function is for speed at start, or a lazy look-up
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("emcl."):
+                assert floor_of(name) <= floor_of(module), f"{module} imports {name}, which lies above it"
+
+
+def test_only_one_module_touches_torch_distributed() -> None:
+    users = [name for name, path in modules() if "torch.distributed as" in path.read_text()]
+    assert users == ["emcl.distributed"]
+
+
+def test_every_subpackage_is_in_the_wheel() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["options"]["packages"].split())
+    there = {"emcl", "emcl.tasks", "emcl.configs"}
+    there |= {f"emcl.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert listed == there
+
+
+@pytest.mark.slow
+def test_a_wheel_in_a_clean_environment_imports_lists_tasks_and_finds_configurations(tmp_path: Path) -> None:
+    """The environment has the dependencies and the wheel; the checkout and the editable install are not in it."""
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    dependencies = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(dependencies + "\n")  # appended: its own .pth files are not read
+
+    def output(*command: str) -> str:
+        return subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    where = output(str(python), "-c", "import emcl, emcl.tasks; print(emcl.__file__, emcl.tasks.__file__)")
+    assert str(ROOT) not in where
+    assert where.count(str(site)) == 2
+    emcl = str(tmp_path / "venv" / "bin" / "emcl")
+    assert "retrieval" in output(emcl, "tasks")
+    assert "sample" in output(emcl, "config", "--list")
+    assert "batch_size: 64" in output(emcl, "config", "--task", "retrieval")

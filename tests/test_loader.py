@@ -1,0 +1,144 @@
+"""Batches from real tars of real MP4: independent of workers, short videos masked, broken clips replaced and named."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from emcl.config import DataConfig
+from emcl.data.decode import DecodeError, decode
+from emcl.data.loader import evaluation_loader, training_loader
+from emcl.data.order import RankBatches, order_of
+from emcl.data.shards import ShardSet, find_shards, open_shards
+from emcl.errors import UserError
+
+DATA = DataConfig(frames=4, size=32, batch_size=6, workers=0)
+
+
+def ids(samples: Any, draws: Any) -> list[str]:
+    return [sample.id for sample in samples]
+
+
+def batches(
+    shards: ShardSet, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1
+) -> list[dict[str, Any]]:
+    order = order_of(shards, pairs="clip", captions_per_video=None, batch_size=6, buffer=8, seed=0)
+    mine = RankBatches(order, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
+    return list(training_loader(shards, data, mine, {"ids": ids}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"jitter": True}, {"augment": "rand-m7-n4-mstd0.5-inc1"}])
+def test_workers_and_ranks_do_not_change_a_batch(settings: dict[str, Any], sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/train-*.tar")
+    data = replace(DATA, **settings)
+    alone = batches(shards, data)
+    for other in (batches(shards, replace(data, workers=2)), batches(shards, replace(data, cache_gib=0.1))):
+        for one, two in zip(alone, other, strict=True):
+            assert one["ids"] == two["ids"]
+            torch.testing.assert_close(one["frames"], two["frames"], rtol=0, atol=0)
+    halves = [batches(shards, data, rank=rank, world_size=2) for rank in range(2)]
+    for step, whole in enumerate(alone):
+        assert halves[0][step]["ids"] + halves[1][step]["ids"] == whole["ids"]
+        torch.testing.assert_close(
+            torch.cat([half[step]["frames"] for half in halves]), whole["frames"], rtol=0, atol=0
+        )
+
+
+def test_jitter_and_augmentation_change_from_epoch_to_epoch(sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/train-000000.tar")  # 12 clips: two steps an epoch
+    found = {}
+    for batch in batches(shards, replace(DATA, jitter=True), steps=4):
+        for name, frames in zip(batch["ids"], batch["frames"].split(4), strict=True):
+            found.setdefault(name, []).append(frames)
+    assert all(not torch.equal(*twice) for twice in found.values())
+
+
+def test_evaluation_takes_every_sample_exactly_once_over_the_ranks(sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/test-000000.tar")
+    seen = [
+        row
+        for rank in range(3)
+        for batch in evaluation_loader(shards, DATA, {}, batch_size=3, rank=rank, world_size=3)
+        for row in batch["rows"]
+    ]
+    assert sorted(seen) == list(range(12))
+
+
+def broken(sample_shards: Path, tmp_path: Path, share: int) -> ShardSet:
+    """The first shard with every `share`-th video cut to nonsense."""
+    with tarfile.open(sample_shards / "train-000000.tar") as source, tarfile.open(tmp_path / "b.tar", "w") as out:
+        for number, member in enumerate(source):
+            content = source.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith("mp4") and number // 2 % share == 0:
+                content = content[:100]
+            info = tarfile.TarInfo(member.name)
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    return open_shards(str(tmp_path / "b.tar"))
+
+
+def test_a_broken_clip_is_replaced_and_named(sample_shards: Path, tmp_path: Path) -> None:
+    shards = broken(sample_shards, tmp_path, 4)
+    named = []
+    for batch in batches(shards, DATA, steps=2):
+        assert len(batch["ids"]) == 6
+        named += batch["bad"]
+    assert len(named) == 3
+    assert all("b.tar" in item for item in named)
+
+
+def test_evaluation_leaves_a_broken_clip_out_and_names_it(sample_shards: Path, tmp_path: Path) -> None:
+    shards = broken(sample_shards, tmp_path, 6)
+    found = list(evaluation_loader(shards, DATA, {}, batch_size=4, rank=0, world_size=1))
+    assert sum(len(batch["ids"]) for batch in found) == 10
+    assert sum(len(batch["bad"]) for batch in found) == 2
+
+
+def test_frames_are_those_shown_at_the_middle_of_equal_slices(tmp_path: Path) -> None:
+    from emcl.prepare.writer import encode_mp4
+
+    levels = np.repeat(np.arange(10, 250, 20, dtype=np.uint8), 10)  # twelve levels of one second each
+    video = np.broadcast_to(levels[:, None, None, None], (120, 64, 64, 3))
+    encoded = encode_mp4(np.ascontiguousarray(video), 10, crf=1)
+    found = decode(encoded, frames=6, size=32)[:, 16, 16, 0].astype(int)
+    np.testing.assert_allclose(found, [30, 70, 110, 150, 190, 230], atol=6)  # seconds 1, 3, 5, ...
+    part = decode(encoded, frames=2, size=32, start=6.0, end=10.0)[:, 16, 16, 0].astype(int)
+    np.testing.assert_allclose(part, [150, 190], atol=6)  # seconds 7 and 9
+    assert len(decode(encoded, frames=20, size=32, fps=1.0)) == 12
+    with pytest.raises(DecodeError, match="outside"):
+        decode(encoded, frames=2, size=32, start=99.0)
+
+
+def test_shards_by_braces_glob_folder_and_list(sample_shards: Path) -> None:
+    first = sample_shards / "train-000000.tar"
+    assert find_shards(f"{sample_shards}/train-{{000000..000001}}.tar") == [first, sample_shards / "train-000001.tar"]
+    assert find_shards(f"{sample_shards}/train-00000[01].tar")[0] == first
+    assert first in find_shards(str(sample_shards))
+    assert find_shards(f"{first}::{first}") == [first, first]
+    with pytest.raises(UserError, match=r"train-000009.tar is missing"):
+        find_shards(f"{sample_shards}/train-{{000000..000001}}.tar::{sample_shards}/train-{{000001,000009}}.tar")
+
+
+def test_a_pickle_in_a_shard_is_never_touched(sample_shards: Path, tmp_path: Path) -> None:
+    path = tmp_path / "evil.tar"
+    with tarfile.open(sample_shards / "val-000000.tar") as source, tarfile.open(path, "w") as out:
+        for member in list(source)[:2]:
+            out.addfile(member, source.extractfile(member))
+        stem = out.getnames()[0].partition(".")[0]
+        for ending in ("pickle", "pyd", "pth"):
+            info = tarfile.TarInfo(f"{stem}.{ending}")
+            content = b"cposix\nsystem\n(S'touch executed'\ntR."
+            info.size = len(content)
+            out.addfile(info, io.BytesIO(content))
+    shards = open_shards(str(path))
+    assert len(shards) == 1
+    assert not Path("executed").exists()
+    assert json.loads(shards.rows[0].sample.to_json())["split"] == "val"

