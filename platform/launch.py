@@ -9,6 +9,7 @@ deepspeed platform/launch.py --task retrieval --resume
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -41,11 +42,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # after the options: `--help` must not wait for torch
+    from emcl import distributed
     from emcl.errors import UserError
+    from emcl.train.run import run
 
     try:
-        from emcl.train.run import run
-
         run(
             [name for name in options.task.split(",") if name],
             recipe=options.recipe,
@@ -54,11 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
             resume=options.resume,
         )
     except UserError as error:
-        import os
-
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
             print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        distributed.stop()
     return 0
 
 

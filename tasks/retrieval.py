@@ -26,6 +26,7 @@ from emcl.task import EncodeText, Example, Scorer, Scores, Task
 
 EXAMPLES = 6
 TOP = 5
+LARGE_TILE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,9 @@ class RetrievalTask(Task):
                 temperature=config.emcl.temperature,
                 beta=config.emcl.beta,
                 momentum=config.emcl.momentum,
+                balance=config.emcl.balance,
                 variant=config.emcl.variant,
+                width=backbone.embed_dim,
                 seed=config.seed,
             )
 
@@ -82,11 +85,14 @@ class RetrievalTask(Task):
     def similarity_in_tiles(
         self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks
     ) -> np.ndarray:
-        """(Q, G) on every rank, from tiles of `tile` texts x `tile` videos, so memory does not grow with Q x G x D.
+        """(Q, G) on every rank, from tiles of texts x videos, whose rows the ranks share.
 
-        The ranks share the tiles' rows. EM sees one tile at a time, whichever rank computes it.
+        The reference's EM sees one tile of `tile` x `tile` at a time, whichever rank computes it, and its scores depend
+        on that; without it, or with compact bases, any tile gives the same scores, and large ones are taken.
         """
         alone = Ranks()
+        if self.emcl is None or self.emcl.variant == "compact":
+            tile = LARGE_TILE
         rows: dict[int, np.ndarray] = {}
         for number, first in enumerate(range(0, len(text_QD), tile)):
             if number % ranks.world_size != ranks.rank:
@@ -175,7 +181,11 @@ class _RetrievalScorer(Scorer):
 
     def _protocol(self, texts: int, videos: int) -> str:
         emcl, settings = self.config.emcl, self.config.evaluate
-        layer = f"EMCL {emcl.variant} in tiles of {settings.tile} x {settings.tile}" if emcl.enabled else "no EMCL"
+        layers = {
+            "reference": f"EMCL reference in tiles of {settings.tile} x {settings.tile}",
+            "compact": "EMCL compact, bases of training",
+        }
+        layer = layers[emcl.variant] if emcl.enabled else "no EMCL"
         return (
             f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
             f"against; {layer}{'; frames shuffled' if settings.shuffle_frames else ''}"

@@ -45,6 +45,7 @@ CASES = {
     "unknown key": (["optim.lrr=1"], ["optim.lrr", "did you mean 'lr'"]),
     "ill-typed": (["optim.epochs=many"], ["optim.epochs", "many"]),
     "no such choice": (["precision=fp8"], ["precision", "bf16"]),
+    "fp16 on a CPU": (["precision=fp16"], ["fp16", "bf16"]),
     "not key=value": (["optim.lr"], ["optim.lr", "key=value"]),
     "unknown task setting": (["tasks.retrieval.wieght=1"], ["wieght", "weight"]),
     "no shard": (["data.train=nowhere/train-{000000..000003}.tar"], ["nowhere/train-", "emcl prepare"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -55,11 +54,7 @@ def test_accumulated_steps_and_checkpointed_activations_train(sample_shards: Pat
 
 
 @pytest.mark.xdist_group("zero")
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precisions_follow_fp32(
-    precision: str, plain: tuple[dict, list[float]], sample_shards: Path, tmp_path: Path
-) -> None:
-    weights, losses = trained(sample_shards, tmp_path, f"precision={precision}")
+def test_bf16_follows_fp32(plain: tuple[dict, list[float]], sample_shards: Path, tmp_path: Path) -> None:
+    weights, losses = trained(sample_shards, tmp_path, "precision=bf16")
     assert losses == pytest.approx(plain[1], rel=0.05)
     assert weights["tasks.retrieval.emcl.mu"].dtype.itemsize == 4
-    json.dumps(losses)

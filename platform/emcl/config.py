@@ -20,6 +20,8 @@ from emcl.errors import UserError
 from emcl.registry import nearest, task_class
 
 DEFAULT_RECIPE = "sample"
+EMCL_VARIANTS = ("reference", "compact")
+"""As em.py has them; written here too, so that reading a configuration does not import torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +54,21 @@ class EMCLConfig:
 
     enabled: bool = True
     variant: str = "reference"
+    """`reference`, the published behaviour, or `compact`: distinct bases that a query alone is compared with too."""
     k: int = 32
     """Number of bases."""
     iterations: int = 9
     temperature: float = 1.0
-    """lambda, of the E-step's softmax."""
+    """lambda, of the E-step's softmax (reference)."""
     beta: float = 3.0
     """Weight of the reconstruction that is added to a row."""
+    balance: float = 0.5
+    """How equally the bases contribute: 0 keeps the features' spectrum, 1 makes it flat (compact)."""
     momentum: float = 0.9
-    """alpha, of the moving average of the bases' start."""
+    """alpha, of the moving average: of the bases' start (reference), of the rows' moments (compact)."""
 
     def __post_init__(self) -> None:
-        _one_of("emcl.variant", self.variant, ("reference",))
+        _one_of("emcl.variant", self.variant, EMCL_VARIANTS)
         _at_least("emcl.k", self.k, 1)
         _at_least("emcl.iterations", self.iterations, 1)
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emcl.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -130,16 +132,30 @@ def quiet_start() -> None:
 
 
 def start() -> Ranks:
-    """Joins the process group that the launcher describes; one process where there is none."""
+    """Joins the process group that the launcher describes; one process where there is none.
+
+    Raises:
+        UserError: the launcher's port is taken.
+    """
+    if dist.is_initialized():  # a second run in one process: DeepSpeed does not survive a new group
+        return Ranks(dist.get_rank(), dist.get_world_size())
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if os.environ["WORLD_SIZE"] == "1":  # nobody else needs to know it, so that several runs share a machine
+        os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ.get("MASTER_PORT")
+        way_out = "deepspeed --master_port N platform/launch.py ..."
+        raise UserError(f"port {port} is taken, by another run perhaps: give a free one, {way_out}") from None
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 

@@ -110,6 +110,8 @@ def _index(number: int, path: Path) -> list[Row]:
     videos: dict[str, tuple[int, int]] = {}
     texts: dict[str, Sample] = {}
     try:
+        if not _ends_as_a_tar(path):
+            raise UserError(f"{path} is cut short (it lacks a tar's end): copy or prepare the shard again")
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if not member.isfile():
@@ -135,3 +137,10 @@ def _index(number: int, path: Path) -> list[Row]:
                 pair = "a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
                 raise UserError(f"{path}: {key.lstrip('/')} has no {what}; {pair}")
     return [Row(number, *place, texts[key]) for key, place in videos.items()]
+
+
+def _ends_as_a_tar(path: Path) -> bool:
+    """Two blocks of zeros; without them a torn tar may look like a shorter one."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 1024))
+        return stream.read() == bytes(1024)

@@ -44,6 +44,10 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
             raise UserError(
                 f"{path} sets {key!r}, which comes from the configuration: remove it there (see docs/configuration.md)"
             )
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if config.precision == "fp16" and not accelerator.is_fp16_supported():
+        name = accelerator.device_name()
+        raise UserError(f"precision=fp16: DeepSpeed does not support it on this device ({name}); take bf16 or fp32")
     micro = config.data.batch_size // (world_size * config.optim.accumulation)
     return {
         **settings,

@@ -49,18 +49,15 @@ def run(
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
-    try:
-        _check(config, ranks, training=evaluate_path is None)
-        name = folder.name if folder else ranks.gather_objects(config.name or _name(tasks))[0]
-        if evaluate_path is not None:
-            export = find_export(evaluate_path)
-            tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
-            with _Finished(tracker):
-                return _score(export, config, ranks, device, _home(export), tracker, step=0)
-        folder = folder or Path(config.runs) / name
-        return _train(config, ranks, device, folder, resuming=resume is not None)
-    finally:
-        distributed.stop()
+    _check(config, ranks, training=evaluate_path is None)
+    name = folder.name if folder else ranks.gather_objects(config.name or _name(tasks))[0]
+    if evaluate_path is not None:
+        export = find_export(evaluate_path)
+        tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
+        with _Finished(tracker):
+            return _score(export, config, ranks, device, _home(export), tracker, step=0)
+    folder = folder or Path(config.runs) / name
+    return _train(config, ranks, device, folder, resuming=resume is not None)
 
 
 def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool) -> dict[str, Scores]:
