@@ -23,7 +23,8 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "cli"},
+    {"inference", "describe"},
+    {"cli"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""
 
@@ -81,6 +82,13 @@ def test_every_subpackage_is_in_the_wheel() -> None:
     there = {"emcl", "emcl.tasks", "emcl.configs"}
     there |= {f"emcl.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
     assert listed == there
+
+
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    from emcl.describe import describe
+
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == describe(), "run: emcl config --describe > docs/configuration.md"
 
 
 @pytest.mark.slow

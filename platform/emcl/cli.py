@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--task", default="retrieval")
     config.add_argument("--recipe", default="sample", help="a file of configs/recipe, or a path")
     config.add_argument("--list", action="store_true", help="list the shipped recipes instead")
+    config.add_argument("--describe", action="store_true", help="print every setting with its meaning, as Markdown")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(act=_config)
     return parser
@@ -106,7 +107,11 @@ def _tasks(_: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace) -> None:
     from emcl.config import configs_folder, resolve, to_yaml
 
-    if options.list:
+    if options.describe:
+        from emcl.describe import describe
+
+        print(describe(), end="")
+    elif options.list:
         for path in sorted((configs_folder() / "recipe").glob("*.yaml")):
             print(path.stem)
     else:

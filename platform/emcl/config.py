@@ -80,7 +80,9 @@ class DataConfig:
     train: str = "shards/sample/train-{000000..000003}.tar"
     """Brace pattern, glob or folder of WebDataset tars; several are joined by `::`."""
     val: str | None = None
+    """Scored while training; its score chooses the best model."""
     test: str | None = None
+    """Scored once, at the end, with the best model."""
     generate: bool = False
     """Render the sample set where its shards are missing."""
     frames: int = 12
@@ -178,11 +180,13 @@ class Config:
     """One run."""
 
     seed: int = 0
+    """Of weights, order, captions, augmentation."""
     name: str | None = None
     """Of the run; made from task and time where not given."""
     runs: str = "runs"
     """Folder of all runs."""
     precision: str = "fp32"
+    """`fp32`, `bf16` or `fp16`."""
     deepspeed: str = "deepspeed/zero1.json"
     """A DeepSpeed JSON file: a path, or one of configs/. Batch size, precision and clipping come from here."""
     tasks: dict[str, Any] = field(default_factory=dict)
