@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train test lint format clean
+.PHONY: install train test lint bench format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,10 +20,13 @@ train: install
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
 
+bench: install
+	$(BIN)/python benchmarks/emcl.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy platform/launch.py platform/emcl tasks
+	$(BIN)/mypy platform/launch.py platform/emcl tasks benchmarks
 
 format: install
 	$(BIN)/ruff check --fix .
