@@ -21,7 +21,7 @@ test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
 
 bench: install
-	$(BIN)/python benchmarks/emcl.py
+	$(BIN)/python benchmarks/layer_and_similarity.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -24,20 +24,17 @@ def draw_examples(path: Path, examples: Sequence[Example], frames_of: Callable[[
     figure = Figure(figsize=(2.6 * columns + 2.4, 1.15 * len(examples) + 0.7), dpi=110)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(examples), columns + 1, squeeze=False)
+    heads = ["the query's own", *(f"found {n}" for n in range(1, columns))]
+    for axis, head in zip(axes[0][1:], heads, strict=True):
+        axis.set_title(head, fontsize=9)
     for line, example in zip(axes, examples, strict=True):
         line[0].text(0, 0.5, textwrap.fill(example.query, 26), va="center", fontsize=9)
-        for axis, row, head in zip(
-            line[1:],
-            [example.right, *example.found],
-            ["the query's own", *(f"found {n}" for n in range(1, columns))],
-            strict=False,
-        ):
+        for place, row in enumerate([example.right, *example.found]):
+            axis = line[1 + place]
             clip = frames_of(row)
             chosen = clip[np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)]
             axis.imshow(np.concatenate(list(chosen), axis=1))
-            if line is axes[0]:
-                axis.set_title(head, fontsize=9)
-            if row == example.right and head.startswith("found"):
+            if place and row == example.right:
                 for spine in axis.spines.values():
                     spine.set(color="tab:green", linewidth=3)
         for axis in line:

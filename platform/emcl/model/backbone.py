@@ -37,7 +37,9 @@ class Backbone(nn.Module):
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
-            self.temporal = TemporalTransformer(towers.embed_dim, config.temporal_layers, towers.text.trunk)
+            self.temporal = TemporalTransformer(
+                towers.embed_dim, config.temporal_layers, towers.text.trunk if config.pretrained else None
+            )
         # numbers and not buffers: a cast of the model to bf16 would round them
         self.normalisation = [(255 * mean, 255 * std) for mean, std in zip(towers.mean, towers.std, strict=True)]
         self.checkpointing = config.activation_checkpointing

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 MAX_FRAMES = 77
 """Frame positions, as many as CLIP's text tower has."""
+POSITION_SCALE = 0.5
+"""Of positions that start at random. Frame embeddings have elements of size 1: by CLIP's own 0.01 for untrained towers
+their places would be 1% of what the blocks see, and the order of frames would not be learnt."""
 
 
 class TemporalTransformer(nn.Module):
     """Lets each frame see the others and its place in time.
 
-    Where the text tower has the same width, positions and the first blocks start as copies of its own (EMCL.md's
+    Where a pretrained text tower of the same width is given, positions and the first blocks start as copies of its own (EMCL.md's
     set-up); else they are random.
     """
 
@@ -23,7 +26,7 @@ class TemporalTransformer(nn.Module):
         super().__init__()
         self.heads = max(1, width // 64)
         fits = isinstance(text, TextTransformer) and text.width == width and len(text.transformer.resblocks) >= layers
-        self.positions = nn.Parameter(torch.randn(MAX_FRAMES, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(MAX_FRAMES, width) * POSITION_SCALE)
         if fits:
             assert isinstance(text, TextTransformer)
             self.heads = text.heads

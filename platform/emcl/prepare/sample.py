@@ -7,6 +7,7 @@ renders 2,000 / 200 / 500 clips for train / val / test. The scenes of val and te
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -41,25 +42,42 @@ class Clip:
 
 
 def plan(counts: dict[str, int], seed: int) -> list[Clip]:
-    """Which scene each clip shows. Scenes of val and test are distinct and held out of training."""
+    """Which scene each clip shows. Scenes of val and test are distinct and held out of training.
+
+    Twins, scenes that differ in the order of time alone, go to the same split: a test video is ranked against its
+    twin. And they are neighbours in the shards, so that a small shuffle buffer brings them into one training batch,
+    without which nothing would teach a model the order of time.
+    """
     rng = random.Random(seed)
-    clips: dict[str, list[Scene]] = {split: [] for split in counts}
+    chosen: dict[str, list[list[Scene]]] = {split: [] for split in counts}
     for pool, share in ((scenes.single_scenes(), SINGLE_SHARE), (scenes.double_scenes(), 1 - SINGLE_SHARE)):
-        rng.shuffle(pool)
+        families = scenes.families(pool)
+        rng.shuffle(families)
         for split in ("test", "val"):
-            taken = round(counts.get(split, 0) * share)
-            clips.setdefault(split, []).extend(pool[:taken])
-            del pool[:taken]
+            chosen.setdefault(split, []).extend(_take(families, round(counts.get(split, 0) * share)))
         wanted = round(counts["train"] * share)
-        rounds, rest = divmod(wanted, len(pool))
-        clips["train"] += pool * rounds + pool[:rest]
-    for split in clips:
-        rng.shuffle(clips[split])
+        while wanted > 0:  # again and again, until there are enough
+            taken = _take(list(families), wanted)
+            chosen["train"] += taken
+            wanted -= sum(map(len, taken))
+            rng.shuffle(families)
+    for split in chosen:
+        rng.shuffle(chosen[split])
     return [
         Clip(f"{split}{index:05d}", split, scene, rng.getrandbits(48))
         for split in counts
-        for index, scene in enumerate(clips[split])
+        for index, scene in enumerate(itertools.chain.from_iterable(chosen[split]))
     ]
+
+
+def _take(families: list[list[Scene]], wanted: int) -> list[list[Scene]]:
+    """The first families of `wanted` scenes in all, taken off the list; the last may be cut."""
+    taken: list[list[Scene]] = []
+    while wanted > 0 and families:
+        family = families.pop(0)[:wanted]
+        taken.append(family)
+        wanted -= len(family)
+    return taken
 
 
 def make_clip(clip: Clip) -> tuple[Sample, str, bytes]:

@@ -48,6 +48,18 @@ SIZELESS = ("grows", "shrinks")
 """Actions that change the size, so that naming one would be ambiguous."""
 
 
+TWINS = (
+    ("moves right", "moves left"),
+    ("moves up", "moves down"),
+    ("grows", "shrinks"),
+    ("appears", "disappears"),
+    ("turns clockwise", "turns back"),
+    ("after", "before"),
+    ("towards", "away"),
+)
+"""Actions that differ in the order of time alone."""
+
+
 @dataclass(frozen=True)
 class Thing:
     shape: str
@@ -78,6 +90,15 @@ def double_scenes() -> list[Scene]:
     things = [Thing(shape, colour) for shape, colour in itertools.product(SHAPES, COLOURS)]
     pairs = [(a, b) for a, b in itertools.permutations(things, 2) if a.shape != b.shape and a.colour != b.colour]
     return [Scene(action, a, b) for action, (a, b) in itertools.product(INTERACTIONS, pairs)]
+
+
+def families(scenes: list[Scene]) -> list[list[Scene]]:
+    """Scenes with their twins, in the order of the first of each."""
+    first_of = {action: pair[0] for pair in TWINS for action in pair}
+    found: dict[tuple[str, Thing, Thing | None], list[Scene]] = {}
+    for scene in scenes:
+        found.setdefault((first_of.get(scene.action, scene.action), scene.a, scene.b), []).append(scene)
+    return list(found.values())
 
 
 def captions(scene: Scene, rng: random.Random, count: int = 4) -> list[str]:
