@@ -19,7 +19,7 @@ def test_shuffled_test_frames_score_clearly_lower(tmp_path: Path) -> None:
         f"data.test={tmp_path}/shards/test-*.tar", "tracking.enabled=false",
     ]  # fmt: skip
     found = {}
-    steps = ["optim.epochs=5", "name=order"]
+    steps = ["optim.epochs=6", "name=order"]
     for order, options in (
         ("kept", [*data, *steps]),
         ("shuffled", ["--evaluate", "runs/order", "evaluate.shuffle_frames=true"]),

@@ -18,8 +18,8 @@ their places would be 1% of what the blocks see, and the order of frames would n
 class TemporalTransformer(nn.Module):
     """Lets each frame see the others and its place in time.
 
-    Where a pretrained text tower of the same width is given, positions and the first blocks start as copies of its own (EMCL.md's
-    set-up); else they are random.
+    Where a pretrained text tower of the same width is given, positions and the first blocks start as copies of its own
+    (EMCL-Net's set-up); else they are random.
     """
 
     def __init__(self, width: int, layers: int, text: nn.Module | None = None) -> None:
