@@ -1,4 +1,4 @@
-"""What the sample set is for: the model that `make train` makes has learnt motion, and loses it with the frames' order."""
+"""What the sample set is for: a model trained on it has learnt motion, and loses it with the order of frames."""
 
 from __future__ import annotations
 
