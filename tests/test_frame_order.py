@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import launch
 
+from conftest import launch
 from emcl.prepare.sample import generate
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_shuffled_test_frames_score_clearly_lower(tmp_path: Path) -> None:
-    """All of the recipe's steps: order is learnt late, and half of them (6 epochs) leave a model that is blind to it."""
+    """All of the recipe's steps: order is learnt late, and 6 epochs of them leave a model that is blind to it."""
     generate(tmp_path / "shards" / "sample", progress=False)
     trained = ["data.val=null", "tracking.enabled=false", "name=order"]
     scored = ["--evaluate", "runs/order", "evaluate.shuffle_frames=true"]
