@@ -58,3 +58,15 @@ def test_bf16_follows_fp32(plain: tuple[dict, list[float]], sample_shards: Path,
     weights, losses = trained(sample_shards, tmp_path, "precision=bf16")
     assert losses == pytest.approx(plain[1], rel=0.05)
     assert weights["tasks.retrieval.emcl.mu"].dtype.itemsize == 4
+
+
+@pytest.mark.xdist_group("zero")
+def test_compact_bases_train_on_two_ranks_as_on_one(sample_shards: Path, tmp_path: Path) -> None:
+    compact = ["emcl.variant=compact", "emcl.k=8", "emcl.beta=1"]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, losses = trained(sample_shards, tmp_path / "one", *compact, ranks=1)
+    two, others = trained(sample_shards, tmp_path / "two", *compact)
+    assert others == pytest.approx(losses, rel=1e-4)
+    name = "tasks.retrieval.emcl.gram"
+    assert (two[name] - one[name]).norm() / one[name].norm() < 1e-3

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ConfigTypeError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from emcl.errors import UserError
 from emcl.registry import nearest, task_class
@@ -344,6 +344,3 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
 def _at_least(key: str, value: float, least: float) -> None:
     if not value >= least or math.isnan(value):
         raise ValueError(f"{key}={value} is below {least}")
-
-
-__all__ = ["Config", "ConfigTypeError", "configs_folder", "find_file", "flatten", "from_dict", "resolve", "to_yaml"]

@@ -136,10 +136,6 @@ class Correction:
         with torch.autocast(rows.device.type, enabled=False):
             return rows + (self.beta * self.reconstruct(rows)).to(rows.dtype)
 
-    def matrix(self) -> Tensor:
-        """Z diag(w) Z^T, (D, D)."""
-        return (self.bases * self.weights) @ self.bases.T
-
 
 @torch.no_grad()
 def fit_reference(
@@ -206,8 +202,6 @@ class EMCL(nn.Module):
         width: D; where not given, the first rows say it (compact).
         seed: of the initial bases.
     """
-
-    VARIANTS = VARIANTS
 
     def __init__(
         self,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
 
-from emcl.data.decode import DecodeError, decode
+from emcl.data.decode import DecodeError, decode, square
 from emcl.distributed import device as default_device
 from emcl.errors import UserError
 from emcl.model.towers import tokenizer
@@ -96,7 +97,7 @@ class VideoTextModel:
         chosen = frames
         if len(frames) > data.frames:  # the middle of each of as many equal slices
             chosen = frames[((np.arange(data.frames) + 0.5) * len(frames) / data.frames).astype(int)]
-        return np.stack([_square(frame, data.size) for frame in chosen])
+        return np.stack([square(av.VideoFrame.from_ndarray(frame, format="rgb24"), data.size) for frame in chosen])
 
 
 class VideoFeatures:
@@ -121,15 +122,3 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Video
         UserError: no export there, or its weights do not fit its configuration.
     """
     return VideoTextModel(path, device=device)
-
-
-def _square(frame: np.ndarray, size: int) -> np.ndarray:
-    from PIL import Image
-
-    height, width = frame.shape[:2]
-    scale = size / min(height, width)
-    image = Image.fromarray(frame).resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
-    )
-    top, left = (image.height - size) // 2, (image.width - size) // 2
-    return np.asarray(image)[top : top + size, left : left + size]

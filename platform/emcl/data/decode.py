@@ -51,7 +51,7 @@ def decode(
             count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
             offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
             times = begin + (np.arange(count) + offsets) * (finish - begin) / count
-            return np.stack([_square(frame, size) for frame in _at(container, stream, times)])
+            return np.stack([square(frame, size) for frame in _at(container, stream, times)])
     except (av.FFmpegError, ValueError, StopIteration) as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
@@ -96,7 +96,8 @@ def _at(
         yield shown
 
 
-def _square(frame: av.VideoFrame, size: int) -> Frames:
+def square(frame: av.VideoFrame, size: int) -> Frames:
+    """The frame resized to the short side `size` (bicubic) and centre-cropped: (size, size, 3)."""
     scale = size / min(frame.width, frame.height)
     width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
     image: Any = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()

@@ -16,17 +16,15 @@ Legend: A texts of this rank, B videos of all ranks, T frames, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emcl.distributed import ALONE, Ranks
 from emcl.em import EMCL, Correction, Moments
-from emcl.model.pooling import pooling_weights
+from emcl.model.pooling import frame_scores, pooling_weights
 
 BLOCK_NUMBERS = 2**22
 """Pooling weights of a block, by default: 16 MiB."""
@@ -95,14 +93,17 @@ class _Videos:
 
 
 def _cosine(text_AD: Tensor, videos: _Videos, correction: Correction | None, temperature: float) -> Tensor:
-    weights_ABT = pooling_weights(text_AD, videos.frames, videos.mask, temperature)
+    scores_ABT = frame_scores(text_AD, videos.frames)
+    weights_ABT = pooling_weights(scores_ABT, videos.mask, temperature)
     if correction is None:
-        dot_AB = (weights_ABT * _dots(text_AD, videos.frames)).sum(-1)
+        dot_AB = (weights_ABT * scores_ABT).sum(-1)
         return _normalised(dot_AB, text_AD, _quadratic(weights_ABT, videos.products, weights_ABT))
     assert videos.shifts is not None and videos.cross is not None and videos.shift_products is not None
     text_AD = correction(text_AD)
     fixed_ABT = weights_ABT.detach() if correction.constant else weights_ABT
-    dot_AB = (weights_ABT * _dots(text_AD, videos.frames) + fixed_ABT * _dots(text_AD, videos.shifts)).sum(-1)
+    dot_AB = (
+        weights_ABT * frame_scores(text_AD, videos.frames) + fixed_ABT * frame_scores(text_AD, videos.shifts)
+    ).sum(-1)
     length_AB = _quadratic(weights_ABT, videos.products, weights_ABT)  # |p|^2
     square_AB = (
         length_AB
@@ -123,11 +124,6 @@ def _normalised(dot_AB: Tensor, text_AD: Tensor, square_AB: Tensor) -> Tensor:
     return dot_AB / scale_AB
 
 
-def _dots(text_AD: Tensor, frames_BTD: Tensor) -> Tensor:
-    """Text a . frame t of video b: (A, B, T), as one matrix product."""
-    return F.linear(text_AD, frames_BTD.flatten(0, 1)).view(len(text_AD), *frames_BTD.shape[:2])
-
-
 def _quadratic(left_ABT: Tensor, matrix_BTT: Tensor, right_ABT: Tensor) -> Tensor:
     """left_ab^T matrix_b right_ab: (A, B)."""
     return (torch.einsum("abt,bts->abs", left_ABT, matrix_BTT) * right_ABT).sum(-1)
@@ -139,14 +135,15 @@ def _measure(
 ) -> list[Moments]:
     """Moments of this rank's A B pooled rows and A text rows, as the layer's variant counts them."""
     directions = emcl.variant == "compact"
-    videos = _Videos.of(frames_BTD, mask_BT, None)
     batch, frames = mask_BT.shape
+    products_BTT = frames_BTD @ frames_BTD.transpose(1, 2) if directions else None
     second_BTT = frames_BTD.new_zeros(batch, frames, frames)
     first_BT = frames_BTD.new_zeros(batch, frames)
     count = frames_BTD.new_zeros(())
-    for weights_ABT in _weights(text_AD, videos, temperature, size):
-        if directions:
-            length_AB = _quadratic(weights_ABT, videos.products, weights_ABT)
+    for text in text_AD.split(size):
+        weights_ABT = pooling_weights(frame_scores(text, frames_BTD), mask_BT, temperature)
+        if products_BTT is not None:
+            length_AB = _quadratic(weights_ABT, products_BTT, weights_ABT)
             valid_AB = (length_AB > _EPSILON) & length_AB.isfinite()
             weights_ABT = torch.where(
                 valid_AB[..., None], weights_ABT * length_AB.clamp_min(_EPSILON).rsqrt()[..., None], 0
@@ -163,8 +160,3 @@ def _measure(
     if directions:
         return [pooled, Moments.of_directions(text_AD)]
     return [pooled + Moments.of(text_AD)]
-
-
-def _weights(text_AD: Tensor, videos: _Videos, temperature: float, size: int) -> Iterator[Tensor]:
-    for text in text_AD.split(size):
-        yield pooling_weights(text, videos.frames, videos.mask, temperature)

@@ -13,7 +13,6 @@ from torch import nn
 
 from emcl.config import Config, find_file
 from emcl.distributed import Ranks
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.train.optimizer import build_optimizer, build_schedule
 
@@ -62,10 +61,6 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def zero_stage(settings: dict[str, Any]) -> int:
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
-
-
 def build_engine(model: nn.Module, config: Config, ranks: Ranks, device: torch.device, steps: int) -> Any:
     """Wraps the model, with its optimiser and schedule over `steps`."""
     settings = deepspeed_settings(config, ranks.world_size)
@@ -77,7 +72,7 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks, device: torch.d
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
     )
     # DeepSpeed broadcasts parameters, not buffers
-    ranks.broadcast_(module.mu for module in engine.module.modules() if isinstance(module, EMCL))
+    ranks.broadcast_(engine.module.buffers())
     return engine
 
 
