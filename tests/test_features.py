@@ -15,10 +15,15 @@ from emcl.data.shards import open_shards
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
+from emcl.model.towers import model_json, tokenizer
 from emcl.train.features import open_source
 
 SETTINGS = [f"model.name={TINY}", "model.frozen=[image,text]", "model.cache_features=true", "data.generate=false"]
 CPU = torch.device("cpu")
+
+
+def path_of(config: Config, shard: Path) -> Path:
+    return feature_path(config, model_json(config.model.name), shard)
 
 
 def settings(*more: str) -> Config:
@@ -32,10 +37,9 @@ def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
     shards = open_shards(f"{sample_shards}/val-000000.tar")
     source = open_source(config, shards, backbone, ALONE, CPU)
     assert source.features is not None
-    assert feature_path(config, shards.paths[0]).is_file()
+    assert path_of(config, shards.paths[0]).is_file()
     from emcl.data.loader import Clips, every_caption
     from emcl.data.order import Draw
-    from emcl.model.towers import tokenizer
 
     clips = Clips(shards, config.data, training=False)
     tokenize = tokenizer(TINY, 16)
@@ -52,12 +56,18 @@ def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
 def test_another_model_size_or_shard_never_finds_them(sample_shards: Path, tmp_path: Path) -> None:
     shard = tmp_path / "val-000000.tar"
     shard.write_bytes((sample_shards / "val-000000.tar").read_bytes())
-    mine = feature_path(settings(), shard)
+    mine = path_of(settings(), shard)
     for other in ("data.size=48", "data.frames=2", "data.words=12", "data.fps=1.0", "model.name=tiny", "seed=1"):
-        assert feature_path(settings(other), shard) != mine, other
-    assert feature_path(settings("optim.lr=1", "emcl.k=4"), shard) == mine
+        assert path_of(settings(other), shard) != mine, other
+    assert path_of(settings("optim.lr=1", "emcl.k=4"), shard) == mine
+    json_file = tmp_path / "own.json"
+    json_file.write_text(Path(TINY).read_text())
+    own = settings(f"model.name={json_file}")
+    before = path_of(own, shard)
+    json_file.write_text(Path(TINY).read_text().replace('"layers": 1', '"layers": 2'))
+    assert path_of(own, shard) != before
     os.utime(shard, ns=(1, 1))  # written again
-    assert feature_path(settings(), shard) != mine
+    assert path_of(settings(), shard) != mine
 
 
 @pytest.mark.parametrize(

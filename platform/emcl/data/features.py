@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,18 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from emcl.config import Config
-from emcl.data.shards import ShardSet
 from emcl.data.text import Caption
 
 Feature = dict[str, Tensor]
 
 
-def fingerprint(config: Config, shard: Path) -> str:
-    """Of all that a shard's features depend on."""
-    weights = [config.model.pretrained, config.model.image_weights]
+def fingerprint(config: Config, architecture: Mapping[str, Any], shard: Path) -> str:
+    """Of all that a shard's features depend on; `architecture` is the model's JSON, which may change under its name."""
+    weights = [config.model.pretrained, config.model.image_weights, architecture["text_cfg"].get("hf_model_name")]
     facts: dict[str, Any] = {
-        "version": 1,
+        "version": 2,
         "model": config.model.name,
+        "architecture": dict(architecture),
         "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in weights],
         "seed": config.seed,
         "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words],
@@ -42,8 +42,8 @@ def fingerprint(config: Config, shard: Path) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def feature_path(config: Config, shard: Path) -> Path:
-    return shard.parent / "features" / fingerprint(config, shard) / shard.name
+def feature_path(config: Config, architecture: Mapping[str, Any], shard: Path) -> Path:
+    return shard.parent / "features" / fingerprint(config, architecture, shard) / shard.name
 
 
 def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
@@ -63,17 +63,17 @@ def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
 
 
 class FeatureStore:
-    """The features of a ShardSet's rows, in memory (half precision)."""
+    """The features of a ShardSet's `samples` rows, from one file a shard, in memory (half precision)."""
 
-    def __init__(self, config: Config, shards: ShardSet) -> None:
+    def __init__(self, paths: Sequence[Path], samples: int) -> None:
         found: list[Feature] = []
-        for shard in shards.paths:
-            with tarfile.open(feature_path(config, shard)) as tar:
+        for path in paths:
+            with tarfile.open(path) as tar:
                 for member in tar:
                     stream = tar.extractfile(member)
                     assert stream is not None
                     found.append({key: value.half() for key, value in load(stream.read()).items()})
-        assert len(found) == len(shards)
+        assert len(found) == samples
         self._found = found
         self.width = found[0]["frames"].shape[1]
         self.text_width = found[0]["captions"].shape[1]
@@ -90,6 +90,8 @@ class FeatureStore:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """A file's name, size and time; cheap, and enough to notice that it was replaced."""
+    """A file's name, size and time (a folder's: those of its files); cheap, and it tells one that was replaced."""
+    if path.is_dir():
+        return [_stamp(file) for file in sorted(path.iterdir())]
     facts = path.stat()
     return [path.name, facts.st_size, facts.st_mtime_ns]

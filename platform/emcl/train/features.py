@@ -19,7 +19,7 @@ from emcl.data.text import Tokens
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
-from emcl.model.towers import tokenizer
+from emcl.model.towers import model_json, tokenizer
 
 TEXTS_AT_ONCE = 256
 FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
@@ -46,20 +46,21 @@ def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ran
         raise UserError(
             "model.cache_features=true excludes data.jitter and data.augment, which change the frames every epoch"
         )
-    missing = [number for number, path in enumerate(shards.paths) if not feature_path(config, path).exists()]
+    architecture = model_json(config.model.name)
+    paths = [feature_path(config, architecture, shard) for shard in shards.paths]
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
     missing = ranks.gather_objects(missing)[0]  # one list: another rank may look after the first has been written
     backbone.to(device).eval()
     error = None
     try:
         for number in missing[ranks.rank :: ranks.world_size]:
-            path = shards.paths[number]
             rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
-            bar = tqdm(rows, desc=f"features of {path.name}", unit="video", disable=not ranks.first)
-            write_features(feature_path(config, path), _of_rows(bar, config, shards, texts, backbone, device))
+            bar = tqdm(rows, desc=f"features of {paths[number].name}", unit="video", disable=not ranks.first)
+            write_features(paths[number], _of_rows(bar, config, shards, texts, backbone, device))
     except UserError as found:
         error = found
     ranks.agree(error)
-    store = FeatureStore(config, shards)
+    store = FeatureStore(paths, len(shards))
     return Source(shards, store, store)
 
 
