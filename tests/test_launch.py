@@ -115,6 +115,9 @@ def test_resume_goes_on_to_more_epochs(run: Run) -> None:
     done = launch("--task", "retrieval", "--resume", "runs/first", "optim.epochs=3", cwd=run.cwd, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run.folder / "checkpoints" / "step-00000009" / "complete").is_file()
+    output = done.stdout + done.stderr
+    assert "6/9" in output
+    assert "0/9" not in output
 
 
 def test_no_argument_and_no_environment_variable_are_needed(sample_shards: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,28 @@ def test_three_steps_on_two_ranks_equal_those_on_one(
 def test_accumulated_steps_and_checkpointed_activations_train(sample_shards: Path, tmp_path: Path) -> None:
     _, losses = trained(sample_shards, tmp_path, "optim.accumulation=2", "model.activation_checkpointing=true")
     assert all(0 < loss < 5 for loss in losses)
+
+
+@pytest.mark.xdist_group("zero")
+def test_activations_computed_again_change_no_loss(
+    plain: tuple[dict, list[float]], sample_shards: Path, tmp_path: Path
+) -> None:
+    _, losses = trained(sample_shards, tmp_path, "model.activation_checkpointing=true", ranks=1)
+    assert losses == pytest.approx(plain[1], rel=1e-4)
+
+
+@pytest.mark.xdist_group("zero")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_resumed_step_gives_the_weights_that_it_gave_before(stage: int, sample_shards: Path, tmp_path: Path) -> None:
+    zero = f"deepspeed=deepspeed/zero{stage}.json"
+    before, _ = trained(sample_shards, tmp_path, zero, "checkpoint.every_steps=2", "checkpoint.keep=5")
+    shutil.rmtree(tmp_path / "runs/run/checkpoints/step-00000003")
+    shutil.rmtree(tmp_path / "runs/run/best")
+    done = launch("--task", "retrieval", "--resume", "runs/run", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = load_file(tmp_path / "runs/run/best/model.safetensors")
+    for name, value in before.items():
+        assert (after[name] - value).abs().max() < 1e-6, name
 
 
 @pytest.mark.xdist_group("zero")
