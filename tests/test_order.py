@@ -62,3 +62,15 @@ def test_captions_of_one_video_rarely_meet_in_a_batch() -> None:
 def test_a_batch_size_that_does_not_divide_names_one_that_does() -> None:
     with pytest.raises(UserError, match="batch_size=6 is not divisible by 4 ranks .* take 8"):
         RankBatches(CLIPS, rank=0, world_size=4, accumulation=1, start=0, stop=1)
+
+
+def test_shards_are_drawn_at_random_and_read_in_sequence() -> None:
+    order = Order(lengths=(6,) * 8, captions=None, batch_size=6, buffer=1, seed=0)
+    epochs = [
+        [draw.row for step in range(8 * epoch, 8 * epoch + 8) for draw in order.batch(step)] for epoch in range(2)
+    ]
+    drawn = [list(dict.fromkeys(row // 6 for row in rows)) for rows in epochs]
+    assert drawn[0] != list(range(8))
+    assert drawn[0] != drawn[1]
+    for rows in epochs:
+        assert sum(after == before + 1 for before, after in zip(rows, rows[1:], strict=False)) >= 8 * 5
