@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -73,4 +74,4 @@ def test_shards_are_drawn_at_random_and_read_in_sequence() -> None:
     assert drawn[0] != list(range(8))
     assert drawn[0] != drawn[1]
     for rows in epochs:
-        assert sum(after == before + 1 for before, after in zip(rows, rows[1:], strict=False)) >= 8 * 5
+        assert sum(after == before + 1 for before, after in itertools.pairwise(rows)) >= 8 * 5
