@@ -1,7 +1,7 @@
 """A small convolutional image tower, for sets that are learnt from scratch on little compute.
 
-There a convolution's built-in locality is worth more than a transformer's freedom. Group norms, not batch norms: the loss
-must not depend on how the global batch is split over ranks.
+There a convolution's built-in locality is worth more than a transformer's freedom. Group norms, not batch norms: the
+loss must not depend on how the global batch is split over ranks.
 """
 
 from __future__ import annotations
