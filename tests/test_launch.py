@@ -139,6 +139,17 @@ def test_no_argument_and_no_environment_variable_are_needed(sample_shards: Path,
     assert "text_to_video" in done.stdout
 
 
+def test_deepspeeds_shared_memory_leaves_with_the_process() -> None:
+    look = (
+        "from emcl import distributed; distributed.start(); import pathlib; "
+        "print([line for line in pathlib.Path('/proc/self/maps').read_text().splitlines() if 'allreduce' in line])"
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}  # as the launcher sets it
+    done = subprocess.run([sys.executable, "-c", look], env=env, capture_output=True, text=True, check=True)
+    assert "deepspeed_allreduce_buffer" in done.stdout  # as long as DeepSpeed has such a buffer
+    assert "(deleted)" in done.stdout
+
+
 def test_an_unreachable_mlflow_server_is_named_at_the_start_and_the_local_store_serves(
     sample_shards: Path, tmp_path: Path
 ) -> None:

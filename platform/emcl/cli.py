@@ -49,6 +49,29 @@ def build_parser() -> argparse.ArgumentParser:
     towers.add_argument("--out", type=Path, default=Path("weights/towers"))
     towers.set_defaults(act=_towers)
 
+    transform = commands.add_parser(
+        "transform",
+        help="EMCL on feature files of any model: recall before and after",
+        description="Fits the compact EMCL to features and adds its correction to them. Rows of --video and --text are "
+        "embeddings of one space, .npy files (n, D); their cosine is ranked. Without --fit-video and --fit-text "
+        "the bases are fitted to the very features that are scored: they are then transductive.",
+    )  # fmt: skip
+    transform.add_argument("--video", type=Path, required=True)
+    transform.add_argument("--text", type=Path, required=True)
+    transform.add_argument(
+        "--video-of-text", type=Path, help=".npy of each text's row of --video (default: row i's is row i)"
+    )
+    transform.add_argument("--fit-video", type=Path, help="training features to fit the bases to")
+    transform.add_argument("--fit-text", type=Path)
+    transform.add_argument("--load", type=Path, help="bases that an earlier call wrote, in place of fitting")
+    transform.add_argument("--bases", type=int, default=64, help="K (default: %(default)s)")
+    transform.add_argument("--beta", type=float, default=0.5, help="weight of the correction (default: %(default)s)")
+    transform.add_argument(
+        "--balance", type=float, default=0.0, help="0 keeps the features' spectrum, 1 makes it flat (default: 0)"
+    )
+    transform.add_argument("--out", type=Path, required=True, help="folder for video.npy, text.npy, bases.pt")
+    transform.set_defaults(act=_transform)
+
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(act=_tasks)
 
@@ -95,6 +118,35 @@ def _towers(options: argparse.Namespace) -> None:
 
     for path in write_towers(options.out):
         print(path)
+
+
+def _transform(options: argparse.Namespace) -> None:
+    from emcl.evaluate.out_of_the_box import (
+        Features,
+        comparison,
+        fit,
+        open_layer,
+        read_owner,
+        recall,
+        transform,
+        write,
+    )
+
+    features = Features.read(options.video, options.text)
+    owner = read_owner(options.video_of_text, features)
+    if (options.fit_video is None) != (options.fit_text is None):
+        raise UserError("--fit-video and --fit-text go together: the bases are those of both modalities")
+    if options.load:
+        layer = open_layer(options.load)
+    else:
+        fitted = Features.read(options.fit_video, options.fit_text) if options.fit_video else features
+        layer = fit(fitted, bases=options.bases, beta=options.beta, balance=options.balance)
+        if fitted is features:
+            print("bases fitted to the scored features themselves: transductive (--fit-video, --fit-text avoid that)")
+    after = transform(layer, features)
+    write(options.out, after, layer)
+    print(comparison(recall(features, owner), recall(after, owner)))
+    print(f"written: {options.out}/video.npy, text.npy, bases.pt")
 
 
 def _tasks(_: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -156,12 +157,23 @@ def start() -> Ranks:
         port = os.environ.get("MASTER_PORT")
         way_out = "deepspeed --master_port N platform/launch.py ..."
         raise UserError(f"port {port} is taken, by another run perhaps: give a free one, {way_out}") from None
-    return Ranks(dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    if not on_gpu:
+        ranks.barrier()  # all ranks have opened each other's
+        _shared_buffer(ranks).unlink(missing_ok=True)
+    return ranks
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _shared_buffer(ranks: Ranks) -> Path:
+    """DeepSpeed's 66 MiB of shared memory for reductions on a CPU, which it never removes: what is mapped stays usable
+    without its name, and leaves with the process however that ends."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}")
 
 
 def _free_port() -> int:

@@ -273,12 +273,18 @@ class EMCL(nn.Module):
         return Correction(bases=bases, weights=weights, offset=None, beta=self.beta, constant=True)
 
     def _learn(self, parts: Sequence[Moments], momentum: float) -> Correction:
-        """Takes each modality's moments (an equal weight each) into the moving sums and goes on with EM from there."""
+        """Takes the rows' moments into the moving sums and goes on with EM from the present bases."""
+        self._take(parts, momentum)
+        bases, _, _ = fit_compact(self._covariance(), self.start, iterations=self.iterations)
+        self.start.copy_(bases)
+        return self._compact()
+
+    def _take(self, parts: Sequence[Moments], momentum: float) -> None:
+        """Moves the sums by each modality's moments, an equal weight each."""
         if "start" not in self.state_names:
             self._allocate(parts[0].gram.shape[0], parts[0].gram.device)
-        present = torch.stack(
-            [(part.count > 0).float() for part in parts]
-        )  # no .item(): the device need not be waited for
+        # no .item(): the device need not be waited for
+        present = torch.stack([(part.count > 0).float() for part in parts])
         share = present / present.sum().clamp_min(1)
         gram, mean = torch.zeros_like(self.gram), torch.zeros_like(self.total)
         for part, weight in zip(parts, share, strict=True):
@@ -291,18 +297,16 @@ class EMCL(nn.Module):
         self.gram.mul_(keep).add_(gram)
         self.total.mul_(keep).add_(mean * fresh)
         self.count.mul_(keep).add_(fresh)
-        covariance = self.gram / self.count.clamp_min(_EPSILON)
-        bases, _, _ = fit_compact(covariance, self.start, iterations=self.iterations)
-        self.start.copy_(bases)
-        return self._compact()
+
+    def _covariance(self) -> Tensor:
+        return self.gram / self.count.clamp_min(_EPSILON)
 
     def _compact(self) -> Correction:
         """The map of the present bases."""
         if "start" not in self.state_names:
             raise RuntimeError("this compact EMCL layer has no width yet: give `width`, or let it see training rows")
         bases = self.start
-        count = self.count.clamp_min(_EPSILON)
-        covariance, mean = self.gram / count, self.total / count
+        covariance, mean = self._covariance(), self.total / self.count.clamp_min(_EPSILON)
         variance = (bases * (covariance @ bases)).sum(0)
         signal = variance > _NOISE * (variance.sum() + mean.square().sum()).clamp_min(_NOISE)
         safe = torch.where(signal, variance, 1.0)
@@ -317,6 +321,8 @@ class EMCL(nn.Module):
     def fit(self, video: Any, text: Any | None = None) -> EMCL:
         """Finds the bases of features (n, D) of one or two modalities, NumPy or torch; forgets what was fitted before.
 
+        With all rows at hand, what EM tends to is taken at once: the leading eigenvectors of the covariance.
+
         Raises:
             ValueError: not two-dimensional, of different widths, or the reference variant, which fits the rows that
                 it is given and keeps no bases.
@@ -329,7 +335,8 @@ class EMCL(nn.Module):
         if any(block.ndim != 2 for block in blocks) or len({block.shape[-1] for block in blocks}) != 1:
             raise ValueError(f"features are (n, D) of one width, not {[tuple(block.shape) for block in blocks]}")
         self._allocate(blocks[0].shape[1], blocks[0].device)
-        self._learn([Moments.of_directions(block) for block in blocks], 0.0)
+        self._take([Moments.of_directions(block) for block in blocks], 0.0)
+        self.start.copy_(torch.linalg.eigh(self._covariance())[1][:, -self.bases :].flip(1))
         return self
 
     @torch.no_grad()
