@@ -21,10 +21,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All settings with their defaults: docs/configuration.md, or `emcl config`.",
     )
-    parser.add_argument("--task", required=True, help="one or several of `emcl tasks`, joined by commas")
+    parser.add_argument("--task", required=True, help="one or several of `emcl tasks`, joined by commas, or `all`")
     parser.add_argument("--recipe", default=None, help="a file of configs/recipe, or a path (default: sample)")
     parser.add_argument(
         "--evaluate", metavar="PATH", type=Path, help="score a run's folder or an export on data.test; no training"
+    )
+    parser.add_argument(
+        "--init",
+        metavar="PATH",
+        type=Path,
+        help="start from the weights of a run or an export, of these tasks or others",
     )
     parser.add_argument(
         "--resume",
@@ -54,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             overrides=options.overrides,
             evaluate_path=options.evaluate,
             resume=options.resume,
+            init=options.init,
         )
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.em import EMCL
+from emcl.evaluate.pictures import Example, draw_retrieval
 from emcl.metrics.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.similarity import similarity
-from emcl.task import EncodeText, Example, Scorer, Scores, Task
+from emcl.task import Evaluation, Scorer, Scores, Task
 
 EXAMPLES = 6
 TOP = 5
@@ -41,7 +43,6 @@ class RetrievalConfig:
 
 class RetrievalTask(Task):
     config_class = RetrievalConfig
-    metric = "text_to_video/R@1"
 
     def __init__(self, settings: RetrievalConfig, config: Config, backbone: Backbone) -> None:
         super().__init__(settings, config, backbone)
@@ -63,23 +64,29 @@ class RetrievalTask(Task):
             )
 
     @classmethod
-    def collator(cls, settings: Any, texts: TextSource, *, training: bool) -> Collator:
+    def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return _DrawnCaptions(texts) if training else _AllCaptions(texts)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
         text_AD = backbone.encode_text(part["text"])
-        return {"contrastive": self(text_AD, encoded.frames_BTD, encoded.video_mask_BT, ranks)}
+        mask_BT = encoded.video_mask_BT & part["present"][:, None]  # a video without a caption is nobody's negative
+        return {"contrastive": self(text_AD, encoded.frames_BTD, mask_BT, ranks)}
 
     def forward(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
         """The loss; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only."""
-        scores_AB = self.similarity(text_AD, ranks.gather_rows(frames_BTD), ranks.gather_rows(mask_BT), ranks)
+        everyone_BT = ranks.gather_rows(mask_BT)
+        scores_AB = self.similarity(text_AD, ranks.gather_rows(frames_BTD), everyone_BT, ranks, mask_BT.any(1))
         logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
-        return self.settings.weight * contrastive_loss(logits_AB, ranks)
+        return self.settings.weight * contrastive_loss(logits_AB, ranks, everyone_BT.any(1))
 
-    def similarity(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
+    def similarity(
+        self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks, present_A: Tensor | None = None
+    ) -> Tensor:
         """(A, D), (B, T, D), (B, T) -> (A, B)."""
         temperature = self.settings.pooling_temperature
-        return similarity(text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=self.emcl, ranks=ranks)
+        return similarity(
+            text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=self.emcl, ranks=ranks, present_A=present_A
+        )
 
     @torch.no_grad()
     def similarity_in_tiles(
@@ -116,12 +123,17 @@ class RetrievalTask(Task):
 
 @dataclass
 class _DrawnCaptions:
-    """One caption a sample."""
+    """One caption a sample, and which samples have any."""
 
     texts: TextSource
 
     def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
-        return {"text": self.texts([pick_caption(*pair) for pair in zip(samples, draws, strict=True)])}
+        captions = [pick_caption(*pair) for pair in zip(samples, draws, strict=True)]
+        present = torch.tensor([caption is not None for caption in captions])
+        if not present.any():
+            return {"text": self.texts.filler().expand(len(captions), -1), "present": present}
+        spare = next(caption for caption in captions if caption is not None)
+        return {"text": self.texts([caption or spare for caption in captions]), "present": present}
 
 
 @dataclass
@@ -141,14 +153,17 @@ class _RetrievalScorer(Scorer):
         self.videos: list[tuple[list[int], Tensor, Tensor]] = []
         self.texts: list[tuple[list[int], Tensor]] = []
 
-    def add(self, encoded: Encoded, batch: Mapping[str, Any], encode_text: EncodeText) -> None:
-        self.videos.append((batch["rows"], encoded.frames_BTD, encoded.video_mask_BT))
-        part = batch["retrieval"]
-        embeddings = encode_text(part["text"])  # called by all ranks, also with nothing to encode
-        if embeddings is not None:
-            self.texts.append((part["rows"], embeddings))
+    def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
+        text = batch["retrieval"]["text"] if batch else None
+        filler = evaluation.source.texts.filler().to(evaluation.device)
+        embeddings = evaluation.lockstep(evaluation.backbone.encode_text, None if text is None else (text,), (filler,))
+        if batch:
+            self.videos.append((batch["rows"], encoded.frames_BTD, encoded.video_mask_BT))
+        if batch and text is not None:
+            self.texts.append((batch["retrieval"]["rows"], embeddings))
 
-    def result(self, ranks: Ranks, captions_of_row: Callable[[int], list[str]]) -> Scores:
+    def result(self, evaluation: Evaluation) -> Scores:
+        ranks, rows = evaluation.ranks, evaluation.source.shards.rows
         video_rows, frames, mask = _in_row_order(ranks, [(rows, (f, m)) for rows, f, m in self.videos])
         text_rows, text = _in_row_order(ranks, [(rows, (t,)) for rows, t in self.texts])
         column = {row: index for index, row in enumerate(video_rows)}
@@ -168,7 +183,7 @@ class _RetrievalScorer(Scorer):
             for direction, values in both.items()
             for name, value in values.items()
         }
-        queries = [captions_of_row(row)[_nth(text_rows, index)] for index, row in enumerate(text_rows)]
+        queries = [rows[row].sample.captions[_nth(text_rows, index)] for index, row in enumerate(text_rows)]
         examples = [
             Example(
                 queries[kept[index]],
@@ -177,7 +192,13 @@ class _RetrievalScorer(Scorer):
             )
             for index in np.linspace(0, len(kept) - 1, min(EXAMPLES, len(kept))).astype(int)
         ]
-        return Scores(metrics, self._protocol(len(kept), len(video_rows)), examples)
+        title = f"retrieval: {self.config.model.name}"
+        return Scores(
+            metrics,
+            self._protocol(len(kept), len(video_rows)),
+            chosen="text_to_video/R@1",
+            picture=partial(draw_retrieval, examples, title),
+        )
 
     def _protocol(self, texts: int, videos: int) -> str:
         emcl, settings = self.config.emcl, self.config.evaluate
@@ -188,7 +209,7 @@ class _RetrievalScorer(Scorer):
         layer = layers[emcl.variant] if emcl.enabled else "no EMCL"
         return (
             f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
-            f"against; {layer}{'; frames shuffled' if settings.shuffle_frames else ''}"
+            f"against; {layer}"
         )
 
 

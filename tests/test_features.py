@@ -66,6 +66,8 @@ def test_another_model_size_or_shard_never_finds_them(sample_shards: Path, tmp_p
     before = path_of(own, shard)
     json_file.write_text(Path(TINY).read_text().replace('"layers": 1', '"layers": 2'))
     assert path_of(own, shard) != before
+    pretrained = f"model.pretrained={tmp_path}/towers.safetensors"  # nothing of those towers is drawn at random
+    assert path_of(settings(pretrained, "seed=1"), shard) == path_of(settings(pretrained), shard) != mine
     os.utime(shard, ns=(1, 1))  # written again
     assert path_of(settings(), shard) != mine
 

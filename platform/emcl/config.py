@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from emcl.errors import UserError
-from emcl.registry import nearest, task_class
+from emcl.registry import expand, nearest, task_class
 
 DEFAULT_RECIPE = "sample"
 EMCL_VARIANTS = ("reference", "compact")
@@ -79,6 +79,9 @@ class DataConfig:
 
     train: str = "shards/sample/train-{000000..000003}.tar"
     """Brace pattern, glob or folder of WebDataset tars; several are joined by `::`."""
+    mixture: dict[str, float] | None = None
+    """Several sets in place of `train`, by weight: `{msrvtt_frames: 3, sample: 1}`, each a file of configs/data or
+    shards as in `train`."""
     val: str | None = None
     """Scored while training; its score chooses the best model."""
     test: str | None = None
@@ -114,6 +117,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.pairs", self.pairs, ("clip", "caption"))
+        if self.mixture is not None and (not self.mixture or min(self.mixture.values()) <= 0):
+            raise ValueError("data.mixture wants at least one set, and weights above 0")
         for name in ("frames", "words", "size", "batch_size", "shuffle_buffer"):
             _at_least(f"data.{name}", getattr(self, name), 1)
         _at_least("data.workers", self.workers, 0)
@@ -159,6 +164,8 @@ class EvaluateConfig:
     dsl_temperature: float = 0.01
     shuffle_frames: bool = False
     """Score with every video's frames in a random order, to see whether order matters."""
+    swap_videos: bool = False
+    """Score with the videos dealt out anew among the samples: a control, which says what is known without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +198,8 @@ class Config:
     """A DeepSpeed JSON file: a path, or one of configs/. Batch size, precision and clipping come from here."""
     tasks: dict[str, Any] = field(default_factory=dict)
     """Settings of each active task; the task's own class says which."""
+    uncertainty_weights: bool = False
+    """Weigh the tasks' losses by learned uncertainties (Kendall et al., CVPR 2018), besides their `weight`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     emcl: EMCLConfig = field(default_factory=EMCLConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -244,7 +253,7 @@ def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, sour
     merged: Any = OmegaConf.create({})
     for layer in layers:
         merged = OmegaConf.merge(merged, layer)
-    names = list(tasks) if tasks is not None else list(merged.get("tasks", {}))
+    names = expand(tasks) if tasks is not None else list(merged.get("tasks", {}))
     if "tasks" in merged:  # a recipe may hold settings for tasks that this run leaves out
         recipe_tasks = merged.tasks
         for name in list(recipe_tasks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,8 @@ from emcl.distributed import ALONE, Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.registry import task_class
 from emcl.task import Task
+
+Part = str | Callable[[], Any]
 
 
 class VideoLanguageModel(nn.Module):
@@ -25,18 +27,27 @@ class VideoLanguageModel(nn.Module):
         self.tasks = nn.ModuleDict(
             {name: task_class(name)(settings, config, self.backbone) for name, settings in config.tasks.items()}
         )
+        self.uncertainty = Uncertainty(list(config.tasks)) if config.uncertainty_weights else None
 
     @property
     def heads(self) -> dict[str, Task]:
         """The active tasks by name."""
         return cast("dict[str, Task]", dict(self.tasks.items()))
 
-    def forward(self, batch: Mapping[str, Any], part: str = "losses") -> Any:
-        """`losses`: name -> this rank's share of each loss. `video` / `text`: embeddings alone.
+    def forward(self, batch: Mapping[str, Any] | None, part: Part = "losses") -> Any:
+        """Name -> this rank's share of each loss; or, in evaluation, some part of the work.
 
         A share is scaled so that the mean over ranks, which DeepSpeed takes of gradients, is the loss of the
         global batch.
+
+        Args:
+            batch: of the loader.
+            part: `losses`; `video` or `text` for embeddings; or a function, which is called within this forward pass,
+                since ZeRO-3 keeps its books by those.
         """
+        if callable(part):
+            return part()
+        assert batch is not None
         if part == "text":
             return self.backbone.encode_text(batch["text"])
         frames_BTD = self.backbone.encode_video(batch["frames"], batch["frame_slot"], batch["video_mask"])
@@ -45,9 +56,31 @@ class VideoLanguageModel(nn.Module):
         encoded = Encoded(frames_BTD, batch["video_mask"])
         losses: dict[str, Tensor] = {}
         for name, task in self.heads.items():
-            for key, loss in task.losses(self.backbone, encoded, batch[name], self.ranks).items():
+            found = task.losses(self.backbone, encoded, batch[name], self.ranks)
+            if self.uncertainty is not None:
+                found = self.uncertainty(name, found, self.ranks)
+            for key, loss in found.items():
                 losses[f"{name}/{key}"] = loss * self.ranks.world_size
         return losses
+
+
+class Uncertainty(nn.Module):
+    """Learned weights of the tasks: exp(-s) loss + s (Kendall et al., CVPR 2018), s = log of the task's variance.
+
+    A task without a sample in the global batch adds nothing, neither of its loss nor of s.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.log_variance = nn.Parameter(torch.zeros(len(self.names)))
+
+    def forward(self, name: str, losses: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+        """This rank's shares, weighed, and its share of s as `log_variance`."""
+        s = self.log_variance[self.names.index(name)].float()
+        here = ranks.sum((total_loss(losses).detach() != 0).float()).clamp_max(1)
+        weighed = {key: loss * torch.exp(-s) for key, loss in losses.items()}
+        return {**weighed, "log_variance": s * here / ranks.world_size}
 
 
 def total_loss(losses: Mapping[str, Tensor]) -> Tensor:

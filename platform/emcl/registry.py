@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from emcl.errors import UserError
 
 GROUP = "emcl.tasks"
+EVERY_TASK = "all"
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -20,6 +22,11 @@ def nearest(name: str, known: list[str]) -> str:
 def task_entries() -> dict[str, EntryPoint]:
     """Every installed task's entry point, by name."""
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """`all` stands for every installed task."""
+    return list(task_entries()) if list(names) == [EVERY_TASK] else list(names)
 
 
 def task_class(name: str) -> Any:

@@ -6,8 +6,10 @@ how it is scored, and which metric chooses the best checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,46 +17,79 @@ from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.data.loader import Collator
+from emcl.data.samples import Sample
+from emcl.data.source import Source
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 
-EncodeText = Callable[[Tensor | None], Tensor | None]
-"""Token ids (B, L) -> (B, D)."""
+Frames = Any
+"""(n, H, W, 3) uint8"""
 
-
-@dataclass(frozen=True)
-class Example:
-    """A query with what was found for it, for the picture in MLflow."""
-
-    query: str
-    right: int
-    """Row of the shards."""
-    found: list[int]
-    """Rows, best first."""
+Picture = Callable[[Path, Callable[[int], Frames]], None]
+"""Draws to a path; the function gives some frames of a row of the shards."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's result on one split, the same on every rank."""
+    """A task's result on one split, the same on every rank but for what is to be drawn and kept, which rank 0 has."""
 
     metrics: dict[str, float]
     protocol: str
-    """In words: what was ranked against what, with which inference options, how many queries."""
-    examples: list[Example] = field(default_factory=list)
+    """In words: what was compared with what, with which options, how many queries."""
+    chosen: str
+    """The entry of `metrics` that chooses the best checkpoint."""
+    picture: Picture | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Contents of further files to keep, by name."""
+
+
+class Lockstep:
+    """Runs a module over any number of rows in chunks, as many chunks on every rank as on the one with most.
+
+    Under ZeRO-3 each forward pass is a collective: a rank that has nothing left goes through a filler with the others.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks, size: int, device: torch.device) -> None:
+        self.model, self.ranks, self.size, self.device = model, ranks, size, device
+
+    def __call__(self, call: Callable[..., Tensor], rows: Sequence[Tensor] | None, filler: Sequence[Tensor]) -> Tensor:
+        """`call(*rows)` for rows of equal length, concatenated; empty where there are none."""
+        mine = [] if rows is None else list(zip(*(part.split(self.size) for part in rows), strict=True))
+        chunks = int(self.ranks.maximum(torch.tensor(len(mine), device=self.device)))
+        done = [self.model(None, part=partial(call, *part)) for part in mine]
+        spare = [self.model(None, part=partial(call, *filler)) for _ in range(chunks - len(mine))]
+        return torch.cat(done or [spare[0][:0]]) if done or spare else torch.zeros(0, device=self.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What scorers work with besides a batch."""
+
+    model: nn.Module
+    backbone: Backbone
+    source: Source
+    ranks: Ranks
+    device: torch.device
+    lockstep: Lockstep
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """`call()` within a forward pass of the whole model, by which ZeRO-3 keeps its books; on all ranks."""
+        return self.model(None, part=call)
 
 
 class Scorer:
     """Collects what a task needs of each batch of an evaluation, then scores it all."""
 
-    def add(self, encoded: Encoded, batch: Mapping[str, Any], encode_text: EncodeText) -> None:
-        """One batch of this rank. `batch["rows"]` are the samples' places in the shards.
+    def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
+        """One batch of this rank; `batch["rows"]` are the samples' places in the shards.
 
-        `encode_text` is to be called exactly once, with None where there is nothing to encode.
+        All ranks make the same number of calls. One that has run out of samples is given no batch and one encoded
+        filler: it takes part in the others' forward passes (`evaluation.lockstep`) and adds nothing.
         """
         raise NotImplementedError
 
-    def result(self, ranks: Ranks, captions_of_row: Callable[[int], list[str]]) -> Scores:
+    def result(self, evaluation: Evaluation) -> Scores:
         """Called once, by all ranks."""
         raise NotImplementedError
 
@@ -69,21 +104,32 @@ class Task(nn.Module):
     """
 
     config_class: ClassVar[type]
-    """A frozen dataclass of this task's settings."""
-    metric: ClassVar[str]
-    """The entry of `Scores.metrics` that chooses the best checkpoint."""
+    """A frozen dataclass of this task's settings; `weight` among them is that of its loss."""
     greater_is_better: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, ...]] = ()
+    """The settings that `learn_settings` finds."""
 
     def __init__(self, settings: Any, config: Config, backbone: Backbone) -> None:
         super().__init__()
 
     @classmethod
-    def collator(cls, settings: Any, texts: TextSource, *, training: bool) -> Collator:
+    def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
+        """`settings` completed by what the training split decides, such as a vocabulary.
+
+        They become part of the run's configuration, and so of every checkpoint and export. The same on every rank.
+        """
+        return settings
+
+    @classmethod
+    def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         """Makes this task's part of a batch, in the loader's process; `texts` makes the text tower's input."""
         raise NotImplementedError
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        """This rank's shares: over all ranks they add up to the losses of the global batch."""
+        """This rank's shares: over all ranks they add up to the losses of the global batch.
+
+        A batch without a sample for this task gives exactly 0, by the same forward passes: other ranks may have one.
+        """
         raise NotImplementedError
 
     def scorer(self, config: Config) -> Scorer:

@@ -29,13 +29,15 @@ Feature = dict[str, Tensor]
 
 def fingerprint(config: Config, architecture: Mapping[str, Any], shard: Path) -> str:
     """Of all that a shard's features depend on; `architecture` is the model's JSON, which may change under its name."""
-    weights = [config.model.pretrained, config.model.image_weights, architecture["text_cfg"].get("hf_model_name")]
+    image_and_text = [config.model.image_weights, architecture["text_cfg"].get("hf_model_name")]
+    weights = [config.model.pretrained, *image_and_text]
+    random = config.model.pretrained is None and None in image_and_text
     facts: dict[str, Any] = {
-        "version": 2,
+        "version": 3,
         "model": config.model.name,
         "architecture": dict(architecture),
         "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in weights],
-        "seed": config.seed,
+        "seed": config.seed if random else None,
         "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words],
         "shard": _stamp(shard),
     }

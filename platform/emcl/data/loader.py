@@ -39,9 +39,17 @@ class Clips(Dataset[Any]):
     """Decodes one sample at a time."""
 
     def __init__(
-        self, shards: ShardSet, data: DataConfig, *, training: bool, features: FeatureStore | None = None
+        self,
+        shards: ShardSet,
+        data: DataConfig,
+        *,
+        training: bool,
+        features: FeatureStore | None = None,
+        video_of: Sequence[int] | None = None,
     ) -> None:
         self.shards, self.data, self.training, self.features = shards, data, training, features
+        self.video_of = video_of
+        """Which row's video each row is shown with, in place of its own."""
         self.augment = augmentation(data.augment) if training else None
         self._cache: dict[int, Clip] = {}
         self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
@@ -75,8 +83,9 @@ class Clips(Dataset[Any]):
         for attempt in range(_ATTEMPTS if self.training else 1):
             index = (draw.row + attempt) % len(self.shards)
             row = self.shards.rows[index]
+            shown = index if self.video_of is None else self.video_of[index]
             try:
-                frames = self.frames(row, index, draw.seed)
+                frames = self.frames(self.shards.rows[shown], shown, draw.seed)
             except (DecodeError, OSError) as error:
                 bad.append(f"{row.sample.id} in {self.shards.paths[row.shard].name}: {error}")
                 continue
@@ -141,13 +150,23 @@ def evaluation_loader(
     rank: int,
     world_size: int,
     shuffle_seed: int | None = None,
+    swap_seed: int | None = None,
     features: FeatureStore | None = None,
 ) -> DataLoader[Any]:
-    """Every sample exactly once over all ranks. With `shuffle_seed`, each video's frames in a random order."""
+    """Every sample exactly once over all ranks.
+
+    With `shuffle_seed`, each video's frames in a random order; with `swap_seed`, each sample with another's video.
+    """
     mine = [Draw(row, None, row) for row in range(rank, len(shards), world_size)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     collate = Collate(collators, frames=data.frames, shuffle_seed=shuffle_seed)
-    return _loader(Clips(shards, data, training=False, features=features), data, batches, collate)
+    video_of = None
+    if swap_seed is not None:
+        ring = random.Random(swap_seed).sample(range(len(shards)), len(shards))
+        video_of = [0] * len(shards)
+        for place, row in enumerate(ring):  # the next in a ring: nobody keeps their own
+            video_of[row] = ring[(place + 1) % len(ring)]
+    return _loader(Clips(shards, data, training=False, features=features, video_of=video_of), data, batches, collate)
 
 
 def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate) -> DataLoader[Any]:
@@ -165,10 +184,10 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def pick_caption(sample: Sample, draw: Draw) -> Caption:
-    """The draw's caption of a sample; one at random where it names none; empty where there are none."""
+def pick_caption(sample: Sample, draw: Draw) -> Caption | None:
+    """The draw's caption of a sample; one at random where it names none."""
     if not sample.captions:
-        return Caption(draw.row, 0, "")
+        return None
     index = draw.caption
     if index is None:
         index = random.Random(draw.seed).randrange(len(sample.captions))

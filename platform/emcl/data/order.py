@@ -10,8 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
-from emcl.data.shards import ShardSet
 from emcl.errors import UserError
 
 
@@ -25,6 +25,10 @@ class Draw:
     seed: int
     """Of everything random about this sample in this epoch: caption, frame times, augmentation."""
 
+    @staticmethod
+    def of(seed: int, step: int, slot: int, row: int, caption: int | None) -> Draw:
+        return Draw(row, caption, hash((seed, step, slot)) & 0xFFFFFFFF)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
@@ -37,6 +41,8 @@ class Order:
     batch_size: int
     buffer: int
     seed: int
+    first_row: int = 0
+    """Of these shards among all that are open."""
 
     def __post_init__(self) -> None:
         if self.size < self.batch_size:
@@ -57,26 +63,20 @@ class Order:
         """Global batch `step`, counted over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         pairs = _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-        return [
-            Draw(row, caption, hash((self.seed, step, slot)) & 0xFFFFFFFF) for slot, (row, caption) in enumerate(pairs)
-        ]
+        return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]
+
+    def pair(self, index: int) -> tuple[int, int | None]:
+        """Row and caption of the endless sequence's sample `index`, no sample of an epoch left out."""
+        epoch, within = divmod(index, self.size)
+        return _epoch(self, epoch)[within]
 
 
-def order_of(
-    shards: ShardSet, *, pairs: str, captions_per_video: int | None, batch_size: int, buffer: int, seed: int
-) -> Order:
-    counts = None
-    if pairs == "caption":
-        counts = tuple(len(row.sample.captions[:captions_per_video]) for row in shards.rows)
-    return Order(lengths=tuple(shards.lengths), captions=counts, batch_size=batch_size, buffer=buffer, seed=seed)
-
-
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)
 def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
     """All pairs of an epoch. Caption pairs go through the videos once for each caption: a batch would else hold
     several captions of one video, which the contrastive loss takes for negatives."""
     rng = random.Random(f"{order.seed}/{epoch}")
-    starts = [sum(order.lengths[:index]) for index in range(len(order.lengths))]
+    starts = [order.first_row + sum(order.lengths[:index]) for index in range(len(order.lengths))]
     shards = list(range(len(order.lengths)))
     captions: list[list[int | None]] | None = None
     if order.captions is not None:
@@ -89,8 +89,8 @@ def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
                 for row in range(starts[shard], starts[shard] + order.lengths[shard]):
                     if captions is None:
                         yield row, None
-                    elif turn < len(captions[row]):
-                        yield row, captions[row][turn]
+                    elif turn < len(captions[row - order.first_row]):
+                        yield row, captions[row - order.first_row][turn]
 
     return _buffered_shuffle(in_sequence(), order.buffer, rng)
 
@@ -111,10 +111,24 @@ def _buffered_shuffle(
     return out + buffer
 
 
+class BatchOrder(Protocol):
+    """Global batches by their step."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+
+    def batch(self, step: int) -> list[Draw]: ...
+
+
 class RankBatches:
     """A batch sampler: this rank's part of each micro-batch, from `start` (a step) to `stop`."""
 
-    def __init__(self, order: Order, *, rank: int, world_size: int, accumulation: int, start: int, stop: int) -> None:
+    def __init__(
+        self, order: BatchOrder, *, rank: int, world_size: int, accumulation: int, start: int, stop: int
+    ) -> None:
         parts = world_size * accumulation
         if order.batch_size % parts:
             raise UserError(

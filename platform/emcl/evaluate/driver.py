@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +15,13 @@ from emcl.data.source import Source
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
-from emcl.task import Scores, Task, to_device
-
-Forward = Callable[..., Any]
-"""The engine or the bare model: (batch, part=...)."""
+from emcl.multitask import VideoLanguageModel
+from emcl.task import Evaluation, Lockstep, Scores, to_device
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Forward,
-    tasks: Mapping[str, Task],
+    model: VideoLanguageModel,
     source: Source,
     config: Config,
     ranks: Ranks,
@@ -39,8 +36,10 @@ def evaluate(
     Raises:
         UserError: more samples than `data.max_bad` allows do not decode; names the first.
     """
-    shards, texts = source.shards, source.texts
-    collators = {key: type(task).collator(config.tasks[key], texts, training=False) for key, task in tasks.items()}
+    shards, texts, tasks = source.shards, source.texts, model.heads
+    collators = {
+        key: type(task).collator(config.tasks[key], config, texts, training=False) for key, task in tasks.items()
+    }
     loader = evaluation_loader(
         shards,
         config.data,
@@ -49,9 +48,12 @@ def evaluate(
         rank=ranks.rank,
         world_size=ranks.world_size,
         shuffle_seed=config.seed if config.evaluate.shuffle_frames else None,
+        swap_seed=config.seed if config.evaluate.swap_videos else None,
         features=source.features,
     )
     scorers = {key: task.scorer(config) for key, task in tasks.items()}
+    lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
+    evaluation = Evaluation(model, model.backbone, source, ranks, device, lockstep)
     bad: list[str] = []
     batches = iter(loader)
     steps = int(ranks.maximum(torch.tensor(len(loader), device=device)))
@@ -59,31 +61,20 @@ def evaluate(
         batch: dict[str, Any] = next(batches, {"bad": []})
         bad += batch["bad"]
         real = "frames" in batch
-        batch = to_device(batch if real else {**batch, **_nothing(source, config)}, device)
-        frames_BTD = forward(batch, part="video")
-        encoded = Encoded(frames_BTD, batch["video_mask"])
-        encode = _TextEncoder(forward, ranks, 4 * config.evaluate.batch_size, texts.filler().to(device))
+        batch = to_device(batch if real else _nothing(source, config), device)
+        encoded = Encoded(model(batch, part="video"), batch["video_mask"])
         for scorer in scorers.values():
-            if real:
-                scorer.add(encoded, batch, encode)
-            else:
-                encode(None)
+            scorer.add(encoded, batch if real else None, evaluation)
     _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(shards), config)
-    return {key: scorer.result(ranks, lambda row: shards.rows[row].sample.captions) for key, scorer in scorers.items()}
+    scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
+    control = _control(config)
+    return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
 
 
-class _TextEncoder:
-    """Encodes any number of texts in chunks; all ranks take as many chunks as the one with most."""
-
-    def __init__(self, forward: Forward, ranks: Ranks, size: int, filler: Tensor) -> None:
-        self.forward, self.ranks, self.size, self.filler = forward, ranks, size, filler
-
-    def __call__(self, text: Tensor | None) -> Tensor | None:
-        mine = [] if text is None else list(text.split(self.size))
-        chunks = int(self.ranks.maximum(torch.tensor(len(mine), device=self.filler.device)))
-        padded = [*mine, *[self.filler] * (chunks - len(mine))]
-        done = [self.forward({"text": part}, part="text") for part in padded]
-        return torch.cat(done[: len(mine)]) if mine else None
+def _control(config: Config) -> str:
+    """What a protocol says of an evaluation that is a control."""
+    shuffled = "; frames shuffled" if config.evaluate.shuffle_frames else ""
+    return shuffled + ("; CONTROL: each sample with another's video" if config.evaluate.swap_videos else "")
 
 
 def _nothing(source: Source, config: Config) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from typing import Any
 from emcl.config import Config
 from emcl.data.decode import decode
 from emcl.data.shards import ShardSet
-from emcl.evaluate.pictures import draw_examples
 from emcl.task import Scores
 from emcl.tracking import Tracker, commit
 
@@ -23,10 +22,11 @@ def table(scores: Scores) -> str:
         groups.setdefault(group, {})[name] = value
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = max([len(group) for group in groups] + [10])
-    lines = [" " * width + "".join(f"{name:>8}" for name in names)]
+    widths = {name: max(8, len(name) + 2) for name in names}
+    lines = [" " * width + "".join(f"{name:>{widths[name]}}" for name in names)]
     for group, values in groups.items():
-        cells = "".join(f"{values[name]:>8.1f}" if name in values else " " * 8 for name in names)
-        lines.append(f"{group:<{width}}{cells}")
+        cells = "".join(f"{values[name]:>{w}.1f}" if name in values else " " * w for name, w in widths.items())
+        lines.append(f"{group:<{width}}{cells}".rstrip())
     return "\n".join([*lines, f"protocol: {scores.protocol}"])
 
 
@@ -50,6 +50,12 @@ def record(
     step: int,
 ) -> None:
     """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0."""
+
+    def frames_of(row: int) -> Any:
+        found = shards.rows[row]
+        start, end = found.sample.start, found.sample.end
+        return decode(shards.read(found), frames=6, size=112, start=start, end=end, fps=config.data.fps)
+
     path = folder / f"scores-{split}.json"
     path.write_text(json.dumps(as_json(scores, split, config), indent=1))
     tracker.artifact(path)
@@ -58,19 +64,11 @@ def record(
         text = folder / f"{name}-{split}.txt"
         text.write_text(table(item) + "\n")
         tracker.artifact(text)
-        if item.examples:
+        for filename, content in item.files.items():
+            kept = folder / filename.format(split=split)
+            kept.write_text(content)
+            tracker.artifact(kept)
+        if item.picture is not None:
             picture = folder / f"{name}-{split}.png"
-
-            def frames_of(row: int) -> Any:
-                found = shards.rows[row]
-                return decode(
-                    shards.read(found),
-                    frames=6,
-                    size=112,
-                    start=found.sample.start,
-                    end=found.sample.end,
-                    fps=config.data.fps,
-                )
-
-            draw_examples(picture, item.examples, frames_of, f"{name} on {split}: {config.model.name}")
+            item.picture(picture, frames_of)
             tracker.artifact(picture)

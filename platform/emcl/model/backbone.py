@@ -73,6 +73,11 @@ class Backbone(nn.Module):
             return self.text.head(text.to(_dtype(self.text)))
         return self._run(self.text, text)
 
+    def encode_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) -> each token in context (B, L, text.token_width), and which there are (B, L)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen_towers):
+            return self.text.tokens(ids)
+
     def pixels(self, frames: Tensor) -> Tensor:
         """uint8 (n, H, W, 3) -> normalised (n, 3, H, W) in the image tower's precision."""
         channels = [(frames[..., c].float() - mean) / std for c, (mean, std) in enumerate(self.normalisation)]

@@ -11,22 +11,33 @@ from torch import Tensor
 from emcl.distributed import ALONE, Ranks
 
 MAX_LOGIT_SCALE = math.log(100)
+ABSENT = -1e4
+"""A logit that no exponential sees, and finite: nothing becomes NaN where a whole row is absent."""
 
 
-def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE) -> Tensor:
+def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE, present_B: Tensor | None = None) -> Tensor:
     """This rank's share of the symmetric cross-entropy over the global batch; the shares add up to the loss.
 
     Rank r's texts are rows of `logits_AB`, whose pairs are the columns r A to (r + 1) A. Rows are complete here;
     a column's log-sum over the texts of all ranks is exchanged as B numbers, so no rank holds all logits.
+
+    Args:
+        present_B: which pairs of all ranks there are; the others are neither positives nor negatives, and the loss is
+            the mean over those that are there (0 without any).
     """
-    total = logits_AB.shape[1]
-    mine = ranks.share(total)
+    mine = ranks.share(logits_AB.shape[1])
+    if present_B is None:
+        present_B = torch.ones_like(logits_AB[0], dtype=torch.bool)
+    present_A = present_B[mine]
+    here_AB = present_A[:, None] & present_B[None, :]
     positives = logits_AB[:, mine].diagonal()
+    logits_AB = logits_AB.masked_fill(~here_AB, ABSENT)
     text_to_video = logits_AB.logsumexp(1) - positives
     highest_B = ranks.maximum(logits_AB.amax(0))
     columns_B = ranks.sum_with_grad((logits_AB - highest_B).exp().sum(0)).log() + highest_B
     video_to_text = columns_B[mine] - positives
-    return (text_to_video.sum() + video_to_text.sum()) / (2 * total)
+    losses = torch.where(present_A, text_to_video + video_to_text, 0.0)
+    return losses.sum() / (2 * present_B.sum().clamp_min(1))
 
 
 class _ClampScale(torch.autograd.Function):

@@ -40,6 +40,7 @@ def similarity(
     emcl: EMCL | None = None,
     ranks: Ranks = ALONE,
     block: int | None = None,
+    present_A: Tensor | None = None,
 ) -> Tensor:
     """Cosine of each text with each video as that text pools it, (A, B), in float32.
 
@@ -49,6 +50,7 @@ def similarity(
         text_AD: this rank's texts.
         frames_BTD: all ranks' videos.
         mask_BT: which frames there are; a video without any gets 0.
+        present_A: which of this rank's texts there are; EM does not see the others. All where not given.
         temperature: of the pooling's softmax.
         block: texts at once; as many as keep a block's pooling weights below `BLOCK_NUMBERS` where not given.
     """
@@ -57,7 +59,7 @@ def similarity(
     correction = None
     if emcl is not None:
         correction = emcl.correction(
-            lambda: _measure(emcl, text_AD, frames_BTD, mask_BT, temperature, size), all_reduce=ranks.sum
+            lambda: _measure(emcl, text_AD, frames_BTD, mask_BT, present_A, temperature, size), all_reduce=ranks.sum
         )
     videos = _Videos.of(frames_BTD, mask_BT, correction)
     texts = list(text_AD.split(size))
@@ -131,17 +133,26 @@ def _quadratic(left_ABT: Tensor, matrix_BTT: Tensor, right_ABT: Tensor) -> Tenso
 
 @torch.no_grad()
 def _measure(
-    emcl: EMCL, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, temperature: float, size: int
+    emcl: EMCL,
+    text_AD: Tensor,
+    frames_BTD: Tensor,
+    mask_BT: Tensor,
+    present_A: Tensor | None,
+    temperature: float,
+    size: int,
 ) -> list[Moments]:
     """Moments of this rank's A B pooled rows and A text rows, as the layer's variant counts them."""
     directions = emcl.variant == "compact"
     batch, frames = mask_BT.shape
+    here_A = text_AD.new_ones(len(text_AD)) if present_A is None else present_A.to(text_AD.dtype)
+    here_B = mask_BT.any(1).to(text_AD.dtype)
+    text_AD = text_AD * here_A[:, None]
     products_BTT = frames_BTD @ frames_BTD.transpose(1, 2) if directions else None
     second_BTT = frames_BTD.new_zeros(batch, frames, frames)
     first_BT = frames_BTD.new_zeros(batch, frames)
-    count = frames_BTD.new_zeros(())
-    for text in text_AD.split(size):
-        weights_ABT = pooling_weights(frame_scores(text, frames_BTD), mask_BT, temperature)
+    count = frames_BTD.new_zeros(()) if directions else here_A.sum() * here_B.sum()
+    for text, here in zip(text_AD.split(size), here_A.split(size), strict=True):
+        weights_ABT = pooling_weights(frame_scores(text, frames_BTD), mask_BT, temperature) * here[:, None, None]
         if products_BTT is not None:
             length_AB = _quadratic(weights_ABT, products_BTT, weights_ABT)
             valid_AB = (length_AB > _EPSILON) & length_AB.isfinite()
@@ -149,8 +160,6 @@ def _measure(
                 valid_AB[..., None], weights_ABT * length_AB.clamp_min(_EPSILON).rsqrt()[..., None], 0
             )
             count += valid_AB.sum()
-        else:
-            count += weights_ABT.shape[0] * batch
         second_BTT += torch.einsum("abt,abs->bts", weights_ABT, weights_ABT)
         first_BT += weights_ABT.sum(0)
     flat = frames_BTD.flatten(0, 1)  # (B T, D)
@@ -159,4 +168,5 @@ def _measure(
     )
     if directions:
         return [pooled, Moments.of_directions(text_AD)]
-    return [pooled + Moments.of(text_AD)]
+    texts = Moments.of(text_AD)
+    return [pooled + Moments(gram=texts.gram, total=texts.total, count=here_A.sum())]

@@ -41,12 +41,30 @@ class Tower(nn.Module):
         return self.head(self.trunk(inputs))
 
 
+class TextTower(Tower):
+    """A tower that also shows its single tokens."""
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, width: int, token_width: int, padding: int) -> None:
+        super().__init__(trunk, head, width)
+        self.token_width, self.padding = token_width, padding
+
+    def tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L) -> the trunk's last layer (B, L, token_width), and which tokens there are (B, L)."""
+        trunk: Any = self.trunk
+        trunk.output_tokens = True  # open_clip's switch
+        try:
+            _, tokens = trunk(ids)
+        finally:
+            trunk.output_tokens = False
+        return tokens, ids != self.padding
+
+
 @dataclass(frozen=True)
 class Towers:
     """What open_clip gives for a name."""
 
     image: Tower
-    text: Tower
+    text: TextTower
     embed_dim: int
     logit_scale: float
     """Natural logarithm, as pretrained."""
@@ -216,11 +234,12 @@ def _split_image(image: nn.Module, embed_dim: int) -> Tower:
     return Tower(image, nn.Identity(), embed_dim)
 
 
-def _split_text(text: nn.Module, embed_dim: int) -> Tower:
+def _split_text(text: nn.Module, embed_dim: int) -> TextTower:
     if isinstance(text, HFTextEncoder):
         head, text.proj = text.proj, nn.Identity()
-        return Tower(text, head, int(text.config.hidden_size))
-    return Tower(text, nn.Identity(), embed_dim)
+        width = int(text.config.hidden_size)
+        return TextTower(text, head, width, width, int(text.config.pad_token_id or 0))
+    return TextTower(text, nn.Identity(), embed_dim, int(text.width), 0)  # type: ignore[arg-type]
 
 
 def _local_directory(path: str, what: str) -> None:

@@ -1,6 +1,7 @@
 """MSR-VTT's published annotations to the table that `emcl prepare folder` reads, for the 1k-A split.
 
-Train: the 9k list with every official sentence; test: the 1,000 pairs of the JSFUSION list.
+Train: the 9k list with every official sentence; test: the 1,000 pairs of the JSFUSION list, or those videos with all
+their sentences.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ OFFICIAL = ("train_val_videodatainfo.json", "test_videodatainfo.json")
 TRAIN_LIST, TEST_LIST = "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv"
 
 
-def write_csv(annotations: Path, out: Path) -> dict[str, int]:
+def write_csv(annotations: Path, out: Path, *, every_test_sentence: bool = False) -> dict[str, int]:
     """Writes `file,caption,split`; returns the number of lines of each split.
+
+    1k-A pairs a test video with one sentence; with `every_test_sentence` it keeps all of its own, some 20.
 
     Raises:
         UserError: one of the published files is not in `annotations`, plain or zipped.
@@ -35,7 +38,9 @@ def write_csv(annotations: Path, out: Path) -> dict[str, int]:
         for row in _rows(annotations / TRAIN_LIST)
         for text in sentences.get(row["video_id"], [])
     ]
-    lines += [(f"{row['video_id']}.mp4", row["sentence"], "test") for row in _rows(annotations / TEST_LIST)]
+    for row in _rows(annotations / TEST_LIST):
+        found = sentences.get(row["video_id"], []) if every_test_sentence else [row["sentence"]]
+        lines += [(f"{row['video_id']}.mp4", text, "test") for text in found]
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from emcl.config import Config
 from emcl.data.loader import training_loader
-from emcl.data.order import RankBatches, order_of
+from emcl.data.mixture import open_training
+from emcl.data.order import RankBatches
 from emcl.data.shards import open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
@@ -28,6 +29,7 @@ from emcl.train import checkpoint
 from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
 from emcl.train.features import open_source
+from emcl.train.start import learn_settings, start_from
 
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
@@ -38,19 +40,13 @@ class Trainer:
 
     tracker: Tracker
 
-    def __init__(self, config: Config, ranks: Ranks, device: torch.device, folder: Path) -> None:
-        self.config, self.ranks, self.device, self.folder = config, ranks, device, folder
-        self.shards = open_shards(config.data.train)
+    def __init__(
+        self, config: Config, ranks: Ranks, device: torch.device, folder: Path, init: Path | None = None
+    ) -> None:
+        self.ranks, self.device, self.folder = ranks, device, folder
+        self.shards, self.order = open_training(config.data, config.seed)
+        self.config = config = learn_settings(config, self.shards, init)
         self.val = open_shards(config.data.val) if config.data.val else None
-        data = config.data
-        self.order = order_of(
-            self.shards,
-            pairs=data.pairs,
-            captions_per_video=data.captions_per_video,
-            batch_size=data.batch_size,
-            buffer=data.shuffle_buffer,
-            seed=config.seed,
-        )
         self.per_epoch = self.order.steps_per_epoch
         self.total = min(config.optim.epochs * self.per_epoch, config.optim.max_steps or 2**62)
         self.batches = RankBatches(
@@ -63,6 +59,7 @@ class Trainer:
         )
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
+        self.taken = start_from(model, init) if init else None
         self.source = open_source(config, self.shards, model.backbone, ranks, device)
         self.val_source = open_source(config, self.val, model.backbone, ranks, device) if self.val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -105,7 +102,7 @@ class Trainer:
     def _steps(self, start: int) -> Iterator[Step]:
         self.batches.start = start
         collators = {
-            name: type(task).collator(self.config.tasks[name], self.source.texts, training=True)
+            name: type(task).collator(self.config.tasks[name], self.config, self.source.texts, training=True)
             for name, task in self.model.heads.items()
         }
         loader = iter(training_loader(self.shards, self.config.data, self.batches, collators, self.source.features))
@@ -139,15 +136,7 @@ class Trainer:
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
         if self.val_source is not None and due:
             self.engine.eval()
-            scores = evaluate(
-                self.engine,
-                self.model.heads,
-                self.val_source,
-                self.config,
-                self.ranks,
-                self.device,
-                name="val",
-            )
+            scores = evaluate(self.model, self.val_source, self.config, self.ranks, self.device, name="val")
             self.engine.train()
             self.tracker.metrics(
                 {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()},
@@ -155,7 +144,7 @@ class Trainer:
             )
             self._say(
                 f"epoch {epoch}: "
-                + ", ".join(f"{name} {self._chosen(name, item):.1f}" for name, item in scores.items())
+                + ", ".join(f"{name} {item.metrics[item.chosen]:.1f}" for name, item in scores.items())
             )
             self._keep_best(scores, done)
         elif done == self.total:
@@ -165,7 +154,7 @@ class Trainer:
 
     def _keep_best(self, scores: dict[str, Scores], done: int) -> None:
         signs = {name: 1.0 if task.greater_is_better else -1.0 for name, task in self.model.heads.items()}
-        value = sum(signs[name] * self._chosen(name, item) for name, item in scores.items()) / len(scores)
+        value = sum(signs[name] * item.metrics[item.chosen] for name, item in scores.items()) / len(scores)
         if self.best is None or value > self.best:
             self.best = value
             self._export(scores, done)
@@ -176,9 +165,6 @@ class Trainer:
             record = {**as_json(scores, "val", self.config), "step": done}
             save_export(self.folder / "best", state, self.config, record)
         self.ranks.barrier()
-
-    def _chosen(self, name: str, scores: Scores) -> float:
-        return scores.metrics[self.model.heads[name].metric]
 
     def _save(self, done: int) -> None:
         checkpoint.save(

@@ -11,13 +11,14 @@ import torch
 
 from emcl import distributed
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
+from emcl.data.mixture import training_patterns
 from emcl.data.shards import find_shards, open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
 from emcl.evaluate.report import record, table
 from emcl.prepare.sample import generate
-from emcl.registry import task_class
+from emcl.registry import expand, task_class
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.checkpoint import checkpoints
@@ -34,16 +35,21 @@ def run(
     overrides: Sequence[str] = (),
     evaluate_path: Path | None = None,
     resume: str | None = None,
+    init: Path | None = None,
 ) -> dict[str, Scores]:
     """Trains (or only evaluates) and returns the test scores of each task.
+
+    With `init`, training starts from the weights of an earlier run, of the same tasks or of others.
 
     Everything that can be wrong with the settings is found before a process group or a folder is made.
 
     Raises:
         UserError: one line for the user.
     """
+    tasks = expand(tasks)
     for name in tasks:
         task_class(name)
+    init = find_export(init) if init else None
     folder = _run_to_resume(resume) if resume else None
     config = _settings(tasks, recipe, overrides, evaluate_path, folder)
     distributed.quiet_start()
@@ -57,11 +63,14 @@ def run(
         with _Finished(tracker):
             return _score(export, config, ranks, device, _home(export), tracker, step=0)
     folder = folder or Path(config.runs) / name
-    return _train(config, ranks, device, folder, resuming=resume is not None)
+    return _train(config, ranks, device, folder, resuming=resume is not None, init=init)
 
 
-def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool) -> dict[str, Scores]:
-    trainer = Trainer(config, ranks, device, folder)  # before anything is recorded: it finds what is wrong
+def _train(
+    config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
+) -> dict[str, Scores]:
+    trainer = Trainer(config, ranks, device, folder, init)  # before anything is recorded: it finds what is wrong
+    config = trainer.config
     tracker = open_tracker(config, folder.name, first_rank=ranks.first)
     with _Finished(tracker):
         if ranks.first:
@@ -73,6 +82,8 @@ def _train(config: Config, ranks: Ranks, device: torch.device, folder: Path, *, 
                 f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
                 flush=True,
             )
+            if trainer.taken:
+                print(trainer.taken, flush=True)
         trainer.train(tracker, resume=resuming)
         total = trainer.total
         del trainer
@@ -97,7 +108,7 @@ def _score(
     model.to(device)
     shards = open_shards(str(config.data.test))
     source = open_source(config, shards, model.backbone, ranks, device)
-    scores = evaluate(model, model.heads, source, config, ranks, device, name="test")
+    scores = evaluate(model, source, config, ranks, device, name="test")
     if ranks.first:
         record(scores, shards, config, folder, tracker, split="test", step=step)
         for name, item in scores.items():
@@ -133,18 +144,18 @@ def _settings(
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """What else would fail later: shards, batch size, the DeepSpeed file. Renders the sample set if asked."""
-    wanted = [config.data.train, config.data.val] if training else []
+    wanted = [*training_patterns(config.data), config.data.val] if training else []
     patterns = [pattern for pattern in [*wanted, config.data.test] if pattern]
     if training:
         deepspeed_settings(config, ranks.world_size)
     elif not patterns:
         raise UserError("data.test names no shards to evaluate on")
     if config.data.generate and ranks.first:
-        try:
-            for pattern in patterns:
+        for pattern in patterns:
+            try:
                 find_shards(pattern)
-        except UserError:
-            generate(Path(config.data.train).parent, seed=0)
+            except UserError:
+                generate(Path(pattern).parent, seed=0)
     ranks.barrier()
     for pattern in patterns:
         find_shards(pattern)

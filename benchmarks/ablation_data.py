@@ -1,0 +1,107 @@
+"""The data sets of the ablation: how their shards and frozen towers come to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from emcl.errors import UserError
+
+MSRVTT = "shards/msrvtt_frames"
+EVERY_SENTENCE = "shards/msrvtt_frames_every_sentence"
+SAMPLE_TOWERS = Path("weights/sample-towers.safetensors")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Shards to train on, to sweep on and to report on."""
+
+    name: str
+    title: str
+    recipe: str
+    settings: tuple[str, ...]
+    train: str
+    test: str
+    """With every sentence."""
+    test_pairs: str | None
+    """The same videos with the one sentence that the benchmark pairs each with; their first where there is none."""
+    sweep_train: str
+    val: str
+    """Videos that neither `sweep_train` nor the test holds."""
+    make: Callable[[Path | None, Path | None], None]
+    """Makes shards and towers where they are missing."""
+
+
+def make_msrvtt(annotations: Path | None, frames: Path | None) -> None:
+    """Raises UserError: shards are missing, and so is what they are made of."""
+    from emcl.prepare.folder import prepare_folder
+    from emcl.prepare.msrvtt import write_csv
+    from emcl.prepare.towers import write_towers
+
+    if not Path("weights/towers").is_dir():
+        write_towers(Path("weights/towers"))
+    for folder, every_sentence in ((MSRVTT, False), (EVERY_SENTENCE, True)):
+        if any(Path(folder).glob("test-*.tar")):
+            continue
+        if annotations is None or frames is None:
+            raise UserError(
+                f"{folder} is not there: make ablation MSRVTT=FOLDER FRAMES=TAR (docs/emcl.md), or --sets sample"
+            )
+        table = Path(folder).with_suffix(".csv")
+        write_csv(annotations, table, every_test_sentence=every_sentence)
+        if every_sentence:  # its training videos are the other folder's
+            lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
+            table.write_text("".join(line for line in lines if not line.rstrip().endswith(",train")), encoding="utf-8")
+        prepare_folder(frames, table, Path(folder))
+
+
+def make_sample(_: Path | None, __: Path | None) -> None:
+    """Trains the sample recipe once without EMCL; its towers, frozen, serve every variant."""
+    if SAMPLE_TOWERS.is_file():
+        return
+    from emcl.train.run import run
+
+    run(["retrieval"], overrides=["emcl.enabled=false", "name=ablation-towers", "tracking.enabled=false"])
+    trained = load_file("runs/ablation-towers/best/model.safetensors")
+    towers = {}
+    for name, value in trained.items():
+        for ours, theirs in (("backbone.image.trunk.", "visual."), ("backbone.text.trunk.", "text.")):
+            if name.startswith(ours):
+                towers[theirs + name.removeprefix(ours)] = value
+    towers["logit_scale"] = trained["tasks.retrieval.logit_scale"].squeeze()
+    SAMPLE_TOWERS.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in towers.items()}, SAMPLE_TOWERS)
+
+
+SETS = {
+    "sample": DataSet(
+        name="sample",
+        title="sample set, frozen towers of a run without EMCL",
+        recipe="sample",
+        settings=(
+            f"model.pretrained={SAMPLE_TOWERS}", "model.frozen=[image,text]", "model.cache_features=true",
+            "data.cache_gib=0", "data.workers=0", "optim.epochs=6",
+        ),
+        train="shards/sample/train-{000000..000003}.tar",
+        test="shards/sample/test-000000.tar",
+        test_pairs=None,
+        sweep_train="shards/sample/train-{000000..000003}.tar",
+        val="shards/sample/val-000000.tar",
+        make=make_sample,
+    ),
+    "msrvtt_frames": DataSet(
+        name="msrvtt_frames",
+        title="MSR-VTT, 476 of 1,000 test videos, key frames",
+        recipe="msrvtt_frames",
+        settings=("model.temporal=mean", "optim.epochs=1", "data.workers=0"),
+        train=f"{MSRVTT}/train-{{000000..000008}}.tar",
+        test=f"{EVERY_SENTENCE}/test-000000.tar",
+        test_pairs=f"{MSRVTT}/test-000000.tar",
+        sweep_train=f"{MSRVTT}/train-{{000000..000006}}.tar",
+        val=f"{MSRVTT}/train-{{000007..000008}}.tar",
+        make=make_msrvtt,
+    ),
+}  # fmt: skip

@@ -1,0 +1,224 @@
+"""Training and scoring one model of the ablation, in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from emcl.config import Config, resolve
+from emcl.data.loader import every_caption
+from emcl.data.order import Draw
+from emcl.data.shards import open_shards
+from emcl.distributed import ALONE
+from emcl.em import EMCL, VARIANTS
+from emcl.metrics.retrieval import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from emcl.model.similarity import similarity
+from emcl.multitask import VideoLanguageModel
+from emcl.train.export import WEIGHTS, open_export
+from emcl.train.features import open_source
+from emcl.train.run import run
+from straightforward import cosines, pooled_rows
+
+TILE = 32
+"""Texts x videos that the reference's EM sees together, as published."""
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train, where it is not there yet."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def export(self) -> Path:
+        return self.folder / self.name / "best"
+
+    def config(self) -> Config:
+        return resolve(["retrieval"], self.recipe, self._settings())
+
+    def _settings(self) -> list[str]:
+        own = [f"runs={self.folder}", f"name={self.name}", "data.val=null", "data.test=null", "tracking.enabled=false"]
+        return [*self.overrides, *own]
+
+
+def train(job: Job) -> Path:
+    """Trains through the platform's own loop and returns the export; what it prints goes to the run's `log.txt`."""
+    if not (job.export / WEIGHTS).is_file():
+        (job.folder / job.name).mkdir(parents=True, exist_ok=True)
+        with _output_to(job.folder / job.name / "log.txt"):
+            run(["retrieval"], recipe=job.recipe, overrides=job._settings())
+    return job.export
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    kept = [os.dup(1), os.dup(2)]
+    with path.open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, saved in zip((1, 2), kept, strict=True):
+                os.dup2(saved, stream)
+                os.close(saved)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split's embeddings."""
+
+    text: Tensor  # (texts, D)
+    frames: Tensor  # (videos, T, D)
+    mask: Tensor  # (videos, T)
+    owner: NDArray[np.int64]  # (texts,) each text's video
+
+    @property
+    def videos(self) -> Tensor:
+        """Means over frames, (videos, D)."""
+        return (self.frames * self.mask[..., None]).sum(1) / self.mask.sum(1, keepdim=True)
+
+    def one_sentence(self) -> Split:
+        """Each video's first text alone."""
+        first = np.flatnonzero(np.diff(self.owner, prepend=-1))
+        return Split(self.text[torch.from_numpy(first)], self.frames, self.mask, self.owner[first])
+
+
+@torch.no_grad()
+def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int | None = None) -> Split:
+    """Of the shards' remembered features, with so many captions a video, or all."""
+    source = open_source(config, open_shards(shards), model.backbone, ALONE, torch.device("cpu"))
+    assert source.features is not None
+    frames, mask, text, owner = [], [], [], []
+    count = len(source.shards)
+    for first in range(0, count, ROWS_AT_ONCE):
+        rows = range(first, min(count, first + ROWS_AT_ONCE))
+        clips = [torch.from_numpy(source.features.frames(row)) for row in rows]
+        part = torch.zeros(len(clips), config.data.frames, dtype=torch.bool)
+        for place, clip in enumerate(clips):
+            part[place, : len(clip)] = True
+        frames.append(model.backbone.encode_video(torch.cat(clips), part.flatten().nonzero().squeeze(1), part))
+        mask.append(part)
+        found = [
+            caption
+            for row in rows
+            for caption in every_caption(source.shards.rows[row].sample, Draw(row, None, 0))[:captions]
+        ]
+        text.append(model.backbone.encode_text(source.texts(found)))
+        owner += [caption.row for caption in found]
+    return Split(torch.cat(text), torch.cat(frames), torch.cat(mask), np.array(owner))
+
+
+def open_model(export: Path) -> tuple[VideoLanguageModel, Config]:
+    return open_export(export)
+
+
+# --- ways to score one model
+
+
+@torch.no_grad()
+def plain(model: Any, split: Split) -> NDArray[np.float32]:
+    """(texts, videos) without any EMCL."""
+    return _similarity(model, split, None)
+
+
+@torch.no_grad()
+def with_own_layer(model: Any, split: Split) -> NDArray[np.float32]:
+    """As the model was trained: the reference in tiles, the compact variant on anything at once."""
+    task = model.heads["retrieval"]
+    return task.similarity_in_tiles(split.text, split.frames, split.mask, TILE, ALONE)
+
+
+@torch.no_grad()
+def with_fitted(model: Any, split: Split, layer: EMCL) -> NDArray[np.float32]:
+    """With a compact layer that was fitted on training features, as an inference module."""
+    return _similarity(model, split, layer)
+
+
+@torch.no_grad()
+def with_reference(
+    model: Any, split: Split, *, bases: int, iterations: int, temperature: float, beta: float
+) -> NDArray[np.float32]:
+    """The published inference module: EM over the unit rows of each tile of texts and videos."""
+    layer = EMCL(bases=bases, iterations=iterations, temperature=temperature, beta=beta).eval()
+    pooling = model.heads["retrieval"].settings.pooling_temperature
+    strips = []
+    for text in F.normalize(split.text, dim=1).split(TILE):
+        strip = []
+        for frames, mask in zip(split.frames.split(TILE), split.mask.split(TILE), strict=True):
+            pooled = F.normalize(pooled_rows(text, frames, mask, pooling), dim=-1)  # (A, B, D)
+            corrected, corrected_text = layer(pooled.flatten(0, 1), text)
+            strip.append(cosines(corrected.view_as(pooled), corrected_text))
+        strips.append(torch.cat(strip, 1))
+    return torch.cat(strips).numpy()
+
+
+def fitted(split: Split, **settings: Any) -> EMCL:
+    """A compact layer on a training split's videos (means of frames) and texts."""
+    return EMCL(variant=VARIANTS[1], **settings).fit(split.videos, split.text).eval()
+
+
+def _similarity(model: Any, split: Split, layer: EMCL | None) -> NDArray[np.float32]:
+    temperature = model.heads["retrieval"].settings.pooling_temperature
+    return similarity(split.text, split.frames, split.mask, temperature=temperature, emcl=layer).numpy()
+
+
+# --- what is measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way to score one model on one split."""
+
+    text_to_video: NDArray[np.int64]
+    """Rank of each text's video."""
+    video_to_text: NDArray[np.int64]
+    """Rank of each video's texts."""
+    owner: NDArray[np.int64]
+    gap: float
+    effective_rank: float
+
+    @property
+    def recall(self) -> float:
+        """R@1, the mean of both directions."""
+        return 50 * float((self.text_to_video == 1).mean() + (self.video_to_text == 1).mean())
+
+
+def measure(
+    scores: NDArray[np.float32], split: Split, correct: Callable[[Tensor, Tensor], Sequence[Tensor]], *, dsl: bool
+) -> Measured:
+    """Ranks both ways, and the geometry of mean-pooled videos and texts after `correct(videos, texts)`."""
+    by_text = dual_softmax(scores, over="texts") if dsl else scores
+    by_video = dual_softmax(scores, over="videos") if dsl else scores
+    video, text = (F.normalize(rows, dim=1) for rows in correct(split.videos, split.text))
+    return Measured(
+        text_to_video_ranks(by_text, split.owner),
+        video_to_text_ranks(by_video, split.owner),
+        split.owner,
+        float((video.mean(0) - text.mean(0)).norm()),
+        effective_rank(torch.cat([video, text])),
+    )
+
+
+def effective_rank(rows: Tensor) -> float:
+    """Exponential of the entropy of the singular values of the centred rows (Roy and Vetterli, 2007)."""
+    values = torch.linalg.svdvals(rows - rows.mean(0))
+    share = values / values.sum()
+    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))

@@ -1,0 +1,98 @@
+"""Caption metrics through pycocoevalcap: BLEU, METEOR, ROUGE-L, CIDEr, over all references of a video."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from emcl.metrics.java import JavaError, find_java, meteor, ptb_tokens
+
+TOKENIZERS = ("ptb", "plain", "given")
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores on pycocoevalcap's own scale (CIDEr up to 10, the others up to 1)."""
+
+    metrics: dict[str, float]
+    tokenizer: str
+    """`ptb`; `plain`, our own for machines without Java, whose scores differ; `given`, tokens as they stand."""
+    missing: str | None = None
+    """What is not among the metrics, and why."""
+
+
+def plain_tokens(caption: str) -> str:
+    """Lower case, words and numbers with a blank between."""
+    return " ".join(re.findall(r"[\w']+", caption.lower()))
+
+
+def caption_metrics(
+    hypotheses: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenizer: str = "ptb"
+) -> CaptionScores:
+    """Scores one caption a video against all its references. Both sides are always tokenised alike.
+
+    Args:
+        hypotheses: video -> caption.
+        references: video -> captions, of the same videos.
+        tokenizer: `ptb`, in whose place `plain` is taken where Java does not work; or `plain`; or `given`.
+
+    Raises:
+        ValueError: other videos on one side, or none, or a video without references.
+    """
+    if not hypotheses or set(hypotheses) != set(references) or not all(references.values()):
+        raise ValueError("captions are scored for the same videos on both sides, each with references")
+    keys = list(hypotheses)
+    spoken = {key: [hypotheses[key]] for key in keys}
+    written = {key: list(references[key]) for key in keys}
+    tokenizer, missing = _tokenise(spoken, written, tokenizer)
+    metrics = _without_java(spoken, written)
+    if missing is None:
+        try:
+            metrics["METEOR"] = meteor({key: texts[0] for key, texts in spoken.items()}, written)
+        except JavaError as error:
+            missing = f"METEOR: {error}"
+    order = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
+    return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing)
+
+
+def _tokenise(spoken: dict[str, list[str]], written: dict[str, list[str]], tokenizer: str) -> tuple[str, str | None]:
+    """Tokenises both sides in place; the tokenizer that served, and what is missing."""
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer {tokenizer!r} is none of {', '.join(TOKENIZERS)}")
+    java = find_java()
+    missing = f"METEOR: {java}" if isinstance(java, str) else None
+    if tokenizer == "ptb" and missing is None:
+        try:
+            both = ptb_tokens(
+                {
+                    **{f"h{key}": one for key, one in spoken.items()},
+                    **{f"r{key}": all_ for key, all_ in written.items()},
+                }
+            )
+            for key in spoken:
+                spoken[key], written[key] = both[f"h{key}"], both[f"r{key}"]
+            return "ptb", None
+        except JavaError as error:
+            missing = f"METEOR and the PTB tokenizer: {error}"
+    if tokenizer == "given":
+        return "given", missing
+    for side in (spoken, written):
+        for key, texts in side.items():
+            side[key] = [plain_tokens(text) for text in texts]
+    return "plain", missing
+
+
+def _without_java(spoken: dict[str, list[str]], written: dict[str, list[str]]) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    bleu, _ = Bleu(4).compute_score(written, spoken, verbose=0)
+    rouge, _ = Rouge().compute_score(written, spoken)
+    cider, _ = Cider().compute_score(written, spoken)
+    return {
+        **{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, 1)},
+        "ROUGE-L": float(rouge),
+        "CIDEr": float(cider),
+    }

@@ -1,0 +1,108 @@
+"""A transformers decoder that writes captions from a video's frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from emcl.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """How captions are written; the names of transformers' `generate`, where its documentation says more."""
+
+    num_beams: int = 5
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 3
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 30
+    use_cache: bool = True
+
+
+class CaptionDecoder(nn.Module):
+    """GPT-2 blocks with cross-attention to frame features (B, T, D).
+
+    Args:
+        frame_width: D.
+        size: of the vocabulary.
+        positions: longest caption in tokens, the start among them.
+    """
+
+    def __init__(
+        self, frame_width: int, *, size: int, width: int, layers: int, heads: int, positions: int, dropout: float,
+        ends: tuple[int, int, int], pretrained: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.padding, self.start, self.end = ends
+        shared: dict[str, Any] = {
+            "add_cross_attention": True, "pad_token_id": self.padding, "bos_token_id": self.start,
+            "eos_token_id": self.end, "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
+        }  # fmt: skip
+        if pretrained is None:
+            config = GPT2Config(
+                vocab_size=size, n_positions=positions, n_embd=width, n_layer=layers, n_head=heads, **shared
+            )
+            self.decoder = GPT2LMHeadModel(config)
+        else:
+            self.decoder = _pretrained(pretrained, shared)
+        width = self.decoder.config.n_embd
+        self.frames = nn.Sequential(nn.LayerNorm(frame_width), nn.Linear(frame_width, width))
+
+    def forward(self, ids_NL: Tensor, frames_NTD: Tensor, mask_NT: Tensor) -> Tensor:
+        """Logits (N, L, V) of the token after each of `ids_NL`."""
+        return self.decoder(
+            input_ids=ids_NL,
+            encoder_hidden_states=self.frames(frames_NTD),
+            encoder_attention_mask=mask_NT.long(),
+            use_cache=False,
+        ).logits
+
+    @torch.no_grad()
+    def generate(self, frames_BTD: Tensor, mask_BT: Tensor, how: Generation, *, in_step: bool = False) -> Tensor:
+        """Token ids (B, L), padded after each caption's end.
+
+        Args:
+            in_step: other ranks generate at the same time and weights are gathered for each step (ZeRO-3).
+        """
+        start = torch.full((len(frames_BTD), 1), self.start, device=frames_BTD.device)
+        sampling: dict[str, Any] = {"temperature": how.temperature, "top_p": how.top_p} if how.do_sample else {}
+        beams: dict[str, Any] = {"length_penalty": how.length_penalty} if how.num_beams > 1 else {}
+        return self.decoder.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            encoder_hidden_states=self.frames(frames_BTD),
+            encoder_attention_mask=mask_BT.long(),
+            num_beams=how.num_beams,
+            no_repeat_ngram_size=how.no_repeat_ngram_size,
+            do_sample=how.do_sample,
+            max_new_tokens=how.max_new_tokens,
+            use_cache=how.use_cache,
+            pad_token_id=self.padding,
+            eos_token_id=self.end,
+            synced_gpus=in_step,
+            **sampling,
+            **beams,
+        )[:, 1:]
+
+
+def _pretrained(folder: str, settings: dict[str, Any]) -> GPT2LMHeadModel:
+    """A local GPT-2, with new cross-attention.
+
+    Raises:
+        UserError: no such folder, or no GPT-2 in it.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"tasks.captioning.pretrained={folder}: no folder of a GPT-2 (config.json, model.safetensors)")
+    try:
+        config = GPT2Config.from_pretrained(folder, local_files_only=True, **settings)
+        return GPT2LMHeadModel.from_pretrained(folder, config=config, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} holds no GPT-2: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,234 @@
+"""Video captioning: a transformers decoder over the EMCL-compacted frames, scored by pycocoevalcap."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emcl.config import Config
+from emcl.data.loader import Collator
+from emcl.data.order import Draw
+from emcl.data.samples import Sample
+from emcl.data.text import TextSource
+from emcl.data.vocabulary import UsedTokens, Vocabulary, WholeVocabulary
+from emcl.distributed import Ranks
+from emcl.em import EMCL
+from emcl.errors import UserError
+from emcl.evaluate.pictures import Captioned, draw_captions
+from emcl.metrics.captions import caption_metrics
+from emcl.model.backbone import Backbone, Encoded
+from emcl.model.caption_decoder import CaptionDecoder, Generation
+from emcl.task import Evaluation, Scorer, Scores, Task
+
+EXAMPLES = 6
+IGNORED = -100
+"""A label that the cross-entropy leaves out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningConfig:
+    weight: float = 1.0
+    """Of this task's loss."""
+    layers: int = 3
+    width: int | None = None
+    """Of the decoder; the backbone's where not given."""
+    dropout: float = 0.1
+    label_smoothing: float = 0.1
+    words: int = 48
+    """Longest caption in tokens."""
+    captions_per_video: int = 1
+    """References of a video that a step trains on; all are drawn in the course of the epochs."""
+    emcl: bool = True
+    """Compact the frames by EMCL before the decoder; always the compact variant, as a caption must not depend on the
+    other videos of its batch. `emcl.k`, `emcl.balance` and `emcl.momentum` are the run's."""
+    emcl_beta: float = 0.5
+    tokenizer: str | None = None
+    """Folder of a Hugging Face tokenizer; CLIP's BPE where not given."""
+    pretrained: str | None = None
+    """Folder of a GPT-2 with its tokenizer, to start from."""
+    vocabulary: str | None = None
+    """The tokens that the training captions use; found by the run itself."""
+    generation: Generation = field(default_factory=Generation)
+
+
+def open_vocabulary(settings: CaptioningConfig) -> Vocabulary:
+    if settings.pretrained is not None:
+        return WholeVocabulary(settings.tokenizer or settings.pretrained)
+    if settings.vocabulary is None:
+        raise UserError("tasks.captioning.vocabulary is not set: it is found from the captions of data.train")
+    return UsedTokens.open(settings.tokenizer, settings.vocabulary)
+
+
+class CaptioningTask(Task):
+    config_class = CaptioningConfig
+    learned = ("vocabulary",)
+
+    def __init__(self, settings: CaptioningConfig, config: Config, backbone: Backbone) -> None:
+        super().__init__(settings, config, backbone)
+        self.settings = settings
+        self.vocabulary = open_vocabulary(settings)
+        width = settings.width or backbone.embed_dim
+        self.decoder = CaptionDecoder(
+            backbone.embed_dim,
+            size=self.vocabulary.size,
+            width=width,
+            layers=settings.layers,
+            heads=max(1, width // 64),
+            positions=settings.words + 1,
+            dropout=settings.dropout,
+            ends=(self.vocabulary.padding, self.vocabulary.start, self.vocabulary.end),
+            pretrained=settings.pretrained,
+        )
+        self.emcl: EMCL | None = None
+        if settings.emcl and config.emcl.enabled:
+            self.emcl = EMCL(
+                bases=min(config.emcl.k, backbone.embed_dim),
+                beta=settings.emcl_beta,
+                momentum=config.emcl.momentum,
+                balance=config.emcl.balance,
+                iterations=1,  # each step goes on from the bases of the one before
+                variant="compact",
+                width=backbone.embed_dim,
+                seed=config.seed,
+            )
+
+    @classmethod
+    def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
+        if settings.pretrained is not None or settings.vocabulary is not None:
+            return settings
+        captions = [caption for sample in samples for caption in sample.captions]
+        if not captions:
+            raise UserError("captioning: the training shards hold no captions")
+        return dataclasses.replace(settings, vocabulary=UsedTokens.of_captions(settings.tokenizer, captions))
+
+    @classmethod
+    def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
+        return _References(settings) if training else _nothing
+
+    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
+        frames_BTD = self.compacted(encoded, ranks)
+        place_N = part["place"]
+        logits_NLV = self.decoder(part["ids"], frames_BTD[place_N], encoded.video_mask_BT[place_N])
+        labels = part["labels"].flatten()
+        loss = F.cross_entropy(
+            logits_NLV.flatten(0, 1).float(),
+            labels,
+            ignore_index=IGNORED,
+            label_smoothing=self.settings.label_smoothing,
+            reduction="sum",
+        )
+        tokens = ranks.sum((labels != IGNORED).sum()).clamp_min(1)
+        return {"cross_entropy": self.settings.weight * loss / tokens}
+
+    def compacted(self, encoded: Encoded, ranks: Ranks) -> Tensor:
+        """(B, T, D) with EMCL's correction, whose bases are fitted to the frames of all ranks."""
+        frames_BTD = encoded.frames_BTD
+        if self.emcl is None:
+            return frames_BTD
+        present = frames_BTD * encoded.video_mask_BT[..., None]  # rows of zeros do not count
+        (corrected,) = self.emcl(present, all_reduce=ranks.sum)
+        return corrected
+
+    @torch.no_grad()
+    def generate(self, encoded: Encoded, how: Generation | None = None) -> list[str]:
+        """One caption a video; the layer must be in evaluation mode."""
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+        ids = self.decoder.generate(
+            self.compacted(encoded, Ranks()),
+            encoded.video_mask_BT,
+            how or self.settings.generation,
+            in_step=partitioned,
+        )
+        return [self.vocabulary.decode(row) for row in ids.tolist()]
+
+    def scorer(self, config: Config) -> Scorer:
+        return _CaptionScorer(self, config)
+
+
+def _nothing(samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+    return {}
+
+
+class _References:
+    """Drawn captions as token ids, with the place of each one's video in the batch."""
+
+    def __init__(self, settings: CaptioningConfig) -> None:
+        self.settings = settings
+        self.vocabulary = open_vocabulary(settings)
+
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+        found: list[tuple[int, list[int]]] = []
+        for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
+            for caption in self._drawn(sample, draw):
+                found.append((place, self.vocabulary.encode(caption)[: self.settings.words]))
+        longest = max((len(ids) for _, ids in found), default=0)
+        count = max(1, len(found))  # a batch without captions has one line that nothing is learnt from
+        ids = torch.full((count, longest + 1), self.vocabulary.padding)
+        labels = torch.full((count, longest + 1), IGNORED)
+        ids[:, 0] = self.vocabulary.start
+        for line, (_, tokens) in enumerate(found):
+            ids[line, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            labels[line, : len(tokens) + 1] = torch.tensor([*tokens, self.vocabulary.end])
+        return {"ids": ids, "labels": labels, "place": torch.tensor([place for place, _ in found] or [0])}
+
+    def _drawn(self, sample: Sample, draw: Draw) -> list[str]:
+        """The pair's own caption first, then others at random."""
+        count = min(self.settings.captions_per_video, len(sample.captions))
+        order = random.Random(draw.seed).sample(range(len(sample.captions)), len(sample.captions))
+        if draw.caption is not None:
+            order = [draw.caption, *(index for index in order if index != draw.caption)]
+        return [sample.captions[index] for index in order[:count]]
+
+
+class _CaptionScorer(Scorer):
+    def __init__(self, task: CaptioningTask, config: Config) -> None:
+        self.task, self.config = task, config
+        self.captions: list[tuple[int, str]] = []
+
+    def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
+        captions = evaluation.run(partial(self.task.generate, encoded))
+        if batch is not None:
+            self.captions += zip(batch["rows"], captions, strict=True)
+
+    def result(self, evaluation: Evaluation) -> Scores:
+        """Scores all ranks' captions, each video once, on rank 0."""
+        ranks, rows = evaluation.ranks, evaluation.source.shards.rows
+        everyone = dict(item for part in ranks.gather_objects(self.captions) for item in part)
+        scored = {row: text for row, text in sorted(everyone.items()) if rows[row].sample.captions}
+        if not scored:
+            raise UserError("captioning: no video of this split has a reference caption")
+        found = None
+        if ranks.first:
+            found = caption_metrics(
+                {str(row): text for row, text in scored.items()},
+                {str(row): rows[row].sample.captions for row in scored},
+            )
+        found = ranks.gather_objects(found)[0]
+        suffix = "" if found.tokenizer == "ptb" else f"_{found.tokenizer}_tokens"
+        metrics = {f"{name}{suffix}": 100 * value for name, value in found.metrics.items()}
+        predictions = [{"image_id": rows[row].sample.id, "caption": text} for row, text in sorted(everyone.items())]
+        chosen = list(scored)[:: max(1, len(scored) // EXAMPLES)][:EXAMPLES]
+        examples = [Captioned(row, scored[row], rows[row].sample.captions) for row in chosen]
+        return Scores(
+            metrics,
+            self._protocol(len(scored), found.tokenizer, found.missing),
+            chosen=f"CIDEr{suffix}",
+            picture=partial(draw_captions, examples, f"captioning: {self.config.model.name}"),
+            files={"captions-{split}.json": json.dumps(predictions, indent=0, ensure_ascii=False)},
+        )
+
+    def _protocol(self, videos: int, tokenizer: str, missing: str | None) -> str:
+        how = self.task.settings.generation
+        words = "sampled" if how.do_sample else "greedy" if how.num_beams == 1 else f"beam {how.num_beams}"
+        tokens = {"ptb": "PTB tokenizer", "plain": "PLAIN TOKENIZER, not comparable with published scores"}[tokenizer]
+        gone = f"; without {missing}" if missing else ""
+        return f"{videos} videos, all references, scores x 100, {tokens}; {words}{gone}"
