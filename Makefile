@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train test lint bench format clean
+.PHONY: install train test lint bench ablation format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,11 @@ test: install
 
 bench: install
 	$(BIN)/python benchmarks/layer_and_similarity.py
+
+# MSR-VTT's shards are made where they are missing: make ablation MSRVTT=ANNOTATIONS_DIR FRAMES=VIDEOS_TAR
+ablation: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/ablation.py $(if $(MSRVTT),--msrvtt $(MSRVTT)) \
+		$(if $(FRAMES),--frames $(FRAMES)) $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -189,7 +189,8 @@ class _AnswerScorer(Scorer):
         count = len(part["questions"]) if part else 0
         rows = (part["ids"][:count], part["place"][:count]) if part and count else None
         device = encoded.frames_BTD.device
-        filler = torch.ones(1, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        spare = _tokenizer(self.config.model.name, self.config.data.words)([""]).to(device)
+        filler = spare, torch.zeros(1, dtype=torch.long, device=device)
 
         def top(ids_NL: Tensor, place_N: Tensor) -> Tensor:
             tokens_NLW, mask_NL = evaluation.backbone.encode_tokens(ids_NL)

@@ -26,3 +26,23 @@ def test_a_tiny_model_retrieves_all_ten_in_both_directions(tmp_path: Path) -> No
     metrics = json.loads((tmp_path / "runs/ten/scores-test.json").read_text())["tasks"]["retrieval"]["metrics"]
     assert metrics["text_to_video/R@1"] == 100
     assert metrics["video_to_text/R@1"] == 100
+
+
+@pytest.mark.slow
+def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> None:
+    videos = shared("data/videos")
+    prepare_folder(videos, videos / "annotations.json", tmp_path / "shards", progress=False)
+    done = launch(
+        "--task", "retrieval,captioning,msrvtt_qa", "data.generate=false", f"data.train={tmp_path}/shards",
+        "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", "optim.epochs=150",
+        "checkpoint.every_steps=1000", "optim.lr=1e-3", "optim.clip_lr=1e-3", "name=ten", "tracking.enabled=false",
+        "tasks.captioning.label_smoothing=0", "tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0",
+        "tasks.captioning.captions_per_video=3", cwd=tmp_path, ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads((tmp_path / "runs/ten/scores-test.json").read_text())["tasks"]
+    assert scores["msrvtt_qa"]["metrics"]["accuracy"] == 100
+    assert scores["retrieval"]["metrics"]["text_to_video/R@1"] == 100
+    references = {item["id"]: item["captions"] for item in json.loads((videos / "annotations.json").read_text())}
+    for item in json.loads((tmp_path / "runs/ten/captions-test.json").read_text()):
+        assert item["caption"] in [" ".join(text.lower().split()) for text in references[item["image_id"]]]

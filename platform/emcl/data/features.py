@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,9 @@ def feature_path(config: Config, architecture: Mapping[str, Any], shard: Path) -
 
 
 def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
-    """Writes (sample id, tensors) to `path`, under a temporary name until it is whole."""
+    """Writes (sample id, tensors) to `path`, under a temporary name of this process until it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with tarfile.open(temporary, "w") as tar:
             for key, feature in items:

@@ -106,7 +106,10 @@ def _main(program: str) -> None:
         wrapped = {
             key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in content["captions"].items()
         }
-        print(json.dumps(PTBTokenizer().tokenize(wrapped)))
+        tokens = PTBTokenizer().tokenize(wrapped)
+        if {key: len(lines) for key, lines in tokens.items()} != {key: len(texts) for key, texts in wrapped.items()}:
+            sys.exit("the tokenizer gave other lines than it was given")  # its own exit status is not looked at
+        print(json.dumps(tokens))
     else:
         from pycocoevalcap.meteor.meteor import Meteor
 

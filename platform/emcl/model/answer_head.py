@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 
 class AttentionPooling(nn.Module):
-    """A learned weight for each item: Linear, ReLU, Linear to 1, softmax."""
+    """A learned weight for each item: Linear, ReLU, Linear to 1, softmax (which a bias before it would not move)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+        self.score = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False))
 
     def forward(self, items_NLW: Tensor, mask_NL: Tensor) -> Tensor:
         """(N, L, W), (N, L) -> (N, W); without any item, their mean."""

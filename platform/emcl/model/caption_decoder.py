@@ -60,6 +60,7 @@ class CaptionDecoder(nn.Module):
         """Logits (N, L, V) of the token after each of `ids_NL`."""
         return self.decoder(
             input_ids=ids_NL,
+            attention_mask=torch.ones_like(ids_NL),  # padding comes last, where no token looks
             encoder_hidden_states=self.frames(frames_NTD),
             encoder_attention_mask=mask_NT.long(),
             use_cache=False,

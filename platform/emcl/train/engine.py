@@ -88,7 +88,7 @@ def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
     )
     if engine.zero_optimization_stage() < 3:
         return state
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):  # tied weights under each name
         with deepspeed.zero.GatheredParameters([parameter]):
             if ranks.first:
                 state[name] = parameter.detach().cpu().clone()

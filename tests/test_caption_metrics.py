@@ -1,0 +1,119 @@
+"""Caption scores: the published ones, pycocoevalcap's own, and machines whose Java is missing, hangs or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import shared
+from emcl.metrics import java
+from emcl.metrics.captions import caption_metrics, plain_tokens
+
+HYPOTHESES = {"a": "A man's dog runs, in the park!", "b": "two people are cooking food"}
+REFERENCES = {"a": ["The dog is running in a park.", "a dog runs"], "b": ["People cook.", "two cooks, cooking a meal"]}
+
+needs_java = pytest.mark.skipif(isinstance(java.find_java(), str), reason=str(java.find_java()))
+
+
+@pytest.fixture
+def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A `java` of one's own writing, first on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    java.find_java.cache_clear()
+    yield tmp_path / "java"
+    java.find_java.cache_clear()
+
+
+def write(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+@needs_java
+def test_the_published_scores() -> None:
+    golden = json.loads(shared("golden/captions_nlgeval.json").read_text())
+    hypotheses = {str(number): text for number, text in enumerate(golden["hypotheses"])}
+    references = {str(number): texts for number, texts in enumerate(golden["references"])}
+    found = caption_metrics(hypotheses, references, tokenizer="given")
+    assert found.metrics == pytest.approx(golden["scores"], abs=1e-5)
+
+
+@needs_java
+def test_pycocoevalcaps_own_scores_of_real_captions() -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    from emcl.prepare.msrvtt import _official
+
+    sentences: dict[str, list[str]] = {}
+    for item in _official(shared("data/msrvtt"), "test_videodatainfo.json")["sentences"]:
+        sentences.setdefault(item["video_id"], []).append(item["caption"])
+    chosen = sorted(sentences)[:60]
+    hypotheses = {key: sentences[key][0] for key in chosen}
+    references = {key: sentences[key][1:] for key in chosen}
+    tokenizer = PTBTokenizer()
+    theirs = tokenizer.tokenize({key: [{"caption": text} for text in texts] for key, texts in references.items()})
+    ours = tokenizer.tokenize({key: [{"caption": text}] for key, text in hypotheses.items()})
+    bleu = Bleu(4).compute_score(theirs, ours, verbose=0)[0]
+    wanted = {f"BLEU-{n}": score for n, score in enumerate(bleu, 1)}
+    for name, metric in (("METEOR", Meteor()), ("ROUGE-L", Rouge()), ("CIDEr", Cider())):
+        wanted[name] = metric.compute_score(theirs, ours)[0]
+    found = caption_metrics(hypotheses, references)
+    assert found.tokenizer == "ptb"
+    assert found.metrics == pytest.approx(wanted, abs=1e-9)
+
+
+@needs_java
+def test_line_breaks_within_a_caption_shift_no_other() -> None:
+    broken = {**HYPOTHESES, "a": "A man's dog\nruns,\u2028in the\r park!"}
+    assert caption_metrics(broken, REFERENCES).metrics == caption_metrics(HYPOTHESES, REFERENCES).metrics
+
+
+def test_without_java_a_plain_tokenizer_serves_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    java.find_java.cache_clear()
+    found = caption_metrics(HYPOTHESES, REFERENCES)
+    java.find_java.cache_clear()
+    assert found.tokenizer == "plain"
+    assert set(found.metrics) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
+    assert found.missing is not None and "apt-get install" in found.missing
+
+
+def test_too_old_a_java_is_named(fake_java: Path) -> None:
+    write(fake_java, "echo 'java version \"1.6.0_45\"' >&2")
+    assert "Java 6" in str(java.find_java())
+
+
+def test_a_java_that_dies_costs_the_scores_that_need_it_alone(fake_java: Path) -> None:
+    write(fake_java, 'case "$*" in -version) echo \'openjdk version "17.0.1"\' >&2;; *) exit 3;; esac')
+    found = caption_metrics(HYPOTHESES, REFERENCES)
+    assert found.tokenizer == "plain" and "METEOR" not in found.metrics
+    assert found.missing is not None and "failed" in found.missing
+
+
+def test_a_java_that_hangs_is_ended_with_its_children(fake_java: Path, tmp_path: Path) -> None:
+    write(fake_java, f"echo $$ > {tmp_path}/pid; sleep 600")
+    with pytest.raises(java.JavaError, match="did not answer"):
+        java.meteor({"a": "a dog"}, {"a": ["a dog"]}, timeout=15)
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_plain_tokens() -> None:
+    assert plain_tokens("A man's Dog -- runs, twice!") == "a man's dog runs twice"
+
+
+def test_both_sides_must_be_of_the_same_videos() -> None:
+    with pytest.raises(ValueError, match="same videos"):
+        caption_metrics({"a": "x"}, {"b": ["x"]})
+    with pytest.raises(ValueError, match="references"):
+        caption_metrics({"a": "x"}, {"a": []})
