@@ -50,6 +50,10 @@ def _fields(kind: type) -> Iterator[tuple[str, str, str]]:
         default: Any = "" if field.default is dataclasses.MISSING else field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if not dataclasses.is_dataclass(default):
+        if dataclasses.is_dataclass(default):
+            if kind is not config.Config:  # its parts have sections of their own
+                inner = _fields(type(default))
+                yield from ((f"{field.name}.{name}", shown, text) for name, shown, text in inner)
+        else:
             shown = "" if default is None else f"`{default}`"
             yield field.name, shown, texts[field.name].replace("|", "\\|")
