@@ -23,10 +23,10 @@ from emcl.data.vocabulary import UsedTokens, Vocabulary, WholeVocabulary
 from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.errors import UserError
-from emcl.evaluate.pictures import Captioned, draw_captions
 from emcl.metrics.captions import caption_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder, Generation
+from emcl.pictures import Captioned, draw_captions
 from emcl.task import Evaluation, Scorer, Scores, Task
 
 EXAMPLES = 6

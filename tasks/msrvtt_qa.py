@@ -23,12 +23,12 @@ from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.errors import UserError
-from emcl.evaluate.pictures import draw_confusion
 from emcl.metrics.answers import answer_metrics
 from emcl.model.answer_head import AnswerHead
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.towers import tokenizer
+from emcl.pictures import draw_confusion
 from emcl.task import Evaluation, Scorer, Scores, Task
 
 UNKNOWN = -1

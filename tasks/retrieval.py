@@ -19,11 +19,11 @@ from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.em import EMCL
-from emcl.evaluate.pictures import Example, draw_retrieval
 from emcl.metrics.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.similarity import similarity
+from emcl.pictures import Example, draw_retrieval
 from emcl.task import Evaluation, Scorer, Scores, Task
 
 EXAMPLES = 6

@@ -18,7 +18,7 @@ FLOORS = (
     {"em", "registry", "metrics"},
     {"config", "distributed"},
     {"data"},
-    {"prepare", "model"},
+    {"prepare", "model", "pictures"},
     {"task"},
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
