@@ -163,6 +163,14 @@ def test_ranks_of_different_coverage_train_and_score_all_tasks(stage: int, uneve
         assert (tmp_path / f"runs/run/{name}-test.txt").is_file()
     import json
 
+    import emcl
+
+    model = emcl.load(tmp_path / "runs/run")
+    clip = np.random.default_rng(0).integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
+    one, two = model.caption([clip, clip[::-1]])
+    assert isinstance(one, str) and isinstance(two, str)
+    answers = model.answer(clip, "what moves?", top=3)
+    assert len(answers) == 3 and 0 < answers[2][1] <= answers[0][1] < 1
     captions = json.loads((tmp_path / "runs/run/captions-test.json").read_text())
     assert len({item["image_id"] for item in captions}) == len(captions) == 12  # each test video exactly once
 

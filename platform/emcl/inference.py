@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from emcl.data.decode import DecodeError, decode, square
+from emcl.distributed import ALONE
 from emcl.distributed import device as default_device
 from emcl.errors import UserError
+from emcl.model.backbone import Encoded
 from emcl.model.towers import tokenizer
 from emcl.train.export import find_export, open_export
 
@@ -69,18 +71,45 @@ class VideoTextModel:
 
     def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
         """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them."""
-        if "retrieval" not in self.model.tasks:
-            raise UserError(f"{self.folder} was not trained for retrieval, so it has no similarity")
-        from emcl.distributed import ALONE
-
+        task = self._task("retrieval", "it has no similarity")
         features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
         embedded = text if isinstance(text, Tensor) else self.encode_text(text)
-        task: Any = self.model.heads["retrieval"]
         scores = task.similarity_in_tiles(
             embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
             self.config.evaluate.tile, ALONE,
         )  # fmt: skip
         return torch.from_numpy(scores)
+
+    @torch.no_grad()
+    def caption(self, video: VideoFeatures | Video | list[Video]) -> list[str]:
+        """A caption of each video, written as `tasks.captioning.generation` of its run says."""
+        task = self._task("captioning", "it writes no captions")
+        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
+        parts = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
+        return [
+            text
+            for frames, mask in parts
+            for text in task.generate(Encoded(frames.to(self.device), mask.to(self.device)))
+        ]
+
+    @torch.no_grad()
+    def answer(self, video: VideoFeatures | Video, question: str, *, top: int = 1) -> list[tuple[str, float]]:
+        """The likeliest answers to a question about one video, with their probabilities."""
+        task = self._task("msrvtt_qa", "it answers no questions")
+        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
+        encoded = Encoded(features.frames[:1].to(self.device), features.mask[:1].to(self.device))
+        tokens = self.model.backbone.encode_tokens(self._tokenize([question]).to(self.device))
+        share = task.head_of_all(encoded, *tokens, torch.zeros(1, dtype=torch.long, device=self.device))[2].softmax(1)
+        best = share[0].topk(min(top, share.shape[1]))
+        answers = task.settings.answers
+        return [
+            (answers[number], value) for number, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _task(self, name: str, otherwise: str) -> Any:
+        if name not in self.model.tasks:
+            raise UserError(f"{self.folder} was not trained for {name}, so {otherwise}")
+        return self.model.heads[name]
 
     def _frames(self, video: Video) -> np.ndarray:
         data = self.config.data
