@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ablation_models import Job, Split, embed, fitted, open_model
 
+COLOURS = {"compact, joint": "tab:blue", "reference, joint": "tab:orange", "compact, at inference": "tab:green"}
 SHOWN = 476
 """Pairs in the picture of the space."""
 
@@ -25,13 +26,15 @@ def draw_sweeps(path: Path, result: Mapping[str, Any], title: str) -> None:
     for place, (axis, name) in enumerate(zip(axes, axes_of, strict=True)):
         axis.axhspan(min(base), max(base), color="0.85", linewidth=0)
         axis.axhline(np.mean(base), color="0.4", linestyle="--", label="no EMCL")
+        ticks: set[float] = set()
         for label, points in result[name].items():
             x = [float(value) for value in points]
+            ticks |= set(x)
             y = np.array([np.mean(seeds) for seeds in points.values()])
             low, high = (np.array([pick(seeds) for seeds in points.values()]) for pick in (min, max))
-            axis.errorbar(x, y, (y - low, high - y), marker="o", capsize=3, label=label)
-        axis.set(xscale="log", xlabel=name, title=f"{name}")
-        axis.set_xticks(x, [f"{value:g}" for value in x], minor=False)
+            axis.errorbar(x, y, (y - low, high - y), marker="o", capsize=3, label=label, color=COLOURS[label])
+        axis.set(xscale="log", xlabel=name)
+        axis.set_xticks(sorted(ticks), [f"{value:g}" for value in sorted(ticks)], minor=False)
         axis.minorticks_off()
         if not place:
             axis.set_ylabel("R@1, mean of both directions, validation")

@@ -124,17 +124,17 @@ class Correction:
     constant: bool
     """Whether x_hat is a constant to autograd."""
 
-    def reconstruct(self, rows: Tensor) -> Tensor:
-        """x_hat of rows (..., D), in float32."""
-        x = (rows.detach() if self.constant else rows).float()
-        found = ((x @ self.bases) * self.weights) @ self.bases.T
-        if self.offset is not None:
-            found = found - torch.linalg.vector_norm(x, dim=-1, keepdim=True) * self.offset
-        return found
-
     def __call__(self, rows: Tensor) -> Tensor:
+        """Rows (..., D) with beta times their reconstruction added."""
         with torch.autocast(rows.device.type, enabled=False):
-            return rows + (self.beta * self.reconstruct(rows)).to(rows.dtype)
+            flat = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]  # (N, D)
+            x = (flat.detach() if self.constant else flat).float()
+            codes, bases = (x @ self.bases) * self.weights, self.bases  # (N, K)
+            if self.offset is not None:  # one more basis, whose code is -|x|
+                codes = torch.cat([codes, -torch.linalg.vector_norm(x, dim=1, keepdim=True)], 1)
+                bases = torch.cat([bases, self.offset[:, None]], 1)
+            # one pass over the rows: reconstructions are never held beside them
+            return torch.addmm(flat.float(), self.beta * codes, bases.T).to(rows.dtype).view_as(rows)
 
 
 @torch.no_grad()
