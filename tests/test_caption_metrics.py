@@ -103,7 +103,7 @@ def test_a_java_that_dies_costs_the_scores_that_need_it_alone(fake_java: Path) -
 def test_a_java_that_hangs_is_ended_with_its_children(fake_java: Path, tmp_path: Path) -> None:
     write(fake_java, f"echo $$ > {tmp_path}/pid; sleep 600")
     with pytest.raises(java.JavaError, match="did not answer"):
-        java.meteor({"a": "a dog"}, {"a": ["a dog"]}, timeout=15)
+        java.meteor({"a": "a dog"}, {"a": ["a dog"]}, timeout=30)
     status = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()
 
