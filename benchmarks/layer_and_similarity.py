@@ -1,7 +1,8 @@
 """EMCL beside its formulas written as they stand: `make bench`.
 
 Each figure comes from a process of its own, so that its peak memory is its own; sides alternate, and medians are
-compared. D = 512, T = 12 frames, K = 32, 9 iterations, fp32, forward and backward.
+compared. D = 512, T = 12 frames, K = 32, 9 iterations, fp32. The layer forward, fitting included but for `fitted` (a
+compact layer in evaluation); the similarity forward and backward.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def measure(side: str, item: str, size: int) -> dict[str, float]:
     from straightforward import reference_em, reference_similarity
 
     torch.manual_seed(0)
-    layer = EMCL(bases=K, iterations=ITERATIONS, variant="compact" if side == "compact" else "reference", width=D)
+    variant = "compact" if side in ("compact", "fitted") else "reference"
+    layer = EMCL(bases=K, iterations=ITERATIONS, variant=variant, width=D)
     if item == "layer":
         x = 10 * torch.nn.functional.normalize(torch.randn(size, D) + torch.randn(D), dim=-1)
-        layer.eval()
-        if side == "compact":
-            layer.fit(x[:2000])
-        work = (lambda: x + 3 * reference_em(x, layer.mu)) if side == "plain" else (lambda: layer(x)[0])
+        layer.fit(x[:2000]).eval() if side == "fitted" else layer.train()
+        plain, ours = (lambda: x + 3 * reference_em(x, layer.mu)), (lambda: layer(x)[0])
+        work = torch.no_grad()(plain if side == "plain" else ours)
     else:
         text = torch.randn(size, D, requires_grad=True)
         frames = torch.randn(size, T, D, requires_grad=True)
@@ -90,7 +91,7 @@ def compare(item: str, size: int, repeats: int) -> dict[str, object]:
     import psutil
 
     fits = item == "layer" or PLAIN_COPIES * size * size * D * 4 < psutil.virtual_memory().available
-    sides = ["plain", "reference", "compact"] if fits else ["reference", "compact"]
+    sides = [*(["plain"] if fits else []), "reference", "compact", *(["fitted"] if item == "layer" else [])]
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(repeats):
         for side in sides:
@@ -104,9 +105,11 @@ def compare(item: str, size: int, repeats: int) -> dict[str, object]:
 
 def row(result: dict) -> str:
     cells = [f"{result['item']} {result['size']:,}"]
-    for side in ("plain", "reference", "compact"):
+    for side in ("plain", "reference", "compact", "fitted"):
         if side in result:
             cells.append(f"{result[side]['seconds']:.3f} s, {result[side]['mib']:,.0f} MiB")
+        elif side == "fitted":
+            cells.append("")
         else:
             cells.append(f"does not fit (about {PLAIN_COPIES * result['size'] ** 2 * D * 4 / 2**30:.0f} GiB)")
     ratio = ""
@@ -120,6 +123,7 @@ def row(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--items", nargs="+", choices=("layer", "similarity"), default=["layer", "similarity"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layer_and_similarity.json"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -127,9 +131,11 @@ def main() -> None:
         side, item, size = options.one
         print(json.dumps(measure(side, item, int(size))))
         return
-    results = [compare("layer", ROWS, options.repeats)]
-    results += [compare("similarity", batch, options.repeats if batch < 2048 else 1) for batch in BATCHES]
-    print("| | formulas as they stand | reference | compact | reference against the formulas |\n|---|---|---|---|---|")
+    results = [compare("layer", ROWS, options.repeats)] if "layer" in options.items else []
+    if "similarity" in options.items:
+        results += [compare("similarity", batch, options.repeats if batch < 2048 else 1) for batch in BATCHES]
+    heads = ("", "formulas as they stand", "reference", "compact", "fitted", "reference against the formulas")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for result in results:
         print(row(result))
     floor = 2 * ROWS * D * 4 / bandwidth()  # rows read once and written once
