@@ -283,7 +283,7 @@ def sweeps(data: DataSet, processes: int) -> None:
                         one.result()[f"{axis}={value:g}"] for one in of_base.values()
                     ]
     (OUT / data.name / "sweeps.json").write_text(json.dumps(result, indent=1))
-    ablation_figures.draw_sweeps(OUT / data.name / "sweeps.png", result, data.title)
+    ablation_figures.draw_sweeps(OUT / data.name / "sweeps.png", result, f"{data.name}: validation videos, {SWEEP_SEEDS} seeds")
     print(json.dumps(result, indent=1))
 
 

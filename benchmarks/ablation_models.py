@@ -160,11 +160,11 @@ def with_reference(
     layer = EMCL(bases=bases, iterations=iterations, temperature=temperature, beta=beta).eval()
     pooling = model.heads["retrieval"].settings.pooling_temperature
     strips = []
-    for text in F.normalize(split.text, dim=1).split(TILE):
+    for text in split.text.split(TILE):
         strip = []
         for frames, mask in zip(split.frames.split(TILE), split.mask.split(TILE), strict=True):
-            pooled = F.normalize(pooled_rows(text, frames, mask, pooling), dim=-1)  # (A, B, D)
-            corrected, corrected_text = layer(pooled.flatten(0, 1), text)
+            pooled = F.normalize(pooled_rows(text, frames, mask, pooling), dim=-1)  # (A, B, D), pooled as in training
+            corrected, corrected_text = layer(pooled.flatten(0, 1), F.normalize(text, dim=1))
             strip.append(cosines(corrected.view_as(pooled), corrected_text))
         strips.append(torch.cat(strip, 1))
     return torch.cat(strips).numpy()
