@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from ablation_models import (
 )
 from ablation_statistics import paired_bootstrap
 from emcl.em import EMCL
+from emcl.errors import UserError
 from emcl.tracking import open_tracker
 
 REFERENCE_INFERENCE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
@@ -283,7 +285,8 @@ def sweeps(data: DataSet, processes: int) -> None:
                         one.result()[f"{axis}={value:g}"] for one in of_base.values()
                     ]
     (OUT / data.name / "sweeps.json").write_text(json.dumps(result, indent=1))
-    ablation_figures.draw_sweeps(OUT / data.name / "sweeps.png", result, f"{data.name}: validation videos, {SWEEP_SEEDS} seeds")
+    title = f"{data.name}: validation videos, {SWEEP_SEEDS} seeds"
+    ablation_figures.draw_sweeps(OUT / data.name / "sweeps.png", result, title)
     print(json.dumps(result, indent=1))
 
 
@@ -327,7 +330,10 @@ def main() -> None:
     for name in options.sets:
         data = SETS[name]
         (OUT / name).mkdir(parents=True, exist_ok=True)
-        data.make(options.msrvtt, options.frames)
+        try:
+            data.make(options.msrvtt, options.frames)
+        except UserError as error:
+            sys.exit(f"error: {error}")
         if "table" in options.parts:
             table(data, options.seeds, options.processes)
         if "sweeps" in options.parts:

@@ -64,8 +64,10 @@ def make_sample(_: Path | None, __: Path | None) -> None:
         return
     from emcl.train.run import run
 
-    run(["retrieval"], overrides=["emcl.enabled=false", "name=ablation-towers", "tracking.enabled=false"])
-    trained = load_file("runs/ablation-towers/best/model.safetensors")
+    export = Path("runs/ablation-towers/best/model.safetensors")
+    if not export.is_file():
+        run(["retrieval"], overrides=["emcl.enabled=false", "name=ablation-towers", "tracking.enabled=false"])
+    trained = load_file(export)
     towers = {}
     for name, value in trained.items():
         for ours, theirs in (("backbone.image.trunk.", "visual."), ("backbone.text.trunk.", "text.")):
