@@ -13,7 +13,7 @@ from emcl.errors import UserError
 
 
 def mixed(shards: Path, batch_size: int = 8, **more: object) -> DataConfig:
-    first, second = f"{shards}/train-*.tar", f"{shards}/val-000000.tar"
+    first, second = f"{shards}/train-{{000000..000001}}.tar", f"{shards}/val-000000.tar"
     return DataConfig(mixture={first: 3, second: 1}, batch_size=batch_size, shuffle_buffer=8, **more)  # type: ignore[arg-type]
 
 
