@@ -55,7 +55,7 @@ SWEPT_INFERENCE: dict[str, Any] = {"bases": 128, "balance": 0.0, "beta": 0.5}
 JOINT = {
     "none": ("emcl.enabled=false",),
     "reference": ("emcl.variant=reference",),
-    "compact": ("emcl.variant=compact", "emcl.k=256", "emcl.balance=0.5", "emcl.beta=4", "emcl.iterations=2"),
+    "compact": ("emcl.variant=compact", "emcl.balance=0.5", "emcl.beta=4", "emcl.iterations=2"),
 }
 """Settings of each kind of training; compact's were chosen on the validation videos."""
 SWEPT = {**JOINT, "compact": (*JOINT["compact"], "emcl.beta=1")}
@@ -93,8 +93,10 @@ def jobs_of(data: DataSet, seeds: Iterable[int], *, training: str, folder: Path)
 
 
 def job(data: DataSet, name: str, seed: int, settings: Sequence[str], *, training: str, folder: Path) -> Job:
-    shards = f"data.train={training}"
-    return Job(name, data.recipe, (*data.settings, shards, f"seed={seed}", *settings), folder)
+    own: tuple[str, ...] = (f"data.train={training}", f"seed={seed}")
+    if "emcl.variant=compact" in settings:
+        own = (*own, f"emcl.k={data.bases}")
+    return Job(name, data.recipe, (*data.settings, *own, *settings), folder)
 
 
 def train_all(jobs: Sequence[Job], processes: int, what: str) -> None:

@@ -23,6 +23,8 @@ class DataSet:
     title: str
     recipe: str
     settings: tuple[str, ...]
+    bases: int
+    """K of the joint compact layer: two thirds of the width."""
     train: str
     test: str
     """With every sentence."""
@@ -88,6 +90,7 @@ SETS = {
             f"model.pretrained={SAMPLE_TOWERS}", "model.frozen=[image,text]", "model.cache_features=true",
             "data.cache_gib=0", "data.workers=0", "optim.epochs=6",
         ),
+        bases=128,
         train="shards/sample/train-{000000..000003}.tar",
         test="shards/sample/test-000000.tar",
         test_pairs=None,
@@ -100,6 +103,7 @@ SETS = {
         title="MSR-VTT, 476 of 1,000 test videos, key frames",
         recipe="msrvtt_frames",
         settings=("model.temporal=mean", "optim.epochs=1", "data.workers=0"),
+        bases=256,
         train=f"{MSRVTT}/train-{{000000..000008}}.tar",
         test=f"{EVERY_SENTENCE}/test-000000.tar",
         test_pairs=f"{MSRVTT}/test-000000.tar",
