@@ -26,6 +26,7 @@ from emcl.errors import UserError
 from emcl.metrics.captions import caption_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder, Generation
+from emcl.model.emcl_layer import emcl_layer
 from emcl.pictures import Captioned, draw_captions
 from emcl.task import Evaluation, Scorer, Scores, Task
 
@@ -89,16 +90,14 @@ class CaptioningTask(Task):
             pretrained=settings.pretrained,
         )
         self.emcl: EMCL | None = None
-        if settings.emcl and config.emcl.enabled:
-            self.emcl = EMCL(
+        if settings.emcl:
+            self.emcl = emcl_layer(
+                config,
+                backbone.embed_dim,
                 bases=min(config.emcl.k, backbone.embed_dim),
                 beta=settings.emcl_beta,
-                momentum=config.emcl.momentum,
-                balance=config.emcl.balance,
                 iterations=1,  # each step goes on from the bases of the one before
                 variant="compact",
-                width=backbone.embed_dim,
-                seed=config.seed,
             )
 
     @classmethod

@@ -21,12 +21,12 @@ from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.metrics.answers import answer_metrics
 from emcl.model.answer_head import AnswerHead
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.emcl_layer import emcl_layer
 from emcl.model.towers import tokenizer
 from emcl.pictures import draw_confusion
 from emcl.task import Evaluation, Scorer, Scores, Task
@@ -66,20 +66,7 @@ class MsrvttQATask(Task):
         self.settings = settings
         self.head = AnswerHead(backbone.embed_dim, backbone.text.token_width, len(settings.answers), settings.dropout)
         self.logit_scale = nn.Parameter(torch.tensor([backbone.initial_logit_scale]))
-        self.emcl: EMCL | None = None
-        if config.emcl.enabled and settings.contrastive_weight:
-            width = 4 * backbone.embed_dim
-            self.emcl = EMCL(
-                bases=config.emcl.k,
-                iterations=config.emcl.iterations,
-                temperature=config.emcl.temperature,
-                beta=config.emcl.beta,
-                momentum=config.emcl.momentum,
-                balance=config.emcl.balance,
-                variant=config.emcl.variant,
-                width=width,
-                seed=config.seed,
-            )
+        self.emcl = emcl_layer(config, 4 * backbone.embed_dim) if settings.contrastive_weight else None
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:

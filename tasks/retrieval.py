@@ -18,10 +18,10 @@ from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
-from emcl.em import EMCL
 from emcl.metrics.retrieval import dual_softmax_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.emcl_layer import emcl_layer
 from emcl.model.similarity import similarity
 from emcl.pictures import Example, draw_retrieval
 from emcl.task import Evaluation, Scorer, Scores, Task
@@ -49,19 +49,7 @@ class RetrievalTask(Task):
         self.settings = settings
         scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
-        self.emcl: EMCL | None = None
-        if config.emcl.enabled:
-            self.emcl = EMCL(
-                bases=config.emcl.k,
-                iterations=config.emcl.iterations,
-                temperature=config.emcl.temperature,
-                beta=config.emcl.beta,
-                momentum=config.emcl.momentum,
-                balance=config.emcl.balance,
-                variant=config.emcl.variant,
-                width=backbone.embed_dim,
-                seed=config.seed,
-            )
+        self.emcl = emcl_layer(config, backbone.embed_dim)
 
     @classmethod
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:

@@ -22,12 +22,10 @@ from emcl.data.source import Source
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
+from emcl.pictures import FramesOf
 
-Frames = Any
-"""(n, H, W, 3) uint8"""
-
-Picture = Callable[[Path, Callable[[int], Frames]], None]
-"""Draws to a path; the function gives some frames of a row of the shards."""
+Picture = Callable[[Path, FramesOf], None]
+"""Draws to a path."""
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ class Mixture:
 
     def batch(self, step: int) -> list[Draw]:
         pairs = [
-            order.pair(index)
+            pair
             for order, count in zip(self.orders, self.counts, strict=True)
-            for index in range(step * count, (step + 1) * count)
+            for pair in order.pairs(step * count, (step + 1) * count)
         ]
         random.Random(f"{self.seed}/mixture/{step}").shuffle(pairs)  # each rank gets its part of every set
         return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]

@@ -65,10 +65,13 @@ class Order:
         pairs = _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
         return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]
 
-    def pair(self, index: int) -> tuple[int, int | None]:
-        """Row and caption of the endless sequence's sample `index`, no sample of an epoch left out."""
-        epoch, within = divmod(index, self.size)
-        return _epoch(self, epoch)[within]
+    def pairs(self, first: int, stop: int) -> list[tuple[int, int | None]]:
+        """Rows and captions of the endless sequence's samples `first` to `stop`, no sample of an epoch left out."""
+        found: list[tuple[int, int | None]] = []
+        while first + len(found) < stop:
+            epoch, within = divmod(first + len(found), self.size)
+            found += _epoch(self, epoch)[within : within + stop - first - len(found)]
+        return found
 
 
 @lru_cache(maxsize=16)

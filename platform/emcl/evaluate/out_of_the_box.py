@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from emcl.em import EMCL
 from emcl.errors import UserError
+from emcl.evaluate.report import lines_of
 from emcl.metrics.retrieval import retrieval_metrics
 
 Metrics = dict[str, dict[str, float]]
@@ -111,13 +112,14 @@ def write(folder: Path, features: Features, layer: EMCL) -> None:
 
 def comparison(before: Metrics, after: Metrics) -> str:
     """Both, as text."""
-    names = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")
-    lines = [f"{'':<24}" + "".join(f"{name:>8}" for name in names)]
-    for direction in before:
-        for when, metrics in (("before", before), ("after", after)):
-            cells = "".join(f"{metrics[direction][name]:>8.1f}" for name in names)
-            lines.append(f"{direction + ', ' + when:<24}{cells}")
-    return "\n".join(lines)
+    return lines_of(
+        {
+            f"{direction}, {when}/{name}": value
+            for direction in before
+            for when, metrics in (("before", before), ("after", after))
+            for name, value in metrics[direction].items()
+        }
+    )
 
 
 def _read(path: Path) -> NDArray[Any]:

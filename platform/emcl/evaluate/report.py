@@ -15,9 +15,14 @@ from emcl.tracking import Tracker, commit
 
 
 def table(scores: Scores) -> str:
-    """Metrics `GROUP/NAME` as one line a group; the protocol beneath."""
+    """The metrics; the protocol beneath."""
+    return f"{lines_of(scores.metrics)}\nprotocol: {scores.protocol}"
+
+
+def lines_of(metrics: Mapping[str, float]) -> str:
+    """Metrics `GROUP/NAME` as one line a group."""
     groups: dict[str, dict[str, float]] = {}
-    for key, value in scores.metrics.items():
+    for key, value in metrics.items():
         group, _, name = key.rpartition("/")
         groups.setdefault(group, {})[name] = value
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
@@ -27,7 +32,7 @@ def table(scores: Scores) -> str:
     for group, values in groups.items():
         cells = "".join(f"{values[name]:>{w}.1f}" if name in values else " " * w for name, w in widths.items())
         lines.append(f"{group:<{width}}{cells}".rstrip())
-    return "\n".join([*lines, f"protocol: {scores.protocol}"])
+    return "\n".join(lines)
 
 
 def as_json(scores: Mapping[str, Scores], split: str, config: Config) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""The run's EMCL layer, as each task has one of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emcl.config import Config
+from emcl.em import EMCL
+
+
+def emcl_layer(config: Config, width: int, **changes: Any) -> EMCL | None:
+    """A layer for rows of `width` by `emcl.*` of the configuration, with `changes` of its arguments; None where off."""
+    chosen = config.emcl
+    if not chosen.enabled:
+        return None
+    settings: dict[str, Any] = {
+        "bases": chosen.k,
+        "iterations": chosen.iterations,
+        "temperature": chosen.temperature,
+        "beta": chosen.beta,
+        "momentum": chosen.momentum,
+        "balance": chosen.balance,
+        "variant": chosen.variant,
+        "width": width,
+        "seed": config.seed,
+    }
+    return EMCL(**{**settings, **changes})
