@@ -34,7 +34,6 @@ from ablation_models import (
     embed,
     fitted,
     measure,
-    open_model,
     plain,
     train,
     with_fitted,
@@ -45,6 +44,7 @@ from ablation_statistics import paired_bootstrap
 from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.tracking import open_tracker
+from emcl.train.export import open_export
 
 REFERENCE_INFERENCE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """The published inference module's."""
@@ -117,7 +117,7 @@ def measure_seed(data: DataSet, folder: Path, seed: int) -> dict[str, dict[str, 
     jobs = jobs_of(data, [seed], training=data.train, folder=folder)
     found: dict[str, dict[str, Measured]] = {"one": {}, "all": {}}
     for kind in JOINT:
-        model, config = open_model(jobs[kind, seed].export)
+        model, config = open_export(jobs[kind, seed].export)
         every = embed(model, config, data.test)
         one = embed(model, config, data.test_pairs) if data.test_pairs else every.one_sentence()
         layer = fitted(embed(model, config, data.train, 4), **COMPACT_INFERENCE) if kind == "none" else None
@@ -302,14 +302,14 @@ def score_joint(made: Job, val: str) -> float:
 
 def _score_joint(made: Job, val: str) -> float:
     torch.set_num_threads(1)
-    model, config = open_model(made.export)
+    model, config = open_export(made.export)
     split = embed(model, config, val)
     return measure(with_own_layer(model, split), split, _nothing, dsl=False).recall
 
 
 def score_inference(made: Job, training: str, val: str) -> dict[str, float]:
     torch.set_num_threads(1)
-    model, config = open_model(made.export)
+    model, config = open_export(made.export)
     split, fit_on = embed(model, config, val), embed(model, config, training, 4)
     found = {"plain": measure(plain(model, split), split, _nothing, dsl=False).recall}
     for axis, (key, values) in INFERENCE_SWEEPS.items():

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablation_models import Job, Split, embed, fitted, open_model
+from ablation_models import Job, Split, embed, fitted
+from emcl.train.export import open_export
 
 COLOURS = {"compact, joint": "tab:blue", "reference, joint": "tab:orange", "compact, at inference": "tab:green"}
 SHOWN = 476
@@ -48,12 +49,12 @@ def draw_space(
     path: Path, model_paths: Mapping[str, Job], shards: str, inference: Mapping[str, Any], train: str
 ) -> None:
     """Test videos and texts of the model without EMCL before and after the fitted bases, and of the compact model."""
-    model, config = open_model(model_paths["none"].export)
+    model, config = open_export(model_paths["none"].export)
     split = embed(model, config, shards).one_sentence()
     layer = fitted(embed(model, config, train, 4), **inference)
-    joint, joint_config = open_model(model_paths["compact"].export)
+    joint, joint_config = open_export(model_paths["compact"].export)
     theirs = embed(joint, joint_config, shards).one_sentence()
-    own = joint.heads["retrieval"].emcl
+    own: Any = joint.heads["retrieval"].emcl
     assert own is not None
     with torch.no_grad():
         panels = {

@@ -21,11 +21,11 @@ from emcl.data.loader import every_caption
 from emcl.data.order import Draw
 from emcl.data.shards import open_shards
 from emcl.distributed import ALONE
-from emcl.em import EMCL, VARIANTS
+from emcl.em import EMCL
 from emcl.metrics.retrieval import dual_softmax, text_to_video_ranks, video_to_text_ranks
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
-from emcl.train.export import WEIGHTS, open_export
+from emcl.train.export import WEIGHTS
 from emcl.train.features import open_source
 from emcl.train.run import run
 from straightforward import cosines, pooled_rows
@@ -126,10 +126,6 @@ def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int 
     return Split(torch.cat(text), torch.cat(frames), torch.cat(mask), np.array(owner))
 
 
-def open_model(export: Path) -> tuple[VideoLanguageModel, Config]:
-    return open_export(export)
-
-
 # --- ways to score one model
 
 
@@ -172,7 +168,7 @@ def with_reference(
 
 def fitted(split: Split, **settings: Any) -> EMCL:
     """A compact layer on a training split's videos (means of frames) and texts."""
-    return EMCL(variant=VARIANTS[1], **settings).fit(split.videos, split.text).eval()
+    return EMCL(variant="compact", **settings).fit(split.videos, split.text).eval()
 
 
 def _similarity(model: Any, split: Split, layer: EMCL | None) -> NDArray[np.float32]:

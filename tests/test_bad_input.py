@@ -55,6 +55,7 @@ CASES = {
     "unknown DeepSpeed file": (["deepspeed=zero9"], ["zero9"]),
     "too few samples": (["data.batch_size=4096"], ["4096", "data.batch_size"]),
     "too many words": (["data.words=200"], ["data.words=200"]),
+    "more bases than the width": (["emcl.variant=compact", "emcl.k=5000"], ["emcl", "5000"]),
     "unknown part frozen": (["model.frozen=[imagination]"], ["imagination"]),
 }
 

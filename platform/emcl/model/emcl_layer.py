@@ -6,10 +6,15 @@ from typing import Any
 
 from emcl.config import Config
 from emcl.em import EMCL
+from emcl.errors import UserError
 
 
 def emcl_layer(config: Config, width: int, **changes: Any) -> EMCL | None:
-    """A layer for rows of `width` by `emcl.*` of the configuration, with `changes` of its arguments; None where off."""
+    """A layer for rows of `width` by `emcl.*` of the configuration, with `changes` of its arguments; None where off.
+
+    Raises:
+        UserError: settings that the layer refuses, such as more bases than the rows are wide.
+    """
     chosen = config.emcl
     if not chosen.enabled:
         return None
@@ -24,4 +29,7 @@ def emcl_layer(config: Config, width: int, **changes: Any) -> EMCL | None:
         "width": width,
         "seed": config.seed,
     }
-    return EMCL(**{**settings, **changes})
+    try:
+        return EMCL(**{**settings, **changes})
+    except ValueError as error:
+        raise UserError(f"emcl.*: {error}") from None
