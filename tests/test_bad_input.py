@@ -92,6 +92,15 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
 SAMPLE = json.dumps({"id": "a", "captions": ["x"]}).encode()
 
 
+def test_a_misspelt_test_set_is_named_and_no_sample_set_is_rendered_there(
+    sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="shrads/test.tar"):
+        run(["retrieval"], overrides=[*small(sample_shards), "data.generate=true", "data.test=shrads/test.tar"])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("members", "named"),
     [

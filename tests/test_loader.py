@@ -142,3 +142,18 @@ def test_a_pickle_in_a_shard_is_never_touched(sample_shards: Path, tmp_path: Pat
     assert len(shards) == 1
     assert not Path("executed").exists()
     assert json.loads(shards.rows[0].sample.to_json())["split"] == "val"
+
+
+def test_swapped_videos_are_everybody_elses_and_each_is_shown_once(sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/val-000000.tar")
+    loads = [
+        evaluation_loader(shards, DATA, {}, batch_size=3, rank=0, world_size=1, swap_seed=seed) for seed in (None, 0)
+    ]
+    own, swapped = (list(loader) for loader in loads)
+    assert [batch["ids"] for batch in own] == [batch["ids"] for batch in swapped]
+
+    def clips(batches: list[dict[str, Any]]) -> list[bytes]:
+        return [clip.numpy().tobytes() for batch in batches for clip in batch["frames"].split(DATA.frames)]
+
+    assert not any(one == other for one, other in zip(clips(own), clips(swapped), strict=True))
+    assert sorted(clips(own)) == sorted(clips(swapped))

@@ -104,6 +104,16 @@ def test_a_table_that_does_not_fit_is_refused(
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
+def test_every_sentence_of_the_1ka_test_videos(tmp_path: Path) -> None:
+    table = tmp_path / "msrvtt_1ka.csv"
+    options = ["--annotations", str(shared("data/msrvtt")), "--out", str(table), "--every-test-sentence"]
+    assert main(["prepare", "msrvtt-csv", *options]) == 0
+    with table.open(newline="") as stream:
+        test = [row for row in csv.DictReader(stream) if row["split"] == "test"]
+    assert len({row["file"] for row in test}) == 1000
+    assert len(test) == 20_000
+
+
 def test_msrvtt_1ka_from_the_published_files(tmp_path: Path) -> None:
     table = tmp_path / "msrvtt_1ka.csv"
     assert main(["prepare", "msrvtt-csv", "--annotations", str(shared("data/msrvtt")), "--out", str(table)]) == 0

@@ -88,13 +88,14 @@ def test_losses_and_gradients_on_two_ranks_are_those_of_one(coverage: str, more:
         assert all(float(gradient.abs().sum()) == 0 for gradient in gradients.values())
 
 
-def test_a_sample_without_captions_is_nobodys_negative() -> None:
+@pytest.mark.parametrize("more", [["emcl.enabled=false"], [], ["emcl.variant=compact", "emcl.beta=1"]])
+def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: list[str]) -> None:
     """The loss of the samples that have captions is that of a batch of those alone."""
-    with_others, _ = _joint(ALONE, "mixed", ["emcl.enabled=false"])
+    with_others, _ = _joint(ALONE, "mixed", more)
     only = [facts for facts in COVERAGES["mixed"] if "captions" in facts]
     kept = [row for row, facts in enumerate(COVERAGES["mixed"]) if "captions" in facts]
     samples = [Sample(id=str(row), **facts) for row, facts in zip(kept, only, strict=True)]  # type: ignore[arg-type]
-    config = configured(samples, "emcl.enabled=false")
+    config = configured(samples, *more)
     texts = Tokens(tokenizer(config.model.name, config.data.words))
     collators = {n: task_class(n).collator(s, config, texts, training=True) for n, s in config.tasks.items()}
     items = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def exported_config(folder: Path) -> Config:
         raise UserError(f"{folder / CONFIG} is not readable: {str(error).splitlines()[0]}") from None
 
 
+def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
+    """In words, if a weight that both hold has another shape there."""
+    if name not in there or there[name].shape == here[name].shape:
+        return None
+    return f"{name} is {tuple(there[name].shape)} there, {tuple(here[name].shape)} here"
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fills `model` from an export.
 
@@ -69,11 +77,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for name in own:
         if name not in state:
             raise UserError(f"{folder} holds another architecture: it lacks {name} (use the configuration beside it)")
-        if own[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
-            raise UserError(
-                f"{folder} holds another architecture: {name} is {shapes} (use the configuration beside it)"
-            )
+        if difference := different_shape(name, state, own):
+            raise UserError(f"{folder} holds another architecture: {difference} (use the configuration beside it)")
     extra = next((name for name in state if name not in own), None)
     if extra is not None:
         raise UserError(

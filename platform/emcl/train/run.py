@@ -151,14 +151,20 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     elif not patterns:
         raise UserError("data.test names no shards to evaluate on")
     if config.data.generate and ranks.first:
-        for pattern in patterns:
-            try:
-                find_shards(pattern)
-            except UserError:
-                generate(Path(pattern).parent, seed=0)
+        folder = Path(config.data.train).parent  # a misspelt path elsewhere is no wish for a sample set there
+        if not all(_there(pattern) for pattern in patterns if Path(pattern).parent == folder):
+            generate(folder, seed=0)
     ranks.barrier()
     for pattern in patterns:
         find_shards(pattern)
+
+
+def _there(pattern: str) -> bool:
+    try:
+        find_shards(pattern)
+    except UserError:
+        return False
+    return True
 
 
 def _name(tasks: Sequence[str]) -> str:

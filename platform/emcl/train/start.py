@@ -13,7 +13,7 @@ from emcl.config import Config
 from emcl.data.shards import ShardSet
 from emcl.errors import UserError
 from emcl.registry import task_class
-from emcl.train.export import WEIGHTS, exported_config
+from emcl.train.export import WEIGHTS, different_shape, exported_config
 
 
 def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:
@@ -42,9 +42,8 @@ def start_from(model: nn.Module, init: Path) -> str:
     state = load_file(init / WEIGHTS)
     own = model.state_dict()
     for name in own:
-        if name in state and own[name].shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)} there, {tuple(own[name].shape)} here"
-            raise UserError(f"--init {init}: {name} is {shapes}; give the same model and task settings")
+        if difference := different_shape(name, state, own):
+            raise UserError(f"--init {init}: {difference}; give the same model and task settings")
         if name.startswith("backbone.") and name not in state:
             raise UserError(f"--init {init}: it lacks {name}; give the same model settings")
     taken = {name: value for name, value in state.items() if name in own}
