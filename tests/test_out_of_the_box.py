@@ -104,3 +104,12 @@ def test_more_bases_than_the_width_are_refused(
 ) -> None:
     assert call(files, "--bases", "500", out=tmp_path / "out") == 2
     assert "500 of 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("nope.pt", "no such file"), ("video-test.npy", "holds no EMCL bases")])
+def test_a_file_that_holds_no_bases_is_refused_in_one_line(
+    name: str, said: str, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(files, "--load", str(tmp_path / name), out=tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

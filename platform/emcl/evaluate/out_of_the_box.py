@@ -88,10 +88,12 @@ def open_layer(path: Path) -> EMCL:
     Raises:
         UserError: no such file, or something else is in it.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; `emcl transform` writes bases.pt")
     try:
         return EMCL.load(path)
-    except Exception as error:  # torch.load raises many kinds for what is not its own
-        raise UserError(f"{path} holds no EMCL bases: {str(error).splitlines()[0][:200]}") from None
+    except Exception:  # torch.load raises many kinds for what is not its own, with advice that nobody should follow
+        raise UserError(f"{path} holds no EMCL bases; `emcl transform` writes bases.pt") from None
 
 
 def transform(layer: EMCL, features: Features) -> Features:
