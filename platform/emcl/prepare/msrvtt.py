@@ -1,68 +1,132 @@
-"""MSR-VTT's published annotations to the table that `emcl prepare folder` reads, for the 1k-A split.
+"""MSR-VTT and MSRVTT-QA as published.
 
-Train: the 9k list with every official sentence; test: the 1,000 pairs of the JSFUSION list, or those videos with all
-their sentences.
+`train_val_videodatainfo.json` and `test_videodatainfo.json` (or the merged `MSRVTT_data.json`): `videos` with their
+official split, `sentences`. Lists of the retrieval splits: `MSRVTT_train.9k.csv`, `MSRVTT_train.7k.csv`,
+`MSRVTT_JSFUSION_test.csv`. Questions: `{train,val,test}.jsonl` or `.json`, also with `_qa`.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import zipfile
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from emcl.errors import UserError
+from emcl.prepare.clips import Clip
+from emcl.prepare.published import csv_of, find_text, folder_of, json_of
 
-OFFICIAL = ("train_val_videodatainfo.json", "test_videodatainfo.json")
-TRAIN_LIST, TEST_LIST = "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv"
+OFFICIAL = {"train": "train", "validate": "val", "test": "test"}
+"""The published name of a split, and ours."""
+LIST = "the published list of the 1k-A split"
 
 
-def write_csv(annotations: Path, out: Path, *, every_test_sentence: bool = False) -> dict[str, int]:
-    """Writes `file,caption,split`; returns the number of lines of each split.
+def read(annotations: Path, split: str) -> list[Clip]:
+    """Clips of one of the protocols: `1k-A` (9,000 to train on), `7k` (7,010), `1k-A-all` and `official`.
 
-    1k-A pairs a test video with one sentence; with `every_test_sentence` it keeps all of its own, some 20.
-
-    Raises:
-        UserError: one of the published files is not in `annotations`, plain or zipped.
+    `1k-A` pairs a test video with the one sentence of its list, `1k-A-all` with all its own.
     """
-    if not annotations.is_dir():
-        raise UserError(f"--annotations {annotations}: no such folder")
-    sentences: dict[str, list[str]] = {}
-    for name in OFFICIAL:
-        for item in _official(annotations, name)["sentences"]:
-            sentences.setdefault(item["video_id"], []).append(item["caption"])
-    lines = [
-        (f"{row['video_id']}.mp4", text, "train")
-        for row in _rows(annotations / TRAIN_LIST)
-        for text in sentences.get(row["video_id"], [])
-    ]
-    for row in _rows(annotations / TEST_LIST):
-        found = sentences.get(row["video_id"], []) if every_test_sentence else [row["sentence"]]
-        lines += [(f"{row['video_id']}.mp4", text, "test") for text in found]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["file", "caption", "split"])
-        writer.writerows(lines)
-    return {split: sum(line[2] == split for line in lines) for split in ("train", "test")}
+    folder = folder_of(annotations)
+    clips, official = _official(folder)
+    if split == "official":
+        return list(clips.values())
+    if split == "7k":
+        train = [name for name, part in official.items() if part != "test"]
+        if find_text(folder, "MSRVTT_train.7k.csv"):
+            train = [row["video_id"] for row in csv_of(folder, "MSRVTT_train.7k.csv", what=LIST)]
+    else:
+        train = [row["video_id"] for row in csv_of(folder, "MSRVTT_train.9k.csv", what=LIST)]
+    chosen = [_as(clips, name, "train") for name in train]
+    for row in csv_of(folder, "MSRVTT_JSFUSION_test.csv", what=LIST):
+        clip = _as(clips, row["video_id"], "test")
+        if split != "1k-A-all":
+            clip.captions, clip.empty_captions = [], 0
+            clip.add_captions([row["sentence"]])
+        chosen.append(clip)
+    return chosen
 
 
-def _official(folder: Path, name: str) -> Any:
-    """A published JSON, plain or inside one of the folder's zip files."""
-    if (folder / name).is_file():
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    for path in sorted(folder.glob("*.zip")):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if Path(member).name == name:
-                    return json.loads(archive.read(member))
-    raise UserError(f"{folder} holds no {name}, plain or zipped: it is MSR-VTT's official annotation")
+def _official(folder: Path) -> tuple[dict[str, Clip], dict[str, str]]:
+    """All videos with their sentences, and their official splits."""
+    what = "MSR-VTT's official annotations"
+    if find_text(folder, "MSRVTT_data.json"):
+        files = [json_of(folder, "MSRVTT_data.json", what=what)]
+    else:
+        files = [
+            json_of(folder, name, what=what) for name in ("train_val_videodatainfo.json", "test_videodatainfo.json")
+        ]
+    official = {video["video_id"]: video["split"] for file in files for video in file["videos"]}
+    unknown = set(official.values()) - set(OFFICIAL)
+    if unknown:
+        raise UserError(f"{folder}: unknown splits {', '.join(sorted(unknown))}; MSR-VTT has {', '.join(OFFICIAL)}")
+    clips = {name: Clip(name, name, OFFICIAL[part]) for name, part in official.items()}
+    for file in files:
+        for item in file["sentences"]:
+            if item["video_id"] not in clips:
+                raise UserError(f"{folder}: a sentence of {item['video_id']}, which is none of the videos")
+            clips[item["video_id"]].add_captions([item["caption"]])
+    return clips, official
 
 
-def _rows(path: Path) -> Iterator[dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; it is the published list of the 1k-A split")
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        yield from csv.DictReader(stream)
+def _as(clips: dict[str, Clip], name: str, split: str) -> Clip:
+    if name not in clips:
+        raise UserError(f"{name} of the split's list is none of the official videos")
+    known = clips[name]
+    return Clip(name, name, split, list(known.captions), empty_captions=known.empty_captions)
+
+
+def read_qa(annotations: Path, split: str) -> list[Clip]:
+    """Questions of `official` splits; or of `by-video`: those at hand, four fifths of the videos to train on.
+
+    Where the official sentences lie beside them, training videos get theirs, for training with captioning.
+    """
+    folder = folder_of(annotations)
+    clips = questions_of(folder, lambda number: f"video{number}")
+    if split == "by-video":
+        for clip in clips:
+            clip.split = "test" if _hash(clip.id) % 5 == 0 else "train"
+    if find_text(folder, "train_val_videodatainfo.json", "MSRVTT_data.json"):
+        known = _official(folder)[0]
+        for clip in clips:
+            if clip.split == "train" and clip.id in known:
+                clip.captions = known[clip.id].captions
+    return clips
+
+
+def questions_of(folder: Path, name_of: Any) -> list[Clip]:
+    """Clips with the questions of `{train,val,test}.jsonl` and kin, in the files' order; those that are there.
+
+    Args:
+        name_of: of a video that the file gives by its number.
+    """
+    clips: dict[tuple[str, str], Clip] = {}
+    for split in ("train", "val", "test"):
+        names = [f"{split}.jsonl", f"{split}.json", f"{split}_qa.json", f"{split}_qa.jsonl"]
+        names += sorted(path.name for path in folder.glob(f"qa_{split}*.jsonl"))
+        if find_text(folder, *names) is None:
+            continue
+        for item in json_of(folder, *names, what="questions"):
+            number = item["video_id"]
+            name = number if isinstance(number, str) and not number.isdigit() else name_of(int(number))
+            clip = clips.setdefault((split, name), Clip(name, name, split))
+            clip.qa.append({"question": item["question"], "answer": item["answer"]})
+    if not clips:
+        raise UserError(f"{folder} holds no questions: train, val, test as .jsonl, .json or _qa.json")
+    return list(clips.values())
+
+
+def answers_known(annotations: Path) -> list[str]:
+    """The published vocabulary `train_ans2label.json`, by its numbers."""
+    numbers = json_of(annotations, "train_ans2label.json", what="MSRVTT-QA's answers")
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def share_outside(clips: Iterable[Clip], answers: Iterable[str]) -> float:
+    """Of the questions, those whose answer is none of `answers`."""
+    known = set(answers)
+    asked = [pair["answer"] for clip in clips for pair in clip.qa]
+    return sum(answer not in known for answer in asked) / len(asked)
+
+
+def _hash(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import webdataset as wds
+from av.video.frame import PictureType
 from numpy.typing import NDArray
 
 from emcl.data.samples import Sample
@@ -27,8 +29,7 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
         with temporary.open("wb") as stream:
             writer = wds.TarWriter(stream, user="emcl", group="emcl", mtime=0.0, encoder=False)
             for count, (sample, ending, video) in enumerate(samples, 1):  # noqa: B007
-                key = sample.id.replace(".", "_").replace("/", "_")  # a dot would end WebDataset's key
-                writer.write({"__key__": key, ending: video, "json": sample.to_json()})
+                writer.write({"__key__": _key(sample.id), ending: video, "json": sample.to_json()})
             writer.close()
         temporary.replace(path)
     finally:
@@ -36,20 +37,60 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
     return count
 
 
-def encode_mp4(frames: NDArray[np.uint8], fps: int, *, crf: int = 26) -> bytes:
-    """H.264 in MP4 of RGB frames (time, height, width, 3); one thread, so that the bytes are reproducible."""
+def _key(identity: str) -> str:
+    """An id as WebDataset's key, which a dot would end; two ids never give the same."""
+    for sign in "%./":
+        identity = identity.replace(sign, f"%{ord(sign):02X}")
+    return identity
+
+
+def encode_mp4(
+    frames: Iterable[NDArray[np.uint8] | av.VideoFrame],
+    fps: int | Fraction,
+    *,
+    crf: int = 26,
+    short_side: int | None = None,
+    key_every: int | None = None,
+) -> bytes:
+    """H.264 in MP4 of RGB frames (height, width, 3) or decoded ones; one thread, so that the bytes are reproducible.
+
+    Args:
+        short_side: larger frames are made smaller to it.
+        key_every: frames from one key frame to the next; a second's where not given.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height = frames.shape[2], frames.shape[1]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        # x264's fast paths give other bytes by the CPU, and now and then by where its buffers lie
-        exact = "cpu-independent=1:lookahead-threads=1"
-        stream.options = {"crf": str(crf), "preset": "veryfast", "g": str(fps), "threads": "1", "x264-params": exact}
-        for image in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")):
+        stream: av.VideoStream | None = None
+        for number, item in enumerate(frames):
+            frame = item if isinstance(item, av.VideoFrame) else av.VideoFrame.from_ndarray(item, format="rgb24")
+            if stream is None:
+                stream = _h264(container, frame, fps, crf, short_side, key_every)
+            frame = frame.reformat(stream.width, stream.height, format="yuv420p")
+            frame.pts, frame.time_base, frame.pict_type = number, 1 / Fraction(fps), PictureType.NONE
+            for packet in stream.encode(frame):
                 container.mux(packet)
+        if stream is None:
+            raise ValueError("no frame to encode")
         for packet in stream.encode():
             container.mux(packet)
     return buffer.getvalue()
+
+
+def _h264(
+    container: av.container.OutputContainer,
+    frame: av.VideoFrame,
+    fps: int | Fraction,
+    crf: int,
+    short_side: int | None,
+    key_every: int | None,
+) -> av.VideoStream:
+    stream = container.add_stream("libx264", rate=fps)
+    scale = min(1.0, short_side / min(frame.width, frame.height)) if short_side else 1.0
+    stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
+    stream.pix_fmt = "yuv420p"
+    stream.codec_context.thread_count = 1
+    # x264's fast paths give other bytes by the CPU, and now and then by where its buffers lie
+    exact = "cpu-independent=1:lookahead-threads=1"
+    group = str(key_every or max(1, round(fps)))
+    stream.options = {"crf": str(crf), "preset": "veryfast", "g": group, "threads": "1", "x264-params": exact}
+    return stream

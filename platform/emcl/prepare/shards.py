@@ -1,0 +1,254 @@
+"""Clips to shards: by several processes or jobs, resumable after a kill, the same bytes for the same input.
+
+What goes into each shard is decided before anything is written, from the clips and from which videos are there, so
+that a shard can be written by any process, or again. A shard counts as written once its note lies in `.prepare/`
+beside it; `index.json` and `report.json` are made of all notes by whoever finishes the last shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from os import cpu_count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from emcl.data.decode import DecodeError, decode
+from emcl.data.samples import Sample
+from emcl.errors import UserError
+from emcl.prepare.clips import Clip, Report
+from emcl.prepare.videos import Place, Videos, reencode
+from emcl.prepare.writer import write_shard
+from emcl.version import __version__
+
+NOTES = ".prepare"
+INDEX, REPORT = "index.json", "report.json"
+AHEAD = 4
+"""Clips that wait for their turn, a process."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How videos are stored."""
+
+    keep: bool = False
+    """As they are, and whole; otherwise H.264, cut to the clip."""
+    short_side: int = 256
+    fps: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    encoding: Encoding = field(default_factory=Encoding)
+    shard_size: int = 500
+    processes: int | None = None
+    """One a core where not given."""
+    part: tuple[int, int] = (1, 1)
+    """I of N: which of the shards this call writes."""
+    allow_missing: bool = False
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written."""
+
+    name: str
+    clips: tuple[tuple[Clip, Place], ...]
+
+
+def prepare_shards(
+    clips: list[Clip], videos: Videos, out: Path, options: Options, *, source: str, protocol: str = ""
+) -> Report | None:
+    """Writes `out/SPLIT-NNNNNN.tar` for each split, `out/index.json` and `out/report.json`.
+
+    Shards that an earlier call wrote are kept.
+
+    Args:
+        source: the benchmark, kept in every sample.
+        protocol: of its splits.
+
+    Returns:
+        The report, or None where other parts have still to write their shards.
+
+    Raises:
+        UserError: videos are missing and may not, nothing can be written, or `out` holds other shards.
+    """
+    report, shards = _plan(clips, videos, options)
+    if report.missing and not options.allow_missing:
+        raise UserError(
+            f"{len(report.missing)} of {len(clips)} videos are not there, the first {report.missing[0]}; "
+            "--allow-missing leaves them out and lists them in report.json"
+        )
+    if not shards:
+        raise UserError(f"none of the {len(clips)} clips has a video, the first {clips[0].file}")
+    _claim(out, _fingerprint(shards, options))
+    mine = [shard for number, shard in enumerate(shards) if number % options.part[1] == options.part[0] - 1]
+    _write([shard for shard in mine if not _note(out, shard).is_file()], out, options, source)
+    if not all(_note(out, shard).is_file() for shard in shards):
+        return None
+    return _finish(out, shards, report, options, source, protocol)
+
+
+def _plan(clips: list[Clip], videos: Videos, options: Options) -> tuple[Report, list[Shard]]:
+    splits_of: dict[str, set[str]] = {}
+    for clip in clips:
+        splits_of.setdefault(clip.id, set()).add(clip.split)
+    found = [(clip, videos.find(clip.file)) for clip in clips]
+    used = {place.name for _, place in found if place}
+    report = Report(
+        missing=[clip.file for clip, place in found if place is None],
+        in_several_splits=[name for name, splits in splits_of.items() if len(splits) > 1],
+        unannotated=sorted(videos.places.keys() - used),
+        empty_captions=sum(clip.empty_captions for clip in clips),
+    )
+    shards = []
+    for split in dict.fromkeys(clip.split for clip in clips):
+        there = [(clip, place) for clip, place in found if place is not None and clip.split == split]
+        for number, first in enumerate(range(0, len(there), options.shard_size)):
+            shards.append(Shard(f"{split}-{number:06d}.tar", tuple(there[first : first + options.shard_size])))
+    return report, shards
+
+
+def _fingerprint(shards: list[Shard], options: Options) -> str:
+    """Of all that decides the shards' bytes, besides the videos' own."""
+    content = [
+        (shard.name, [(asdict(clip), place.name, place.size) for clip, place in shard.clips]) for shard in shards
+    ]
+    text = json.dumps([asdict(options.encoding), content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _claim(out: Path, fingerprint: str) -> None:
+    plan = out / NOTES / "plan"
+    if plan.is_file():
+        if plan.read_text() != fingerprint:
+            raise UserError(
+                f"{out} holds shards of other clips, videos or settings: give another --out, or remove the folder"
+            )
+        return
+    if any(out.glob("*.tar")):
+        raise UserError(f"{out} holds shards already: give another --out, or remove them")
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(plan, fingerprint)
+
+
+def _note(out: Path, shard: Shard) -> Path:
+    return out / NOTES / f"{shard.name}.json"
+
+
+def _write(shards: list[Shard], out: Path, options: Options, source: str) -> None:
+    work = partial(_make, encoding=options.encoding, source=source)
+    total = sum(len(shard.clips) for shard in shards)
+    processes = min(options.processes or cpu_count() or 1, max(1, total))
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        tqdm(total=total, desc="writing shards", unit="clip", disable=not options.progress) as bar,
+    ):
+        # one queue over all shards, so that processes do not wait at a shard's end
+        made = _in_order(pool, work, (item for shard in shards for item in shard.clips), AHEAD * processes)
+        for shard in shards:
+            broken: dict[int, str] = {}
+            path = out / shard.name
+            note = {"samples": write_shard(path, _good(made, shard, broken, bar)), "broken": broken, **_checksum(path)}
+            if not note["samples"]:
+                path.unlink()
+            _write_whole(_note(out, shard), json.dumps(note))
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """`pool.map` that holds no more than `ahead` results."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _good(
+    made: Iterator[tuple[Sample, str, bytes] | str], shard: Shard, broken: dict[int, str], bar: tqdm[Any]
+) -> Iterator[tuple[Sample, str, bytes]]:
+    for place, item in zip(range(len(shard.clips)), made, strict=False):
+        bar.update()
+        if isinstance(item, str):
+            broken[place] = item
+        else:
+            yield item
+
+
+def _make(item: tuple[Clip, Place], *, encoding: Encoding, source: str) -> tuple[Sample, str, bytes] | str:
+    """A clip's sample and its video, or why it has none."""
+    clip, place = item
+    video = place.read()
+    start, end, ending = clip.start, clip.end, place.ending
+    try:
+        if encoding.keep:
+            decode(video, frames=1, size=32, start=start, end=end)
+        else:
+            video = reencode(video, short_side=encoding.short_side, fps=encoding.fps, start=start, end=end)
+            start, end, ending = None, None, "mp4"  # what is stored is the clip alone
+    except DecodeError as error:
+        return str(error)
+    sample = Sample(
+        id=clip.id, source=source, split=clip.split, captions=clip.captions, qa=clip.qa, start=start, end=end
+    )
+    return sample, ending, video
+
+
+def _finish(out: Path, shards: list[Shard], report: Report, options: Options, source: str, protocol: str) -> Report:
+    notes = {shard.name: json.loads(_note(out, shard).read_text()) for shard in shards}
+    splits: dict[str, Counter[str]] = {}
+    for shard in shards:
+        counts = splits.setdefault(shard.name.rpartition("-")[0], Counter())
+        for place, (clip, _) in enumerate(shard.clips):
+            if reason := notes[shard.name]["broken"].get(str(place)):
+                report.broken.append(f"{clip.file}: {reason}")
+                continue
+            counts.update(samples=1, captions=len(clip.captions), questions=len(clip.qa))
+            if not clip.captions and not clip.qa:
+                report.without_caption.append(clip.file)
+    report.written = {split: counts["samples"] for split, counts in splits.items()}
+    if not sum(report.written.values()):
+        raise UserError(f"none of the clips is a readable video; the first: {report.broken[0]}")
+    index = {
+        "format": 1,
+        "emcl": __version__,
+        "source": source,
+        "protocol": protocol,
+        "encoding": asdict(options.encoding),
+        "splits": splits,
+        "shards": {
+            name: {key: note[key] for key in ("samples", "bytes", "sha256")}
+            for name, note in notes.items()
+            if note["samples"]
+        },
+    }
+    _write_whole(out / REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False))
+    _write_whole(out / INDEX, json.dumps(index, indent=1))
+    return report
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as stream:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)

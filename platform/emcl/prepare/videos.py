@@ -1,0 +1,98 @@
+"""Where a clip's video lies, in a folder or a tar, and its re-encoding for training."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+
+from emcl.data.decode import frame_rate, resampled
+from emcl.data.samples import VIDEO_ENDINGS
+from emcl.errors import UserError
+from emcl.prepare.writer import encode_mp4
+
+KEY_EVERY = 4
+"""Frames of a re-encoded video from one key frame to the next."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A video's bytes: a file, or a range of one."""
+
+    path: Path
+    name: str
+    size: int
+    offset: int = 0
+
+    @property
+    def ending(self) -> str:
+        return PurePosixPath(self.name).suffix.lstrip(".").lower()
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.size)
+
+
+class Videos:
+    """The videos of a folder (with its subfolders) or of a tar, found by path, by name, or by name without ending.
+
+    Raises:
+        UserError: `where` is neither.
+    """
+
+    def __init__(self, where: Path) -> None:
+        if where.is_dir():
+            places = _of_folder(where)
+        elif where.is_file() and tarfile.is_tarfile(where):
+            places = _of_tar(where)
+        else:
+            raise UserError(f"--videos {where}: neither a folder nor a tar of videos")
+        self.places = {place.name: place for place in places if place.ending in VIDEO_ENDINGS}
+        self._by_name: dict[str, Place] = {}
+        for name in sorted(self.places, reverse=True):  # of several with one name, the first by path is found
+            place, path = self.places[name], PurePosixPath(name)
+            self._by_name[path.stem] = self._by_name[path.name] = place
+
+    def find(self, file: str) -> Place | None:
+        """The video of this path, name or stem; never one outside the folder."""
+        exact = self.places.get(str(PurePosixPath(file)))
+        if exact or "/" in file:
+            return exact
+        return self._by_name.get(file) or self._by_name.get(f"v_{file}") or self._by_name.get(file.removeprefix("v_"))
+
+
+def _of_folder(folder: Path) -> list[Place]:
+    root = folder.resolve()
+    return [
+        Place(path, path.relative_to(root).as_posix(), path.stat().st_size)
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.resolve().is_relative_to(root)
+    ]
+
+
+def _of_tar(path: Path) -> list[Place]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [
+                Place(path.resolve(), member.name.removeprefix("./"), member.size, member.offset_data)
+                for member in tar
+                if member.isfile()
+            ]
+    except tarfile.TarError as error:
+        raise UserError(f"--videos {path}: no plain tar ({error}); unpack it to a folder first") from None
+
+
+def reencode(
+    video: bytes, *, short_side: int, fps: float, start: float | None = None, end: float | None = None
+) -> bytes:
+    """The part [start, end] as H.264 in MP4, no larger and no faster than asked, with a key frame every few frames.
+
+    Never enlarged, and no frame is shown twice: a slower video keeps its rate. The same input gives the same bytes.
+
+    Raises:
+        DecodeError: nothing could be decoded.
+    """
+    rate = min(Fraction(fps).limit_denominator(1000), frame_rate(video) or Fraction(fps))
+    return encode_mp4(resampled(video, rate, start=start, end=end), rate, short_side=short_side, key_every=KEY_EVERY)
