@@ -22,7 +22,8 @@ from emcl.data.order import Draw
 from emcl.data.shards import open_shards
 from emcl.distributed import ALONE
 from emcl.em import EMCL
-from emcl.metrics.retrieval import dual_softmax, text_to_video_ranks, video_to_text_ranks
+from emcl.metrics.rescoring import dual_softmax
+from emcl.metrics.retrieval import text_to_video_ranks, video_to_text_ranks
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import WEIGHTS

@@ -18,7 +18,8 @@ from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
-from emcl.metrics.retrieval import dual_softmax_metrics, retrieval_metrics
+from emcl.metrics.rescoring import dual_softmax_metrics
+from emcl.metrics.retrieval import retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.emcl_layer import emcl_layer

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from conftest import shared
+from emcl.metrics.rescoring import dual_softmax, dual_softmax_metrics, query_bank, query_bank_metrics
 from emcl.metrics.retrieval import (
-    dual_softmax_metrics,
+    BLOCK,
     ranks_of,
     retrieval_metrics,
+    rsum,
     text_to_video_ranks,
+    video_to_any_text_ranks,
     video_to_text_ranks,
 )
 
@@ -62,6 +66,15 @@ def test_the_real_cap4video_matrix() -> None:
     assert_equal(retrieval_metrics(matrix)["text_to_video"], numbers["t2v"])
     assert_equal(dual_softmax_metrics(matrix)["text_to_video"], numbers["dsl_t2v"])
     assert retrieval_metrics(matrix)["video_to_text"]["R@1"] == pytest.approx(45.6)  # of 1,000, ties against
+    assert retrieval_metrics(matrix, ties="for")["video_to_text"]["R@1"] == pytest.approx(46.0)
+
+
+def test_the_reference_counts_ties_as_further_queries() -> None:
+    matrix = np.load(shared("data/similarity/cap4video_msrvtt_1ka.npy"))
+    numbers = json.loads(shared("data/similarity/cap4video_msrvtt_1ka.json").read_text())
+    ranks = video_to_text_ranks(matrix, np.arange(1000), ties="reference")
+    assert len(ranks) == 1012
+    assert_equal(retrieval_metrics(matrix, ties="reference")["video_to_text"], numbers["v2t"])
 
 
 def test_a_constant_similarity_scores_as_badly_as_can_be() -> None:
@@ -88,3 +101,65 @@ def test_metrics_do_not_depend_on_the_order_of_rows() -> None:
     similarity, owner = rng.integers(0, 9, (80, 20)).astype(float), rng.integers(0, 20, 80)
     shuffled = rng.permutation(80)
     assert retrieval_metrics(similarity, owner) == retrieval_metrics(similarity[shuffled], owner[shuffled])
+
+
+def test_rsum_is_the_sum_of_six_recalls() -> None:
+    assert rsum(retrieval_metrics(np.eye(12))) == 600
+
+
+def test_two_ways_to_count_several_captions() -> None:
+    # video 0's best text scores 0.6; both texts of video 1 score higher there
+    similarity, owner = np.array([[0.6, 0.1], [0.7, 0.9], [0.8, 0.2]]), [0, 1, 1]
+    assert video_to_text_ranks(similarity, owner).tolist() == [2, 1]
+    assert video_to_any_text_ranks(similarity, owner).tolist() == [3, 1]
+
+
+def random_scores(texts: int, videos: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(texts, videos)) * 0.1
+
+
+def test_the_dual_softmax_equals_its_formula() -> None:
+    scores = random_scores(7, 5, 0)
+    for over in ("texts", "videos"):
+        ours = dual_softmax(scores, temperature=0.1, over=over)
+        for q, g in np.ndindex(scores.shape):
+            rivals = scores[:, g] if over == "texts" else scores[q]
+            count = len(scores) if over == "texts" else scores.shape[1]
+            share = np.exp(scores[q, g] / 0.1) / np.exp(rivals / 0.1).sum()
+            assert ours[q, g] == pytest.approx(scores[q, g] * share * count)
+
+
+def test_the_query_bank_ranks_as_its_formula_does() -> None:
+    scores, bank, beta = random_scores(40, 12, 1), random_scores(BLOCK + 30, 12, 2), 20.0
+    bank[:, 3] += 0.3  # a hub: the best of most bank queries
+    bank[:, 5] -= 1.0  # never the best
+    ours = query_bank(scores, bank, temperature=1 / beta)
+    hubs = {int(row.argmax()) for row in bank}
+    assert 3 in hubs and 5 not in hubs
+    changed = 0
+    for q, row in enumerate(scores):
+        plain = row
+        if int(row.argmax()) in hubs:
+            plain = np.array([np.exp(beta * row[g]) / np.exp(beta * bank[:, g]).sum() for g in range(len(row))])
+            changed += 1
+        assert np.argsort(-plain).tolist() == np.argsort(-ours[q]).tolist()
+    assert 0 < changed < len(scores)
+
+
+def test_query_banks_of_both_directions_and_one_query_alone() -> None:
+    scores, texts, videos = random_scores(20, 20, 3), random_scores(60, 20, 4), random_scores(20, 50, 5)
+    both = query_bank_metrics(scores, texts, videos)
+    turned = query_bank_metrics(scores.T, videos.T, texts.T)
+    assert both["text_to_video"] == turned["video_to_text"] and both["video_to_text"] == turned["text_to_video"]
+    alone = query_bank(scores[4:5], texts)  # inductive: no other query of the test is needed
+    np.testing.assert_allclose(alone[0], query_bank(scores, texts)[4])
+
+
+def test_ranks_need_little_memory_beside_the_scores() -> None:
+    scores = np.random.default_rng(0).random((4000, 4000), dtype=np.float32)
+    tracemalloc.start()
+    ranks = ranks_of(scores, np.arange(4000), ties="for")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert ranks[7] == 1 + (scores[7] > scores[7, 7]).sum()
