@@ -83,8 +83,10 @@ class MsrvttQATask(Task):
         return _Questions(settings, config, training=training)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        question_NLW, question_mask_NL = backbone.encode_tokens(part["ids"])
-        video_BE, question_NE, logits_NV = self.head_of_all(encoded, question_NLW, question_mask_NL, part["place"])
+        asked_ULW, asked_mask_UL = backbone.encode_tokens(part["ids"])
+        video_BE, question_NE, logits_NV = self.head_of_all(
+            encoded, asked_ULW, asked_mask_UL, part["place"], part["asked"]
+        )
         known = part["answer"] != UNKNOWN
         loss = F.cross_entropy(logits_NV.float(), part["answer"], ignore_index=UNKNOWN, reduction="sum")
         weight = self.settings.weight
@@ -95,12 +97,18 @@ class MsrvttQATask(Task):
         return losses
 
     def head_of_all(
-        self, encoded: Encoded, question_NLW: Tensor, question_mask_NL: Tensor, place_N: Tensor
+        self, encoded: Encoded, asked_ULW: Tensor, asked_mask_UL: Tensor, place_N: Tensor, asked_N: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected videos (B, E), projected questions (N, E), logits (N, V)."""
+        """Projected videos (B, E), projected questions (N, E), logits (N, V).
+
+        Args:
+            asked_ULW: different questions, token by token.
+            place_N: each question's video in the batch.
+            asked_N: its text among the U.
+        """
         frames_BTD = encoded.frames_BTD if self.settings.use_video else torch.zeros_like(encoded.frames_BTD)
         video_BE = self.head.video(frames_BTD, encoded.video_mask_BT)
-        question_NE = self.head.question(question_NLW, question_mask_NL)
+        question_NE = self.head.question(asked_ULW, asked_mask_UL)[asked_N]
         return video_BE, question_NE, self.head.answer(video_BE[place_N], question_NE)
 
     def forward(self, video_BE: Tensor, question_BE: Tensor, present_B: Tensor, ranks: Ranks) -> Tensor:
@@ -127,7 +135,7 @@ def _numbers(answers: tuple[str, ...]) -> dict[str, int]:
 
 
 class _Questions:
-    """Questions as token ids, with the place of each one's video in the batch and the number of its answer.
+    """Different questions as token ids; of each asked one its text among them, its video's place, its answer's number.
 
     Of each video with questions, `first` names one line, for the contrastive term.
     """
@@ -144,9 +152,11 @@ class _Questions:
             first[place], present[place] = len(pairs) if sample.qa else 0, bool(sample.qa)
             pairs += [(place, pair) for pair in self._drawn(sample, draw)]
         texts = [pair["question"] for _, pair in pairs] or [""]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         answers = [self.numbers.get(_answer(pair), UNKNOWN) for _, pair in pairs] or [UNKNOWN]
         part: dict[str, Any] = {
-            "ids": _tokenizer(self.name, self.words)(texts),
+            "ids": _tokenizer(self.name, self.words)(list(numbers)),  # many videos are asked the same
+            "asked": torch.tensor([numbers[text] for text in texts]),
             "place": torch.tensor([place for place, _ in pairs] or [0]),
             "answer": torch.tensor(answers),
         }
@@ -174,14 +184,15 @@ class _AnswerScorer(Scorer):
     def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
         part = batch["msrvtt_qa"] if batch else None
         count = len(part["questions"]) if part else 0
-        rows = (part["ids"][:count], part["place"][:count]) if part and count else None
+        rows = (part["ids"][part["asked"]][:count], part["place"][:count]) if part and count else None
         device = encoded.frames_BTD.device
         spare = _tokenizer(self.config.model.name, self.config.data.words)([""]).to(device)
         filler = spare, torch.zeros(1, dtype=torch.long, device=device)
 
         def top(ids_NL: Tensor, place_N: Tensor) -> Tensor:
             tokens_NLW, mask_NL = evaluation.backbone.encode_tokens(ids_NL)
-            logits_NV = self.task.head_of_all(encoded, tokens_NLW, mask_NL, place_N)[2]
+            each_N = torch.arange(len(ids_NL), device=ids_NL.device)
+            logits_NV = self.task.head_of_all(encoded, tokens_NLW, mask_NL, place_N, each_N)[2]
             return logits_NV.topk(min(TOP, logits_NV.shape[1])).indices
 
         best = evaluation.lockstep(top, rows, filler).tolist()

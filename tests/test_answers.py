@@ -25,6 +25,10 @@ SAMPLES = [
 ]
 
 
+ONLY = torch.tensor([0])
+"""The place of the only one."""
+
+
 def settings(*more: str) -> Config:
     return resolve(["msrvtt_qa"], overrides=[f"model.name={TINY}", "data.size=32", "data.frames=3", "emcl.k=4", *more])
 
@@ -97,12 +101,11 @@ def test_padding_of_questions_and_frames_changes_no_answer() -> None:
     padded = torch.nn.functional.pad(frames, (0, 0, 0, 4), value=7.0)
     fewer = tuple(part[:, :6] for part in words)
     with torch.no_grad():
-        short = task.head_of_all(Encoded(frames, torch.ones(1, 2, dtype=torch.bool)), *fewer, torch.tensor([0]))[2]
+        short = task.head_of_all(Encoded(frames, torch.ones(1, 2, dtype=torch.bool)), *fewer, ONLY, ONLY)[2]
         long = task.head_of_all(
             Encoded(padded, torch.tensor([[True] * 2 + [False] * 4])),
-            *words,
-            torch.tensor([0]),
-        )[2]
+            *words, ONLY, ONLY,
+        )[2]  # fmt: skip
     torch.testing.assert_close(short, long, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +116,7 @@ def test_a_question_only_model_does_not_see_the_video() -> None:
         mask = torch.ones(1, 3, dtype=torch.bool)
         with torch.no_grad():
             one, two = (
-                task.head_of_all(Encoded(torch.randn(1, 3, backbone.embed_dim), mask), *tokens, torch.tensor([0]))[2]
+                task.head_of_all(Encoded(torch.randn(1, 3, backbone.embed_dim), mask), *tokens, ONLY, ONLY)[2]
                 for _ in range(2)
             )
         assert torch.equal(one, two) is same

@@ -99,7 +99,8 @@ class VideoTextModel:
         features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
         encoded = Encoded(features.frames[:1].to(self.device), features.mask[:1].to(self.device))
         tokens = self.model.backbone.encode_tokens(self._tokenize([question]).to(self.device))
-        share = task.head_of_all(encoded, *tokens, torch.zeros(1, dtype=torch.long, device=self.device))[2].softmax(1)
+        only = torch.zeros(1, dtype=torch.long, device=self.device)
+        share = task.head_of_all(encoded, *tokens, only, only)[2].softmax(1)
         best = share[0].topk(min(top, share.shape[1]))
         answers = task.settings.answers
         return [
