@@ -4,6 +4,7 @@ deepspeed platform/launch.py --task retrieval                      the sample se
 deepspeed platform/launch.py --task retrieval optim.lr=1e-4 emcl.k=16 deepspeed=configs/deepspeed/zero3.json
 deepspeed platform/launch.py --task retrieval --evaluate runs/NAME
 deepspeed platform/launch.py --task retrieval --resume
+deepspeed platform/launch.py --recipe msrvtt_retrieval data.root=shards/msrvtt --dry-run      what it would take
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All settings with their defaults: docs/configuration.md, or `emcl config`.",
     )
-    parser.add_argument("--task", required=True, help="one or several of `emcl tasks`, joined by commas, or `all`")
+    parser.add_argument(
+        "--task", help="one or several of `emcl tasks`, joined by commas, or `all`; a benchmark's recipe names its own"
+    )
     parser.add_argument("--recipe", default=None, help="a file of configs/recipe, or a path (default: sample)")
     parser.add_argument(
         "--evaluate", metavar="PATH", type=Path, help="score a run's folder or an export on data.test; no training"
@@ -39,23 +42,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="RUN",
         help="continue a run's folder (the newest of runs/ without RUN)",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan: weights, steps, memory by ZeRO stage, missing files"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-4 data.train='a-{0..3}.tar'"
     )
-    return parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if not (options.task or options.recipe or options.evaluate or options.resume):
+        parser.error("--task NAME or --recipe NAME is needed, such as --task retrieval")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # after the options: `--help` must not wait for torch
     from emcl import distributed
+    from emcl.config import DEFAULT_RECIPE, resolve
     from emcl.errors import UserError
+    from emcl.train.plan import describe_plan
     from emcl.train.run import run
 
+    tasks = [name for name in options.task.split(",") if name] if options.task else None
     try:
+        if options.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                print(describe_plan(resolve(tasks, options.recipe or DEFAULT_RECIPE, options.overrides)))
+            return 0
         run(
-            [name for name in options.task.split(",") if name],
+            tasks,
             recipe=options.recipe,
             overrides=options.overrides,
             evaluate_path=options.evaluate,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
 import torch
 
 from conftest import TINY
-from emcl.config import ModelConfig
+from emcl.config import ModelConfig, resolve
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
 from emcl.model.towers import OPENAI_KEYS, build_towers, tokenizer
+from emcl.multitask import VideoLanguageModel
+from emcl.train.export import open_export, save_export
+from emcl.train.start import learn_settings
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,31 @@ def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) 
 def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
         build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)))
+
+
+@pytest.mark.slow
+def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, tmp_path: Path) -> None:
+    """Rebuilt with plain GELU, the same weights would give other, quietly worse, embeddings."""
+    config = resolve(
+        ["retrieval"], overrides=["model.name=ViT-B-32", f"model.pretrained={openai_file}", "data.size=224"]
+    )
+    shards = SimpleNamespace(rows=[])
+    config = learn_settings(config, shards)  # type: ignore[arg-type]
+    assert config.model.quick_gelu is True
+    model = VideoLanguageModel(config).eval()
+    save_export(tmp_path / "best", model.state_dict(), config, {})
+    again = open_export(tmp_path / "best")[0]
+    frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = {"frames": frames, "frame_slot": torch.arange(2), "video_mask": torch.ones(1, 2, dtype=torch.bool)}
+    with torch.no_grad():
+        torch.testing.assert_close(again(batch, part="video"), model(batch, part="video"))
+
+
+def test_a_model_on_the_meta_device_takes_no_memory() -> None:
+    with torch.device("meta"):
+        backbone = Backbone(ModelConfig(name="ViT-L-14"), words=32, load_weights=False)
+    assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
+    assert 400e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 500e6
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

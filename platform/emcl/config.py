@@ -32,6 +32,9 @@ class ModelConfig:
     """An open_clip configuration, or the path of a JSON file in open_clip's format."""
     pretrained: str | None = None
     """open_clip's tag (downloads), or a local checkpoint of the whole CLIP (OpenAI's or LAION's format)."""
+    quick_gelu: bool | None = None
+    """CLIP's activation x sigmoid(1.702 x), which OpenAI's weights were trained with. Where not given, a run finds it
+    from `pretrained` and keeps it, so that its exports are rebuilt with it."""
     image_weights: str | None = None
     """Local weights of the image tower alone (a timm model's, safetensors)."""
     temporal: str = "transformer"
@@ -77,6 +80,8 @@ class EMCLConfig:
 class DataConfig:
     """Shards and what is read from them."""
 
+    root: str = "shards"
+    """Folder of the shards, in recipes: `${data.root}` stands for it in the entries below."""
     train: str = "shards/sample/train-{000000..000003}.tar"
     """Brace pattern, glob or folder of WebDataset tars; several are joined by `::`."""
     mixture: dict[str, float] | None = None
@@ -237,15 +242,20 @@ def find_file(name: str, kind: str) -> Path:
     )
 
 
-def resolve(tasks: Sequence[str], recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Config:
+def resolve(tasks: Sequence[str] | None, recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Config:
     """Defaults, then the recipe and what it includes, then `key=value` overrides, for the named tasks.
+
+    Without `tasks`, those that the recipe has settings for.
 
     Raises:
         UserError: unknown task, recipe or key, ill-typed or impossible value.
     """
     path = find_file(recipe, "recipe")
     layers = [_load_yaml(path), parse_overrides(overrides)]
-    return from_dict(layers, tasks, source=str(path))
+    config = from_dict(layers, tasks, source=str(path))
+    if not config.tasks:
+        raise UserError(f"{path} names no tasks: give --task")
+    return config
 
 
 def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, source: str = "config") -> Config:

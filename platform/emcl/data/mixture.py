@@ -20,10 +20,11 @@ def training_patterns(data: DataConfig) -> dict[str, float]:
     """
     if data.mixture is None:
         return {data.train: 1.0}
-    return {_pattern(name): weight for name, weight in data.mixture.items()}
+    return {_pattern(name, data.root): weight for name, weight in data.mixture.items()}
 
 
-def _pattern(name: str) -> str:
+def _pattern(name: str, root: str) -> str:
+    name = name.replace("${data.root}", root)  # OmegaConf fills in values, not keys
     path = configs_folder() / "data" / f"{name}.yaml"
     if not path.is_file():
         return name

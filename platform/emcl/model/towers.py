@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from emcl.errors import UserError
 from emcl.model.conv import ConvTower
 from emcl.registry import nearest
 
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""CLIP's, before any training."""
 OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
 """Entries beside the weights that mark a checkpoint as OpenAI's, trained with QuickGELU."""
 
@@ -99,20 +102,13 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
         UserError: unknown name, missing file, or weights of another architecture.
     """
     settings = dict(model_json(config.name))
-    state, tag = None, None
+    state, tag, is_openai = None, None, False
     if load_weights and config.pretrained:
-        if Path(config.pretrained).is_file():
-            state, is_openai = read_checkpoint(Path(config.pretrained))
-            if is_openai:  # the file cannot say it, and plain GELU would be quietly wrong
-                settings["quick_gelu"] = True
-        elif config.pretrained in open_clip.list_pretrained_tags_by_model(config.name):
-            tag = config.pretrained
-            settings["quick_gelu"] = settings.get("quick_gelu", False) or tag == "openai"
-        else:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) or "none"
-            raise UserError(
-                f"model.pretrained={config.pretrained}: no such file, nor a tag of {config.name} (tags: {tags})"
-            )
+        state, tag, is_openai = _pretrained(config)
+    if config.quick_gelu is not None:
+        settings["quick_gelu"] = config.quick_gelu
+    elif is_openai:  # neither the file nor its name says it, and plain GELU would be quietly wrong
+        settings["quick_gelu"] = True
     if not load_weights:
         settings = without_downloads(settings)
     widths = settings["vision_cfg"].get("conv_widths")
@@ -122,7 +118,11 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
     with _quiet(), _registered(config.name, settings, keep_name=tag is not None) as name:
         try:
             clip: Any = open_clip.create_model(
-                name, pretrained=tag, force_custom_text=True, pretrained_text=load_weights
+                name,
+                pretrained=tag,
+                force_custom_text=True,
+                pretrained_text=load_weights,
+                device=torch.get_default_device(),
             )
         except RuntimeError as error:
             raise UserError(f"model {config.name}, pretrained {tag}: {str(error).splitlines()[0]}") from None
@@ -140,10 +140,35 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
         image=_split_image(image, settings["embed_dim"]),
         text=_split_text(text, settings["embed_dim"]),
         embed_dim=settings["embed_dim"],
-        logit_scale=clip.logit_scale.item(),
+        logit_scale=INITIAL_LOGIT_SCALE if clip.logit_scale.is_meta else clip.logit_scale.item(),
         mean=tuple(image.preprocess_cfg["mean"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN,
         std=tuple(image.preprocess_cfg["std"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD,
     )
+
+
+def wants_quick_gelu(config: ModelConfig) -> bool:
+    """Whether the towers of `config` are to be built with QuickGELU; looks into the checkpoint."""
+    if config.quick_gelu is not None:
+        return config.quick_gelu
+    is_openai = config.pretrained is not None and _pretrained(config)[2]
+    return is_openai or bool(model_json(config.name).get("quick_gelu", False))
+
+
+def _pretrained(config: ModelConfig) -> tuple[dict[str, Tensor] | None, str | None, bool]:
+    """Weights of a file, or open_clip's tag; and whether they are OpenAI's.
+
+    Raises:
+        UserError: neither a file nor a tag.
+    """
+    wanted = str(config.pretrained)
+    if Path(wanted).is_file():
+        state, is_openai = read_checkpoint(Path(wanted))
+        return state, None, is_openai
+    known = open_clip.list_pretrained_tags_by_model(config.name)
+    if wanted not in known:
+        tags = ", ".join(known) or "none"
+        raise UserError(f"model.pretrained={wanted}: no such file, nor a tag of {config.name} (tags: {tags})")
+    return None, wanted, wanted == "openai"
 
 
 def tokenizer(name: str, words: int) -> Callable[[list[str]], Tensor]:

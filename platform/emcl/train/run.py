@@ -29,7 +29,7 @@ from emcl.train.loop import Trainer, write_run
 
 
 def run(
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None,
     *,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
@@ -37,7 +37,7 @@ def run(
     resume: str | None = None,
     init: Path | None = None,
 ) -> dict[str, Scores]:
-    """Trains (or only evaluates) and returns the test scores of each task.
+    """Trains (or only evaluates) and returns the test scores of each task; without `tasks`, of those of the recipe.
 
     With `init`, training starts from the weights of an earlier run, of the same tasks or of others.
 
@@ -46,8 +46,7 @@ def run(
     Raises:
         UserError: one line for the user.
     """
-    tasks = expand(tasks)
-    for name in tasks:
+    for name in expand(tasks or []):
         task_class(name)
     init = find_export(init) if init else None
     folder = _run_to_resume(resume) if resume else None
@@ -56,7 +55,7 @@ def run(
     ranks = distributed.start()
     device = distributed.device()
     _check(config, ranks, training=evaluate_path is None)
-    name = folder.name if folder else ranks.gather_objects(config.name or _name(tasks))[0]
+    name = folder.name if folder else ranks.gather_objects(config.name or _name(list(config.tasks)))[0]
     if evaluate_path is not None:
         export = find_export(evaluate_path)
         tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
@@ -117,7 +116,11 @@ def _score(
 
 
 def _settings(
-    tasks: Sequence[str], recipe: str | None, overrides: Sequence[str], evaluate_path: Path | None, folder: Path | None
+    tasks: Sequence[str] | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    evaluate_path: Path | None,
+    folder: Path | None,
 ) -> Config:
     """From the recipe; or, to evaluate or resume, from what the run itself was configured with."""
     if recipe is None and (evaluate_path or folder):
@@ -133,7 +136,7 @@ def _settings(
         else:
             assert folder is not None
             saved = yaml.safe_load((folder / "config.yaml").read_text())
-        missing = [name for name in tasks if name not in saved["tasks"]]
+        missing = [name for name in expand(tasks or []) if name not in saved["tasks"]]
         if missing:
             raise UserError(
                 f"{evaluate_path or folder} was not trained for {missing[0]} (its tasks: {', '.join(saved['tasks'])})"

@@ -12,12 +12,13 @@ from torch import nn
 from emcl.config import Config
 from emcl.data.shards import ShardSet
 from emcl.errors import UserError
+from emcl.model.towers import wants_quick_gelu
 from emcl.registry import task_class
 from emcl.train.export import WEIGHTS, different_shape, exported_config
 
 
 def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:
-    """The configuration with every task's vocabulary and the like, found from the training samples.
+    """The configuration with every task's vocabulary and the like, found from the training samples and the weights.
 
     A task that `init` was trained for keeps what that run found: its weights are of that vocabulary.
     """
@@ -30,7 +31,8 @@ def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -
             kept = {key: getattr(earlier[name], key) for key in kind.learned if getattr(settings, key) is None}
             settings = dataclasses.replace(settings, **kept)
         tasks[name] = kind.learn_settings(settings, config, samples)
-    return dataclasses.replace(config, tasks=tasks)
+    model = dataclasses.replace(config.model, quick_gelu=wants_quick_gelu(config.model))
+    return dataclasses.replace(config, tasks=tasks, model=model)
 
 
 def start_from(model: nn.Module, init: Path) -> str:

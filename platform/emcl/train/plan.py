@@ -1,0 +1,157 @@
+"""What a run would do, without doing it: `deepspeed platform/launch.py --recipe NAME --dry-run`.
+
+The model is built on the meta device: it takes no memory, and no weights are read or downloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from emcl.config import Config
+from emcl.data.mixture import open_training, training_patterns
+from emcl.data.shards import find_shards, open_shards
+from emcl.data.vocabulary import UsedTokens
+from emcl.errors import UserError
+from emcl.multitask import VideoLanguageModel
+from emcl.train.engine import deepspeed_settings
+from emcl.train.optimizer import parameter_groups
+from emcl.train.start import learn_settings
+
+GIB = 2**30
+GPUS = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of a run; those of the data are None where its shards are missing."""
+
+    parameters: int
+    trained: int
+    groups: dict[str, tuple[int, float]]
+    """Of the optimiser: weights, and learning rate."""
+    missing: list[str]
+    samples: int | None = None
+    steps_per_epoch: int | None = None
+    steps: int | None = None
+    test: int | None = None
+
+
+def plan(config: Config) -> tuple[Plan, Config]:
+    """What `config` would train, and the configuration with the tasks' vocabularies, guessed where shards are missing.
+
+    Raises:
+        UserError: what the configuration names is not there, or does not fit, other than shards.
+    """
+    missing = [*_missing(list(training_patterns(config.data))), *_missing([config.data.val, config.data.test])]
+    missing += _missing_weights(config)
+    samples = steps_per_epoch = steps = test = None
+    if not _missing(list(training_patterns(config.data))):
+        shards, order = open_training(config.data, config.seed)
+        config = learn_settings(config, shards) if not _missing_weights(config) else config
+        samples, steps_per_epoch = len(shards), order.steps_per_epoch
+        steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
+    else:
+        config = _with_guesses(config)
+    if config.data.test and not _missing([config.data.test]):
+        test = len(open_shards(config.data.test))
+    model = build_on_meta(config)
+    groups = {
+        str(group["name"]): (sum(weight.numel() for weight in group["params"]), float(group["lr"]))
+        for group in parameter_groups(model.named_parameters(), config.optim)
+    }
+    found = Plan(
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        trained=sum(count for count, _ in groups.values()),
+        groups=groups,
+        missing=missing,
+        samples=samples,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        test=test,
+    )
+    return found, config
+
+
+def build_on_meta(config: Config) -> nn.Module:
+    with torch.device("meta"):
+        return VideoLanguageModel(config, load_weights=False)
+
+
+def state_gib(plan: Plan, precision: str, stage: int, gpus: int) -> float:
+    """Weights, gradients and Adam's state of one GPU; activations come on top.
+
+    ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020). In half
+    precision the optimiser holds weights in single precision besides its two moments.
+    """
+    number = 4 if precision == "fp32" else 2
+    weights, gradients = number * plan.parameters, number * plan.trained
+    optimizer = (8 if precision == "fp32" else 12) * plan.trained
+    shared = [optimizer if stage >= 1 else 0, gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
+    return (weights + gradients + optimizer - sum(shared) + sum(shared) / gpus) / GIB
+
+
+def describe_plan(config: Config) -> str:
+    """The plan as text.
+
+    Raises:
+        UserError: as `plan`.
+    """
+    found, config = plan(config)
+    deepspeed_settings(config, 1)
+    data = config.data
+    lines = [f"tasks: {', '.join(config.tasks)}", f"model: {config.model.name}, {config.precision}, {config.deepspeed}"]
+    lines.append(f"weights: {found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M of them trained")
+    for name, (count, rate) in found.groups.items():
+        lines.append(f"  {name:<14}{count / 1e6:9.1f} M at {rate:g}")
+    if found.samples is None:
+        lines.append(f"training: its shards are missing; {config.optim.epochs} epochs of batches of {data.batch_size}")
+    else:
+        lines.append(
+            f"training: {found.samples:,} videos, {found.steps_per_epoch:,} steps an epoch of {data.batch_size} "
+            f"({data.pairs}s), {found.steps:,} steps in all"
+        )
+    if found.test is not None:
+        lines.append(f"test: {found.test:,} videos")
+    lines.append("GiB a GPU for weights, gradients and optimiser (activations come on top):")
+    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in range(4)))
+    for gpus in GPUS:
+        cells = "".join(f"{state_gib(found, config.precision, stage, gpus):8.2f}" for stage in range(4))
+        lines.append(f"{gpus:>6}{cells}")
+    lines += [f"missing: {item}" for item in found.missing]
+    return "\n".join(lines)
+
+
+def _missing(patterns: list[str] | list[str | None]) -> list[str]:
+    wrong = []
+    for pattern in patterns:
+        try:
+            if pattern:
+                find_shards(pattern)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong
+
+
+def _with_guesses(config: Config) -> Config:
+    """Vocabularies of the size that the settings allow, for counting weights."""
+    tasks = {}
+    for name, settings in config.tasks.items():
+        learned: dict[str, object] = {}
+        if hasattr(settings, "answers_kept") and settings.answers is None:
+            learned["answers"] = [str(number) for number in range(settings.answers_kept)]
+        if hasattr(settings, "captions_per_video") and settings.vocabulary is None and settings.pretrained is None:
+            learned["vocabulary"] = UsedTokens.of_captions(settings.tokenizer, ["a video"])
+        tasks[name] = dataclasses.replace(settings, **learned) if learned else settings
+    return dataclasses.replace(config, tasks=tasks)
+
+
+def _missing_weights(config: Config) -> list[str]:
+    """Files of pretrained weights that are not there; a tag of open_clip's is downloaded."""
+    wanted = [config.model.image_weights, config.model.pretrained]
+    looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
+    return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]

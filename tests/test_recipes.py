@@ -1,0 +1,82 @@
+"""The shipped recipes: each resolves, has the published hyper-parameters, and builds its model on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import launch
+from emcl.config import configs_folder, find_file, resolve
+from emcl.train.plan import Plan, plan, state_gib
+
+# EMCL.md's table: global batch, epochs, words, frames
+PUBLISHED = {
+    "msrvtt_retrieval": (128, 5, 32, 12),
+    "msrvtt_7k_retrieval": (128, 5, 32, 12),
+    "lsmdc_retrieval": (128, 5, 32, 12),
+    "msvd_retrieval": (128, 20, 32, 12),
+    "activitynet_retrieval": (128, 5, 64, 64),
+    "didemo_retrieval": (128, 5, 64, 64),
+    "vatex_retrieval": (128, 5, 32, 12),
+    "msrvtt_captioning": (128, 5, 32, 12),
+    "msrvtt_qa": (32, 5, 32, 12),
+    "pretrain_all": (1024, 20, 32, 12),
+}
+GROUPS = {"clip_decay": 1e-7, "clip_no_decay": 1e-7, "new_decay": 1e-4, "new_no_decay": 1e-4}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_resolves_and_is_counted(name: str, tmp_path: Path) -> None:
+    config = resolve(None, name, [f"data.root={tmp_path}/none"])
+    data, optim = config.data, config.optim
+    assert (data.batch_size, optim.epochs, data.words, data.frames) == PUBLISHED[name]
+    assert (data.fps, data.size, data.augment) == (1.0, 224, "rand-m7-n4-mstd0.5-inc1")
+    assert (optim.weight_decay, optim.betas, optim.eps, optim.grad_clip, optim.warmup) == (
+        0.2,
+        [0.9, 0.98],
+        1e-6,
+        1,
+        0.1,
+    )
+    layer = config.emcl
+    assert (layer.variant, layer.k, layer.iterations, layer.temperature, layer.beta, layer.momentum) == (
+        "reference", 32, 9, 1.0, 3.0, 0.9,
+    )  # fmt: skip
+    assert "zero_optimization" in json.loads(find_file(config.deepspeed, "deepspeed").read_text())
+    found, _ = plan(config)
+    assert {group: rate for group, (_, rate) in found.groups.items()} == GROUPS
+    assert found.trained == found.parameters == sum(count for count, _ in found.groups.values())
+    assert 150e6 < found.groups["clip_decay"][0] + found.groups["clip_no_decay"][0] < 152e6  # ViT-B/32
+    assert found.steps is None
+    assert len(found.missing) >= 1 and all(str(tmp_path) in item for item in found.missing)
+
+
+def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> None:
+    for name in PUBLISHED:
+        head = (configs_folder() / "recipe" / f"{name}.yaml").read_text().split("include:")[0]
+        assert "emcl prepare" in head and f"--recipe {name} data.root=" in head and "GPUs of" in head
+
+
+def test_zero_shares_what_its_stages_say() -> None:
+    whole = Plan(parameters=10**9, trained=10**9, groups={}, missing=[])
+    gib = 10**9 / 2**30
+    for stage, bytes_ in ((0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)):
+        assert state_gib(whole, "bf16", stage, 8) == pytest.approx(bytes_ * gib)
+
+
+def test_steps_are_those_of_the_shards(sample_shards: Path) -> None:
+    patterns = [f"data.{split}={sample_shards}/{split}-*.tar" for split in ("train", "val", "test")]
+    config = resolve(None, "msrvtt_retrieval", [*patterns, "data.batch_size=8"])
+    found, _ = plan(config)
+    assert (found.samples, found.test, found.missing) == (24, 12, [])
+    assert (found.steps_per_epoch, found.steps) == (24 * 4 // 8, 5 * 12)  # four captions each
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
+    done = launch("--recipe", "msrvtt_retrieval", f"data.root={tmp_path}/msrvtt", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for line in ("tasks: retrieval", "GiB a GPU", f"missing: no shard matches {tmp_path}/msrvtt/train-*.tar"):
+        assert line in done.stdout
+    assert not list(tmp_path.iterdir())
