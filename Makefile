@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train test lint bench ablation format clean
+.PHONY: install train test lint bench ablation together joint-step format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,13 @@ bench: install
 ablation: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/ablation.py $(if $(MSRVTT),--msrvtt $(MSRVTT)) \
 		$(if $(FRAMES),--frames $(FRAMES)) $(ARGS)
+
+# One joint model beside three single ones, 3 seeds: make together RECIPE=msrvtt_frames_all
+together: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/together.py $(if $(RECIPE),--recipe $(RECIPE)) $(ARGS)
+
+joint-step: install
+	$(BIN)/python benchmarks/joint_step.py
 
 lint: install
 	$(BIN)/ruff check .
