@@ -1,7 +1,6 @@
 """A small convolutional image tower, for sets that are learnt from scratch on little compute.
 
-There a convolution's built-in locality is worth more than a transformer's freedom. Group norms, not batch norms: the
-loss must not depend on how the global batch is split over ranks.
+There a convolution's built-in locality is worth more than a transformer's freedom.
 """
 
 from __future__ import annotations
@@ -11,32 +10,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-GROUPS = 8
-
 
 class ConvTower(nn.Module):
     """Pixels (n, 3, S, S) -> (n, embed_dim).
 
-    Each of `widths` halves the side; the last map is read out by place, so the embedding knows where things are.
+    Each of `widths` is a convolution at full resolution whose strongest answers are kept at half of it: edges and
+    corners are seen before they are thinned out. The last map is read out by place, so the embedding knows where things
+    are, and by its mean and its strongest answers anywhere, so that what a thing looks like is learnt from all places
+    at once. No norms: four layers train without, in fewer steps and less time.
     """
 
     def __init__(self, widths: Sequence[int], image_size: int, embed_dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         before = 3
-        for index, width in enumerate(widths):
-            layers += _layer(before, width, stride=2)
-            if index:
-                layers += _layer(width, width, stride=1)
+        for width in widths:
+            convolution = nn.Conv2d(before, width, 3, 1, 1)
+            nn.init.kaiming_normal_(convolution.weight)
+            assert convolution.bias is not None
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.GELU(), nn.MaxPool2d(2)]
             before = width
         side = image_size // 2 ** len(widths)
         self.layers = nn.Sequential(*layers)
-        self.readout = nn.Linear(before * side * side, embed_dim)
+        self.by_place = nn.Linear(before * side * side, embed_dim)
+        self.anywhere = nn.Linear(2 * before, embed_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        maps = self.layers(pixels.contiguous(memory_format=torch.channels_last))
-        return self.readout(maps.contiguous().flatten(1))
-
-
-def _layer(before: int, width: int, *, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, width, 3, stride, 1), nn.GroupNorm(GROUPS, width), nn.GELU()]
+        maps = self.layers(pixels.contiguous(memory_format=torch.channels_last)).contiguous()
+        summary = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+        return self.by_place(maps.flatten(1)) + self.anywhere(summary)
