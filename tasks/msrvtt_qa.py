@@ -34,6 +34,7 @@ from emcl.task import Evaluation, Scorer, Scores, Task
 UNKNOWN = -1
 """The number of an answer that the vocabulary does not hold."""
 TOP = 5
+FUSIONS = ("concat", "product")
 SHOWN = 12
 """Answers in the picture of confusions."""
 
@@ -51,8 +52,14 @@ class QAConfig:
     questions_per_video: int = 1
     """Questions of a video that a step trains on, drawn anew each time."""
     dropout: float = 0.1
+    fusion: str = "concat"
+    """Of video and question: `concat`, as published, or `product`, which adds their product."""
     use_video: bool = True
     """`false` trains and scores on the questions alone: what the video must beat."""
+
+    def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"tasks.msrvtt_qa.fusion={self.fusion} is none of {', '.join(FUSIONS)}")
 
 
 class MsrvttQATask(Task):
@@ -64,7 +71,8 @@ class MsrvttQATask(Task):
         if not settings.answers:
             raise UserError("tasks.msrvtt_qa.answers is not set: it is found from the questions of data.train")
         self.settings = settings
-        self.head = AnswerHead(backbone.embed_dim, backbone.text.token_width, len(settings.answers), settings.dropout)
+        widths = backbone.embed_dim, backbone.text.token_width
+        self.head = AnswerHead(*widths, len(settings.answers), settings.dropout, settings.fusion)
         self.logit_scale = nn.Parameter(torch.tensor([backbone.initial_logit_scale]))
         self.emcl = emcl_layer(config, 4 * backbone.embed_dim) if settings.contrastive_weight else None
 

@@ -20,15 +20,21 @@ class AttentionPooling(nn.Module):
 
 
 class AnswerHead(nn.Module):
-    """Pools frames (D) and question tokens (W), projects both to 4 D, classifies their concatenation."""
+    """Pools frames (D) and question tokens (W), projects both to 4 D, classifies their concatenation.
 
-    def __init__(self, frame_width: int, token_width: int, answers: int, dropout: float) -> None:
+    Args:
+        fusion: `concat`, as published, or `product`, which adds the product of the two: a question then chooses what of
+            the video is looked at, which the classifier would else have to learn for each pair of words by itself.
+    """
+
+    def __init__(self, frame_width: int, token_width: int, answers: int, dropout: float, fusion: str) -> None:
         super().__init__()
-        wide = 4 * frame_width
+        self.fusion, wide = fusion, 4 * frame_width
+        fused = {"concat": 2, "product": 3}[fusion] * wide
         self.video_pooling, self.question_pooling = AttentionPooling(frame_width), AttentionPooling(token_width)
         self.video_projection, self.question_projection = nn.Linear(frame_width, wide), nn.Linear(token_width, wide)
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(2 * wide, 4 * wide), nn.ReLU(), nn.Linear(4 * wide, answers)
+            nn.Dropout(dropout), nn.Linear(fused, 4 * wide), nn.ReLU(), nn.Linear(4 * wide, answers)
         )
 
     def video(self, frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -41,4 +47,7 @@ class AnswerHead(nn.Module):
 
     def answer(self, video_NE: Tensor, question_NE: Tensor) -> Tensor:
         """(N, 4 D) each -> logits (N, answers)"""
-        return self.classifier(torch.cat([video_NE, question_NE], 1))
+        both = [video_NE, question_NE]
+        if self.fusion == "product":
+            both.append(video_NE * question_NE)
+        return self.classifier(torch.cat(both, 1))
