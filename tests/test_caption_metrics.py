@@ -52,11 +52,10 @@ def test_pycocoevalcaps_own_scores_of_real_captions() -> None:
     from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    from emcl.prepare.msrvtt import _official
+    from emcl.prepare.msrvtt import read
 
-    sentences: dict[str, list[str]] = {}
-    for item in _official(shared("data/msrvtt"), "test_videodatainfo.json")["sentences"]:
-        sentences.setdefault(item["video_id"], []).append(item["caption"])
+    clips = read(shared("data/msrvtt"), "official")
+    sentences = {clip.id: clip.captions for clip in clips if clip.split == "test"}
     chosen = sorted(sentences)[:60]
     hypotheses = {key: sentences[key][0] for key in chosen}
     references = {key: sentences[key][1:] for key in chosen}

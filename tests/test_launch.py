@@ -122,12 +122,12 @@ def test_resume_goes_on_to_more_epochs(run: Run) -> None:
 
 def test_no_argument_and_no_environment_variable_are_needed(sample_shards: Path, tmp_path: Path) -> None:
     """Word for word, with the sample recipe's shards where the recipe looks for them."""
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "sample").symlink_to(sample_shards)
+    folder = tmp_path / "shards" / "sample"
+    folder.mkdir(parents=True)
+    for shard in sample_shards.glob("*.tar"):
+        (folder / shard.name).symlink_to(shard)
     for number in range(2, 4):
-        link = sample_shards / f"train-{number:06d}.tar"
-        if not link.exists():
-            link.symlink_to(sample_shards / "train-000000.tar")
+        (folder / f"train-{number:06d}.tar").symlink_to(sample_shards / "train-000000.tar")
     environment = {key: value for key, value in os.environ.items() if key not in ("DS_ACCELERATOR", "OMP_NUM_THREADS")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = ["deepspeed", str(ROOT / "platform/launch.py"), "--task", "retrieval", "data.batch_size=16"]
