@@ -18,6 +18,7 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from emcl.data.remote import is_remote, localise
 from emcl.data.samples import VIDEO_ENDINGS, Sample
 from emcl.errors import UserError
 
@@ -37,13 +38,16 @@ class Row:
 def find_shards(pattern: str) -> list[Path]:
     """Files of a brace pattern (`train-{000000..000015}.tar`), a glob, a folder, or several joined by `::`.
 
+    URLs are copied to a local cache (data/remote.py).
+
     Raises:
-        UserError: nothing matches, a file of a brace pattern is missing, or it is no local path.
+        UserError: nothing matches, or a file of a brace pattern is missing.
     """
     found: list[Path] = []
     for part in pattern.split("::"):
-        if part.startswith("pipe:") or "://" in part:
-            raise UserError(f"{part}: only local shards are read; copy them to a disk first")
+        if is_remote(part):
+            found += localise(part)
+            continue
         if Path(part).is_dir():
             paths = sorted(Path(part).glob("*.tar"))
         elif any(sign in part for sign in "*?["):
