@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+WINDOW, FLOOR = 9, 0.02
+"""Side of the window of local contrast, in pixels; and the contrast that counts as none."""
 
 
 class ConvTower(nn.Module):
     """Pixels (n, 3, S, S) -> (n, embed_dim).
+
+    It sees the pixels and their local contrast, in which a faint texture is as plain as a bright edge.
 
     Each of `widths` is a convolution at full resolution whose strongest answers are kept at half of it: edges and
     corners are seen before they are thinned out. The last map is read out by place, so the embedding knows where things
@@ -23,7 +29,7 @@ class ConvTower(nn.Module):
     def __init__(self, widths: Sequence[int], image_size: int, embed_dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        before = 3
+        before = 6
         for width in widths:
             convolution = nn.Conv2d(before, width, 3, 1, 1)
             nn.init.kaiming_normal_(convolution.weight)
@@ -37,6 +43,24 @@ class ConvTower(nn.Module):
         self.anywhere = nn.Linear(2 * before, embed_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        maps = self.layers(pixels.contiguous(memory_format=torch.channels_last)).contiguous()
+        both = torch.cat([pixels, local_contrast(pixels)], 1)
+        maps = self.layers(both.contiguous(memory_format=torch.channels_last)).contiguous()
         summary = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
         return self.by_place(maps.flatten(1)) + self.anywhere(summary)
+
+
+def local_contrast(pixels: Tensor) -> Tensor:
+    """Pixels less the mean of their surroundings, over its standard deviation: local contrast normalisation.
+
+    Jarrett et al., What is the best multi-stage architecture for object recognition?, ICCV 2009, with square windows.
+    """
+    difference = pixels - _local_mean(pixels)
+    variance = _local_mean(difference.square().mean(1, keepdim=True))
+    return difference / (variance.sqrt() + FLOOR)
+
+
+def _local_mean(maps: Tensor) -> Tensor:
+    """Along one side, then the other; at the border, of what there is."""
+    half = WINDOW // 2
+    rows = F.avg_pool2d(maps, (WINDOW, 1), 1, (half, 0), count_include_pad=False)
+    return F.avg_pool2d(rows, (1, WINDOW), 1, (0, half), count_include_pad=False)
