@@ -22,14 +22,14 @@ from emcl.data.order import Draw
 from emcl.data.shards import open_shards
 from emcl.distributed import ALONE
 from emcl.em import EMCL
-from emcl.metrics.rescoring import dual_softmax
-from emcl.metrics.retrieval import text_to_video_ranks, video_to_text_ranks
+from emcl.metrics.rescoring import DualSoftmax
+from emcl.metrics.retrieval import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
+from emcl.report.options import reference_module
 from emcl.train.export import WEIGHTS
 from emcl.train.features import open_source
 from emcl.train.run import run
-from straightforward import cosines, pooled_rows
 
 TILE = 32
 """Texts x videos that the reference's EM sees together, as published."""
@@ -140,7 +140,7 @@ def plain(model: Any, split: Split) -> NDArray[np.float32]:
 def with_own_layer(model: Any, split: Split) -> NDArray[np.float32]:
     """As the model was trained: the reference in tiles, the compact variant on anything at once."""
     task = model.heads["retrieval"]
-    return task.similarity_in_tiles(split.text, split.frames, split.mask, TILE, ALONE)
+    return task.similarity_in_tiles(split.text, split.frames, split.mask, TILE, ALONE, task.emcl)
 
 
 @torch.no_grad()
@@ -154,17 +154,9 @@ def with_reference(
     model: Any, split: Split, *, bases: int, iterations: int, temperature: float, beta: float
 ) -> NDArray[np.float32]:
     """The published inference module: EM over the unit rows of each tile of texts and videos."""
-    layer = EMCL(bases=bases, iterations=iterations, temperature=temperature, beta=beta).eval()
     pooling = model.heads["retrieval"].settings.pooling_temperature
-    strips = []
-    for text in split.text.split(TILE):
-        strip = []
-        for frames, mask in zip(split.frames.split(TILE), split.mask.split(TILE), strict=True):
-            pooled = F.normalize(pooled_rows(text, frames, mask, pooling), dim=-1)  # (A, B, D), pooled as in training
-            corrected, corrected_text = layer(pooled.flatten(0, 1), F.normalize(text, dim=1))
-            strip.append(cosines(corrected.view_as(pooled), corrected_text))
-        strips.append(torch.cat(strip, 1))
-    return torch.cat(strips).numpy()
+    settings = {"bases": bases, "iterations": iterations, "temperature": temperature, "beta": beta}
+    return reference_module(split.text, split.frames, split.mask, pooling=pooling, tile=TILE, **settings)
 
 
 def fitted(split: Split, **settings: Any) -> EMCL:
@@ -202,12 +194,11 @@ def measure(
     scores: NDArray[np.float32], split: Split, correct: Callable[[Tensor, Tensor], Sequence[Tensor]], *, dsl: bool
 ) -> Measured:
     """Ranks both ways, and the geometry of mean-pooled videos and texts after `correct(videos, texts)`."""
-    by_text = dual_softmax(scores, over="texts") if dsl else scores
-    by_video = dual_softmax(scores, over="videos") if dsl else scores
+    rescore: Rescore = DualSoftmax() if dsl else unchanged
     video, text = (F.normalize(rows, dim=1) for rows in correct(split.videos, split.text))
     return Measured(
-        text_to_video_ranks(by_text, split.owner),
-        video_to_text_ranks(by_video, split.owner),
+        text_to_video_ranks(scores, split.owner, rescore=rescore),
+        video_to_text_ranks(scores, split.owner, rescore=rescore),
         split.owner,
         float((video.mean(0) - text.mean(0)).norm()),
         effective_rank(torch.cat([video, text])),

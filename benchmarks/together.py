@@ -42,8 +42,8 @@ def launch(tasks: str, name: str, *settings: str) -> None:
         sys.exit(done.stdout[-3000:])
 
 
-def scores(name: str) -> dict[str, dict[str, float]]:
-    found = json.loads((Path("runs") / name / "scores-test.json").read_text())["tasks"]
+def scores(name: str, split: str = "test") -> dict[str, dict[str, float]]:
+    found = json.loads((Path("runs") / name / f"scores-{split}.json").read_text())["tasks"]
     return {task: item["metrics"] for task, item in found.items()}
 
 
@@ -61,16 +61,9 @@ def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") ->
 def swapped(tasks: str, recipe: str, seed: int) -> dict[str, dict[str, float]]:
     """The joint model's scores with the videos dealt out anew."""
     name = f"together-{Path(recipe).stem}-{tasks.replace(',', '+')}-{seed}"
-    kept = Path("runs") / name / "scores-test-swapped.json"
-    if not kept.is_file():
-        whole, captions = (Path("runs") / name / file for file in ("scores-test.json", "captions-test.json"))
-        before = {path: path.read_bytes() for path in (whole, captions)}
+    if not (Path("runs") / name / "scores-test-swapped.json").is_file():
         launch(tasks, name, "--evaluate", f"runs/{name}", "evaluate.swap_videos=true")
-        kept.write_bytes(whole.read_bytes())
-        for path, content in before.items():
-            path.write_bytes(content)
-    found = json.loads(kept.read_text())["tasks"]
-    return {task: item["metrics"] for task, item in found.items()}
+    return scores(name, "test-swapped")
 
 
 def best_fixed_sentence(recipe: str) -> tuple[str, dict[str, float]]:

@@ -222,6 +222,12 @@ class _CaptionScorer(Scorer):
             self._protocol(len(scored), found.tokenizer, found.missing),
             chosen=f"CIDEr{suffix}",
             picture=partial(draw_captions, examples, f"captioning: {self.config.model.name}"),
+            items={
+                "id": [rows[row].sample.id for row in scored],
+                "caption": list(scored.values()),
+                "reference": [rows[row].sample.captions[0] for row in scored],
+                **{f"{name}{suffix}": [100 * value for value in values] for name, values in found.each.items()},
+            },
             files={"captions-{split}.json": json.dumps(predictions, indent=0, ensure_ascii=False)},
         )
 

@@ -186,8 +186,8 @@ def _tokenizer(name: str, words: int) -> Any:
 class _AnswerScorer(Scorer):
     def __init__(self, task: MsrvttQATask, config: Config) -> None:
         self.task, self.config = task, config
-        self.found: list[tuple[list[int], int, str]] = []
-        """Of each question: the best answers, the right one, its text."""
+        self.found: list[tuple[list[int], int, str, int]] = []
+        """Of each question: the best answers, the right one, its text, its video's row."""
 
     def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
         part = batch["msrvtt_qa"] if batch else None
@@ -205,7 +205,9 @@ class _AnswerScorer(Scorer):
 
         best = evaluation.lockstep(top, rows, filler).tolist()
         if part and count:
-            self.found += zip(best, part["answer"][:count].tolist(), part["questions"], strict=True)
+            assert batch is not None
+            videos = [batch["rows"][place] for place in part["place"][:count].tolist()]
+            self.found += zip(best, part["answer"][:count].tolist(), part["questions"], videos, strict=True)
 
     def result(self, evaluation: Evaluation) -> Scores:
         found = [item for part in evaluation.ranks.gather_objects(self.found) for item in part]
@@ -220,6 +222,13 @@ class _AnswerScorer(Scorer):
             metrics,
             f"{len(found)} questions; one whose answer is not of the {len(answers)} known counts as wrong{given}",
             chosen="accuracy",
+            items={
+                "id": [evaluation.source.shards.rows[item[3]].sample.id for item in found],
+                "question": [item[2] for item in found],
+                "answer": [answers[number] if number != UNKNOWN else None for number in right.tolist()],
+                "given": [answers[number] for number in top[:, 0].tolist()],
+                "accuracy": (100.0 * (top[:, 0] == right)).tolist(),
+            },
             picture=partial(draw_confusion, names, counts, f"msrvtt_qa: {self.config.model.name}"),
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emcl.config import Config
@@ -17,11 +19,13 @@ from emcl.data.loader import Collator, every_caption, pick_caption
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
-from emcl.distributed import Ranks
-from emcl.metrics.rescoring import dual_softmax_metrics
-from emcl.metrics.retrieval import retrieval_metrics
+from emcl.distributed import ALONE, Ranks
+from emcl.em import EMCL
+from emcl.metrics.rescoring import DualSoftmax
+from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks, video_to_text_ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import emcl_layer
 from emcl.model.similarity import similarity
 from emcl.pictures import Example, draw_retrieval
@@ -30,6 +34,9 @@ from emcl.task import Evaluation, Scorer, Scores, Task
 EXAMPLES = 6
 TOP = 5
 LARGE_TILE = 512
+EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
+LARGEST_KEPT = 2**24
+"""Scores of a similarity that is kept for `emcl report`: 64 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,47 +71,50 @@ class RetrievalTask(Task):
     def forward(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
         """The loss; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only."""
         everyone_BT = ranks.gather_rows(mask_BT)
-        scores_AB = self.similarity(text_AD, ranks.gather_rows(frames_BTD), everyone_BT, ranks, mask_BT.any(1))
+        everything_BTD = ranks.gather_rows(frames_BTD)
+        scores_AB = self.similarity(text_AD, everything_BTD, everyone_BT, ranks, self.emcl, mask_BT.any(1))
         logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
         return self.settings.weight * contrastive_loss(logits_AB, ranks, everyone_BT.any(1))
 
     def similarity(
-        self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks, present_A: Tensor | None = None
+        self,
+        text_AD: Tensor,
+        frames_BTD: Tensor,
+        mask_BT: Tensor,
+        ranks: Ranks,
+        layer: EMCL | None,
+        present_A: Tensor | None = None,
     ) -> Tensor:
-        """(A, D), (B, T, D), (B, T) -> (A, B)."""
+        """(A, D), (B, T, D), (B, T) -> (A, B), by this task's pooling and an EMCL layer, its own or another."""
         temperature = self.settings.pooling_temperature
         return similarity(
-            text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=self.emcl, ranks=ranks, present_A=present_A
+            text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=layer, ranks=ranks, present_A=present_A
         )
 
     @torch.no_grad()
     def similarity_in_tiles(
-        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks
+        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: EMCL | None
     ) -> np.ndarray:
         """(Q, G) on every rank, from tiles of texts x videos, whose rows the ranks share.
 
         The reference's EM sees one tile of `tile` x `tile` at a time, whichever rank computes it, and its scores depend
         on that; without it, or with compact bases, any tile gives the same scores, and large ones are taken.
         """
-        alone = Ranks()
-        if self.emcl is None or self.emcl.variant == "compact":
+        if layer is None or layer.variant == "compact":
             tile = LARGE_TILE
-        rows: dict[int, np.ndarray] = {}
-        for number, first in enumerate(range(0, len(text_QD), tile)):
-            if number % ranks.world_size != ranks.rank:
-                continue
-            parts = [
-                self.similarity(
-                    text_QD[first : first + tile],
-                    frames_GTD[start : start + tile],
-                    mask_GT[start : start + tile],
-                    alone,
-                )
-                for start in range(0, len(frames_GTD), tile)
-            ]
-            rows[first] = torch.cat(parts, 1).cpu().numpy()
-        merged = {first: block for part in ranks.gather_objects(rows) for first, block in part.items()}
-        return np.concatenate([merged[first] for first in sorted(merged)])
+        scores_QG = np.empty((len(text_QD), len(frames_GTD)), np.float32)
+        strips = range(0, len(text_QD), tile)
+        for first in strips[ranks.rank :: ranks.world_size]:
+            for start in range(0, len(frames_GTD), tile):
+                texts, videos = slice(first, first + tile), slice(start, start + tile)
+                part = self.similarity(text_QD[texts], frames_GTD[videos], mask_GT[videos], ALONE, layer)
+                scores_QG[texts, videos] = part.cpu().numpy()
+        if ranks.world_size > 1:
+            mine = {first: scores_QG[first : first + tile] for first in strips[ranks.rank :: ranks.world_size]}
+            for others in ranks.gather_objects(mine):
+                for first, strip in others.items():
+                    scores_QG[first : first + tile] = strip
+        return scores_QG
 
     def scorer(self, config: Config) -> Scorer:
         return _RetrievalScorer(self, config)
@@ -151,42 +161,60 @@ class _RetrievalScorer(Scorer):
         if batch and text is not None:
             self.texts.append((batch["retrieval"]["rows"], embeddings))
 
-    def result(self, evaluation: Evaluation) -> Scores:
+    def embeddings(self, evaluation: Evaluation) -> tuple[Embeddings, list[int]]:
+        """All ranks' texts and videos on the CPU of every rank, and the videos' rows of the shards."""
         ranks, rows = evaluation.ranks, evaluation.source.shards.rows
         video_rows, frames, mask = _in_row_order(ranks, [(rows, (f, m)) for rows, f, m in self.videos])
         text_rows, text = _in_row_order(ranks, [(rows, (t,)) for rows, t in self.texts])
         column = {row: index for index, row in enumerate(video_rows)}
-        kept = [index for index, row in enumerate(text_rows) if row in column]
-        owner = np.array([column[text_rows[index]] for index in kept])
-        device = self.task.logit_scale.device
+        sentences = [caption for row in video_rows for caption in rows[row].sample.captions]
+        found = Embeddings(
+            text, frames, mask, np.array([column[row] for row in text_rows]), sentences,
+            [rows[row].sample.id for row in video_rows],
+        )  # fmt: skip
+        return found, video_rows
+
+    def result(self, evaluation: Evaluation) -> Scores:
+        ranks = evaluation.ranks
+        kept, video_rows = self.embeddings(evaluation)
+        owner, device = kept.owner, self.task.logit_scale.device
         settings = self.config.evaluate
         scores_QG = self.task.similarity_in_tiles(
-            text[kept].to(device), frames.to(device), mask.to(device), settings.tile, ranks
+            kept.text.to(device), kept.frames.to(device), kept.mask.to(device), settings.tile, ranks, self.task.emcl
         )
         found = {"": retrieval_metrics(scores_QG, owner)}
         if settings.dsl:
-            found["_dsl_transductive"] = dual_softmax_metrics(scores_QG, owner, temperature=settings.dsl_temperature)
+            dsl = DualSoftmax(settings.dsl_temperature)
+            found["_dsl_transductive"] = retrieval_metrics(scores_QG, owner, rescore=(dsl, dsl))
         metrics = {
             f"{direction}{suffix}/{name}": value
             for suffix, both in found.items()
             for direction, values in both.items()
             for name, value in values.items()
         }
-        queries = [rows[row].sample.captions[_nth(text_rows, index)] for index, row in enumerate(text_rows)]
         examples = [
             Example(
-                queries[kept[index]],
+                kept.sentences[index],
                 video_rows[owner[index]],
                 [video_rows[i] for i in np.argsort(-scores_QG[index])[:TOP]],
             )
-            for index in np.linspace(0, len(kept) - 1, min(EXAMPLES, len(kept))).astype(int)
+            for index in np.linspace(0, len(owner) - 1, min(EXAMPLES, len(owner))).astype(int)
         ]
         title = f"retrieval: {self.config.model.name}"
+        save: dict[str, Callable[[Path], None]] = {EMBEDDINGS: kept.save}
+        if scores_QG.size <= LARGEST_KEPT:
+            save[SIMILARITY] = partial(save_file, {"similarity": torch.from_numpy(scores_QG)})
         return Scores(
             metrics,
-            self._protocol(len(kept), len(video_rows)),
+            self._protocol(len(owner), len(video_rows)),
             chosen="text_to_video/R@1",
             picture=partial(draw_retrieval, examples, title),
+            items={
+                "video": owner.tolist(),
+                "text_to_video": text_to_video_ranks(scores_QG, owner).tolist(),
+                "video_to_text": video_to_text_ranks(scores_QG, owner).tolist(),
+            },
+            save=save,
         )
 
     def _protocol(self, texts: int, videos: int) -> str:
@@ -213,11 +241,3 @@ def _in_row_order(ranks: Ranks, batches: Sequence[tuple[list[int], tuple[Tensor,
     order = sorted(range(len(rows)), key=rows.__getitem__)  # stable: a video's captions keep their order
     columns = [torch.cat(parts)[order] for parts in zip(*(tensors for _, tensors in everyone), strict=True)]
     return [rows[index] for index in order], *columns
-
-
-def _nth(rows: Sequence[int], index: int) -> int:
-    """Which of its row's texts `index` is."""
-    first = index
-    while first > 0 and rows[first - 1] == rows[index]:
-        first -= 1
-    return index - first

@@ -23,7 +23,7 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "describe"},
+    {"inference", "describe", "report"},
     {"cli"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""

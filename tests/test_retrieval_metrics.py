@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import shared
-from emcl.metrics.rescoring import dual_softmax, dual_softmax_metrics, query_bank, query_bank_metrics
+from emcl.metrics.rescoring import DualSoftmax, QueryBank, whole
 from emcl.metrics.retrieval import (
     BLOCK,
     ranks_of,
@@ -20,6 +20,7 @@ from emcl.metrics.retrieval import (
     video_to_text_ranks,
 )
 
+DSL = (DualSoftmax(0.01), DualSoftmax(0.01))
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "R50": "R@50", "MedianR": "MdR", "MeanR": "MnR"}
 
 
@@ -44,7 +45,7 @@ def test_one_text_a_video_equals_the_reference(golden: tuple) -> None:
 
 def test_dual_softmax_equals_the_reference(golden: tuple) -> None:
     arrays, numbers = golden
-    ours = dual_softmax_metrics(arrays["similarity"], temperature=0.01)
+    ours = retrieval_metrics(arrays["similarity"], rescore=DSL)
     assert_equal(ours["text_to_video"], numbers["dsl_t2v"])
     assert_equal(ours["video_to_text"], numbers["dsl_v2t"])
 
@@ -64,7 +65,7 @@ def test_the_real_cap4video_matrix() -> None:
     matrix = np.load(shared("data/similarity/cap4video_msrvtt_1ka.npy"))
     numbers = json.loads(shared("data/similarity/cap4video_msrvtt_1ka.json").read_text())
     assert_equal(retrieval_metrics(matrix)["text_to_video"], numbers["t2v"])
-    assert_equal(dual_softmax_metrics(matrix)["text_to_video"], numbers["dsl_t2v"])
+    assert_equal(retrieval_metrics(matrix, rescore=DSL)["text_to_video"], numbers["dsl_t2v"])
     assert retrieval_metrics(matrix)["video_to_text"]["R@1"] == pytest.approx(45.6)  # of 1,000, ties against
     assert retrieval_metrics(matrix, ties="for")["video_to_text"]["R@1"] == pytest.approx(46.0)
 
@@ -121,7 +122,9 @@ def random_scores(texts: int, videos: int, seed: int) -> np.ndarray:
 def test_the_dual_softmax_equals_its_formula() -> None:
     scores = random_scores(7, 5, 0)
     for over in ("texts", "videos"):
-        ours = dual_softmax(scores, temperature=0.1, over=over)
+        turned = scores if over == "texts" else scores.T
+        ours = whole(DualSoftmax(0.1), turned)
+        ours = ours if over == "texts" else ours.T
         for q, g in np.ndindex(scores.shape):
             rivals = scores[:, g] if over == "texts" else scores[q]
             count = len(scores) if over == "texts" else scores.shape[1]
@@ -133,7 +136,7 @@ def test_the_query_bank_ranks_as_its_formula_does() -> None:
     scores, bank, beta = random_scores(40, 12, 1), random_scores(BLOCK + 30, 12, 2), 20.0
     bank[:, 3] += 0.3  # a hub: the best of most bank queries
     bank[:, 5] -= 1.0  # never the best
-    ours = query_bank(scores, bank, temperature=1 / beta)
+    ours = whole(QueryBank(bank, 1 / beta), scores)
     hubs = {int(row.argmax()) for row in bank}
     assert 3 in hubs and 5 not in hubs
     changed = 0
@@ -148,11 +151,11 @@ def test_the_query_bank_ranks_as_its_formula_does() -> None:
 
 def test_query_banks_of_both_directions_and_one_query_alone() -> None:
     scores, texts, videos = random_scores(20, 20, 3), random_scores(60, 20, 4), random_scores(20, 50, 5)
-    both = query_bank_metrics(scores, texts, videos)
-    turned = query_bank_metrics(scores.T, videos.T, texts.T)
+    both = retrieval_metrics(scores, rescore=(QueryBank(texts), QueryBank(videos.T)))
+    turned = retrieval_metrics(scores.T, rescore=(QueryBank(videos.T), QueryBank(texts)))
     assert both["text_to_video"] == turned["video_to_text"] and both["video_to_text"] == turned["text_to_video"]
-    alone = query_bank(scores[4:5], texts)  # inductive: no other query of the test is needed
-    np.testing.assert_allclose(alone[0], query_bank(scores, texts)[4])
+    alone = whole(QueryBank(texts), scores[4:5])  # inductive: no other query of the test is needed
+    np.testing.assert_allclose(alone[0], whole(QueryBank(texts), scores)[4])
 
 
 def test_ranks_need_little_memory_beside_the_scores() -> None:
@@ -163,3 +166,20 @@ def test_ranks_need_little_memory_beside_the_scores() -> None:
     tracemalloc.stop()
     assert peak < 16 * 2**20
     assert ranks[7] == 1 + (scores[7] > scores[7, 7]).sum()
+
+
+def test_rescored_ranks_in_blocks_are_those_of_the_whole_matrix() -> None:
+    scores = random_scores(BLOCK + 100, 2 * BLOCK, 6)
+    owner = np.arange(len(scores))
+    for rescore in (DualSoftmax(0.05), QueryBank(random_scores(40, 2 * BLOCK, 7))):
+        blocks = text_to_video_ranks(scores, owner, rescore=rescore)
+        np.testing.assert_array_equal(blocks, ranks_of(whole(rescore, scores), owner))
+
+
+def test_rescored_ranks_need_little_memory_beside_the_scores() -> None:
+    scores = np.random.default_rng(0).random((3000, 3000), dtype=np.float32)
+    tracemalloc.start()
+    retrieval_metrics(scores, rescore=DSL)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 96 * 2**20  # a whole copy in double precision would take 72 MiB by itself, and several are wanted

@@ -90,6 +90,31 @@ def build_parser() -> argparse.ArgumentParser:
     transform.add_argument("--out", type=Path, required=True, help="folder for video.npy, text.npy, bases.pt")
     transform.set_defaults(act=_transform)
 
+    options = commands.add_parser(
+        "options",
+        help="every inference option on a run's kept embeddings, in one table",
+        description="EMCL (none, the model's own, as an inference module) by rescoring (none, DSL, QB-Norm), each "
+        "marked inductive or transductive. The run must have been scored on its test split.",
+    )
+    options.add_argument("run", type=Path, help="a run's folder")
+    options.add_argument(
+        "--bank",
+        type=int,
+        default=500,
+        help="training videos of the query bank, with all their captions (500)",
+    )
+    options.set_defaults(act=_options)
+
+    report = commands.add_parser(
+        "report",
+        help="runs beside each other and beside published figures, as a page",
+        description="Reads what runs kept of their test scores and writes report.html (tables with bootstrap "
+        "intervals, plots, best and worst examples) and report.md. No model is loaded.",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    report.add_argument("--out", type=Path, default=Path("report"), help="folder (default: %(default)s)")
+    report.set_defaults(act=_report)
+
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(act=_tasks)
 
@@ -218,6 +243,20 @@ def _transform(options: argparse.Namespace) -> None:
     write(options.out, after, layer)
     print(comparison(recall(features, owner), recall(after, owner)))
     print(f"written: {options.out}/video.npy, text.npy, bases.pt")
+
+
+def _options(options: argparse.Namespace) -> None:
+    from emcl.report.options import every_option, table
+
+    print(table(every_option(options.run, bank_videos=options.bank)))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from emcl.report.page import write_report
+
+    page, text = write_report(options.runs, options.out)
+    print(text)
+    print(f"written: {page}, {page.with_suffix('.md')}")
 
 
 def _tasks(_: argparse.Namespace) -> None:

@@ -76,7 +76,7 @@ class VideoTextModel:
         embedded = text if isinstance(text, Tensor) else self.encode_text(text)
         scores = task.similarity_in_tiles(
             embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
-            self.config.evaluate.tile, ALONE,
+            self.config.evaluate.tile, ALONE, task.emcl,
         )  # fmt: skip
         return torch.from_numpy(scores)
 

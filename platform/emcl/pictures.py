@@ -39,7 +39,7 @@ class Example:
 def draw_retrieval(examples: Sequence[Example], title: str, path: Path, frames_of: FramesOf) -> None:
     """One line an example: the query, its own video, and the top 5; the right one has a green frame."""
     columns = 1 + max(len(example.found) for example in examples)
-    figure = _figure(2.6 * columns + 2.4, 1.15 * len(examples) + 0.7)
+    figure = blank_figure(2.6 * columns + 2.4, 1.15 * len(examples) + 0.7)
     axes = figure.subplots(len(examples), columns + 1, squeeze=False)
     heads = ["the query's own", *(f"found {n}" for n in range(1, columns))]
     for axis, head in zip(axes[0][1:], heads, strict=True):
@@ -48,7 +48,7 @@ def draw_retrieval(examples: Sequence[Example], title: str, path: Path, frames_o
         line[0].text(0, 0.5, textwrap.fill(example.query, 26), va="center", fontsize=9)
         for place, row in enumerate([example.right, *example.found]):
             axis = line[1 + place]
-            axis.imshow(_strip(frames_of(row)))
+            axis.imshow(strip(frames_of(row)))
             if place and row == example.right:
                 for spine in axis.spines.values():
                     spine.set(color="tab:green", linewidth=3)
@@ -71,9 +71,9 @@ class Captioned:
 
 def draw_captions(examples: Sequence[Captioned], title: str, path: Path, frames_of: FramesOf) -> None:
     """One line an example: frames, the generated caption, some references."""
-    figure = _figure(9, 1.3 * len(examples) + 0.5)
+    figure = blank_figure(9, 1.3 * len(examples) + 0.5)
     for line, example in zip(figure.subplots(len(examples), 2, squeeze=False), examples, strict=True):
-        line[0].imshow(_strip(frames_of(example.row)))
+        line[0].imshow(strip(frames_of(example.row)))
         line[1].text(0, 0.9, textwrap.fill(example.generated, 60), va="top", fontsize=10, weight="bold")
         written = "\n".join(textwrap.shorten(text, 75) for text in example.references[:REFERENCES])
         line[1].text(0, 0.6, written, va="top", fontsize=8, color="0.35")
@@ -93,7 +93,7 @@ def draw_confusion(
         answers: names of the lines and of all but the last column, which is everything else.
         counts: (lines, lines + 1)
     """
-    figure = _figure(1.8 + 0.5 * (len(answers) + 1), 1.6 + 0.45 * len(answers))
+    figure = blank_figure(1.8 + 0.5 * (len(answers) + 1), 1.6 + 0.45 * len(answers))
     axis = figure.subplots()
     share = counts / counts.sum(1, keepdims=True).clip(1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -109,13 +109,14 @@ def draw_confusion(
     figure.savefig(path)
 
 
-def _strip(clip: Frames) -> Frames:
+def strip(clip: Frames) -> Frames:
     """Some frames beside each other."""
     chosen = clip[np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)]
     return np.concatenate(list(chosen), axis=1)
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank_figure(width: float, height: float) -> Figure:
+    """Inches, without a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -40,6 +40,10 @@ class Scores:
     picture: Picture | None = None
     files: dict[str, str] = field(default_factory=dict)
     """Contents of further files to keep, by name."""
+    items: dict[str, list[Any]] = field(default_factory=dict)
+    """What was found of each query, column by column, for intervals and examples (`emcl report`)."""
+    save: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    """Further files to keep of the test split, each written to a path."""
 
 
 class Lockstep:

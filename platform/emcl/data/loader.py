@@ -149,15 +149,17 @@ def evaluation_loader(
     batch_size: int,
     rank: int,
     world_size: int,
+    rows: Sequence[int] | None = None,
     shuffle_seed: int | None = None,
     swap_seed: int | None = None,
     features: FeatureStore | None = None,
 ) -> DataLoader[Any]:
-    """Every sample exactly once over all ranks.
+    """Every sample (or those of `rows`) exactly once over all ranks.
 
     With `shuffle_seed`, each video's frames in a random order; with `swap_seed`, each sample with another's video.
     """
-    mine = [Draw(row, None, row) for row in range(rank, len(shards), world_size)]
+    wanted = range(len(shards)) if rows is None else rows
+    mine = [Draw(row, None, row) for row in wanted[rank::world_size]]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     collate = Collate(collators, frames=data.frames, shuffle_seed=shuffle_seed)
     video_of = None

@@ -8,6 +8,7 @@ file, so that the order can be a pure function of (seed, step). Only videos and 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import tarfile
 from collections import OrderedDict
@@ -83,6 +84,15 @@ class ShardSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def origin(self) -> tuple[str, str]:
+        """The benchmark that the first sample is of, and its protocol as `emcl prepare` noted it; empty if unknown."""
+        sample, index = self.rows[0].sample, self.paths[0].parent / "index.json"
+        try:
+            protocol = json.loads(index.read_text())["protocol"] if index.is_file() else ""
+        except (ValueError, KeyError, TypeError):
+            protocol = ""
+        return sample.source, str(protocol)
 
     def read(self, row: Row) -> bytes:
         """The video's bytes. At most OPEN_FILES tars are open in a process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +17,12 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
 from emcl.multitask import VideoLanguageModel
-from emcl.task import Evaluation, Lockstep, Scores, to_device
+from emcl.task import Evaluation, Lockstep, Scorer, Scores, to_device
 
 
 @torch.no_grad()
 def evaluate(
-    model: VideoLanguageModel,
-    source: Source,
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    *,
-    name: str,
+    model: VideoLanguageModel, source: Source, config: Config, ranks: Ranks, device: torch.device, *, name: str
 ) -> dict[str, Scores]:
     """Scores of each task, the same on every rank; each sample counts exactly once.
 
@@ -36,7 +31,31 @@ def evaluate(
     Raises:
         UserError: more samples than `data.max_bad` allows do not decode; names the first.
     """
-    shards, texts, tasks = source.shards, source.texts, model.heads
+    scorers, evaluation = collect(model, source, config, ranks, device, name=name)
+    scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
+    control = _control(config)
+    return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
+
+
+@torch.no_grad()
+def collect(
+    model: VideoLanguageModel,
+    source: Source,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    name: str,
+    rows: Sequence[int] | None = None,
+    only: Sequence[str] | None = None,
+) -> tuple[dict[str, Scorer], Evaluation]:
+    """Encodes every sample (or `rows`) and lets the tasks' scorers (or those of `only`) take what they need.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    shards, texts = source.shards, source.texts
+    tasks = {key: task for key, task in model.heads.items() if only is None or key in only}
     collators = {
         key: type(task).collator(config.tasks[key], config, texts, training=False) for key, task in tasks.items()
     }
@@ -47,6 +66,7 @@ def evaluate(
         batch_size=config.evaluate.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        rows=rows,
         shuffle_seed=config.seed if config.evaluate.shuffle_frames else None,
         swap_seed=config.seed if config.evaluate.swap_videos else None,
         features=source.features,
@@ -66,9 +86,13 @@ def evaluate(
         for scorer in scorers.values():
             scorer.add(encoded, batch if real else None, evaluation)
     _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(shards), config)
-    scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
-    control = _control(config)
-    return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
+    return scorers, evaluation
+
+
+def split_name(split: str, config: Config) -> str:
+    """Of the files of an evaluation: a control's stand beside the model's."""
+    shuffled = "-shuffled" if config.evaluate.shuffle_frames else ""
+    return split + shuffled + ("-swapped" if config.evaluate.swap_videos else "")
 
 
 def _control(config: Config) -> str:

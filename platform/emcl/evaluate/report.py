@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emcl.config import Config
-from emcl.data.decode import decode
+from emcl.data.decode import Frames, decode
 from emcl.data.shards import ShardSet
 from emcl.task import Scores
 from emcl.tracking import Tracker, commit
@@ -35,9 +36,13 @@ def lines_of(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def as_json(scores: Mapping[str, Scores], split: str, config: Config) -> dict[str, Any]:
+def as_json(scores: Mapping[str, Scores], shards: ShardSet, split: str, config: Config) -> dict[str, Any]:
+    benchmark, protocol = shards.origin()
     return {
         "split": split,
+        "benchmark": benchmark,
+        "benchmark_split": protocol,
+        "samples": len(shards),
         "commit": commit(),
         "seed": config.seed,
         "tasks": {name: {"metrics": item.metrics, "protocol": item.protocol} for name, item in scores.items()},
@@ -56,16 +61,15 @@ def record(
 ) -> None:
     """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0."""
 
-    def frames_of(row: int) -> Any:
-        found = shards.rows[row]
-        start, end = found.sample.start, found.sample.end
-        return decode(shards.read(found), frames=6, size=112, start=start, end=end, fps=config.data.fps)
-
+    summary = as_json(scores, shards, split, config)
+    for name in ("benchmark", "benchmark_split"):
+        tracker.tag(name, summary[name])
     path = folder / f"scores-{split}.json"
-    path.write_text(json.dumps(as_json(scores, split, config), indent=1))
+    path.write_text(json.dumps(summary, indent=1))
     tracker.artifact(path)
     for name, item in scores.items():
         tracker.metrics({f"{split}/{name}/{key}": value for key, value in item.metrics.items()}, step)
+        tracker.tag(f"{split}.{name}.protocol", item.protocol)
         text = folder / f"{name}-{split}.txt"
         text.write_text(table(item) + "\n")
         tracker.artifact(text)
@@ -73,7 +77,20 @@ def record(
             kept = folder / filename.format(split=split)
             kept.write_text(content)
             tracker.artifact(kept)
+        if item.items:
+            kept = folder / f"items-{name}-{split}.json"
+            kept.write_text(json.dumps(item.items))
+            tracker.artifact(kept)
+        for filename, write in item.save.items() if split == "test" else ():
+            write(folder / filename.format(split=split))  # large: not for MLflow
         if item.picture is not None:
             picture = folder / f"{name}-{split}.png"
-            item.picture(picture, frames_of)
+            item.picture(picture, partial(frames_of, shards, config))
             tracker.artifact(picture)
+
+
+def frames_of(shards: ShardSet, config: Config, row: int) -> Frames:
+    """Some small frames of a sample, to be looked at."""
+    found = shards.rows[row]
+    start, end = found.sample.start, found.sample.end
+    return decode(shards.read(found), frames=6, size=112, start=start, end=end, fps=config.data.fps)

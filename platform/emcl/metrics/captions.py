@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emcl.metrics.java import JavaError, find_java, meteor, ptb_tokens
 
@@ -20,6 +20,8 @@ class CaptionScores:
     """`ptb`; `plain`, our own for machines without Java, whose scores differ; `given`, tokens as they stand."""
     missing: str | None = None
     """What is not among the metrics, and why."""
+    each: dict[str, list[float]] = field(default_factory=dict)
+    """Of the metrics that are a mean over videos: the values of each, in the order of the hypotheses."""
 
 
 def plain_tokens(caption: str) -> str:
@@ -46,14 +48,14 @@ def caption_metrics(
     spoken = {key: [hypotheses[key]] for key in keys}
     written = {key: list(references[key]) for key in keys}
     tokenizer, missing = _tokenise(spoken, written, tokenizer)
-    metrics = _without_java(spoken, written)
+    metrics, each = _without_java(spoken, written)
     if missing is None:
         try:
             metrics["METEOR"] = meteor({key: texts[0] for key, texts in spoken.items()}, written)
         except JavaError as error:
             missing = f"METEOR: {error}"
     order = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-    return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing)
+    return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing, each)
 
 
 def _tokenise(spoken: dict[str, list[str]], written: dict[str, list[str]], tokenizer: str) -> tuple[str, str | None]:
@@ -83,16 +85,19 @@ def _tokenise(spoken: dict[str, list[str]], written: dict[str, list[str]], token
     return "plain", missing
 
 
-def _without_java(spoken: dict[str, list[str]], written: dict[str, list[str]]) -> dict[str, float]:
+def _without_java(
+    spoken: dict[str, list[str]], written: dict[str, list[str]]
+) -> tuple[dict[str, float], dict[str, list[float]]]:
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     bleu, _ = Bleu(4).compute_score(written, spoken, verbose=0)
-    rouge, _ = Rouge().compute_score(written, spoken)
-    cider, _ = Cider().compute_score(written, spoken)
-    return {
+    rouge, rouge_each = Rouge().compute_score(written, spoken)
+    cider, cider_each = Cider().compute_score(written, spoken)
+    metrics = {
         **{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, 1)},
         "ROUGE-L": float(rouge),
         "CIDEr": float(cider),
     }
+    return metrics, {"ROUGE-L": [float(x) for x in rouge_each], "CIDEr": [float(x) for x in cider_each]}

@@ -1,93 +1,89 @@
 """What may be done to a similarity before it is ranked: the dual softmax, and normalisation by a query bank.
 
-Legend: Q test texts, G test videos, B queries of a bank.
+Both see queries (rows) and candidates (columns), so video-to-text hands them the transposed similarity. They give their
+scores block by block: of a whole matrix they keep a few numbers a candidate.
+
+Legend: Q test queries, G candidates, B queries of a bank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from emcl.metrics.retrieval import BLOCK, summarize, text_to_video_ranks, video_to_text_ranks
-
-Owner = Sequence[int] | NDArray[np.int64]
+from emcl.metrics.retrieval import BLOCK, Blocks, Rescore
 
 
-def dual_softmax(similarity_QG: ArrayLike, *, temperature: float = 0.01, over: str = "texts") -> NDArray[np.float64]:
-    """Similarity times its softmax along the other side and the number of texts (EMCL-Net++'s DSL).
+@dataclass(frozen=True)
+class DualSoftmax:
+    """Similarity times its softmax over the queries and their number (EMCL-Net++'s DSL).
 
-    `over="texts"` for text-to-video, `over="videos"` for video-to-text. Transductive: every score depends on all
-    queries of the test set.
+    Transductive: every score depends on all queries of the test set.
     """
-    similarity = np.asarray(similarity_QG, dtype=np.float64)
-    axis = {"texts": 0, "videos": 1}[over]
-    scaled = similarity / temperature
-    weights = np.exp(scaled - scaled.max(axis, keepdims=True))
-    return similarity * weights / weights.sum(axis, keepdims=True) * similarity.shape[axis]
+
+    temperature: float = 0.01
+
+    def __call__(self, scores_QG: NDArray[np.floating]) -> Blocks:
+        highest, total = _softmax_sums(scores_QG, self.temperature)
+        share = len(scores_QG) / total
+
+        def block(queries: NDArray[np.int64]) -> NDArray[np.float64]:
+            part = scores_QG[queries].astype(np.float64)
+            return part * np.exp((part - highest) / self.temperature) * share
+
+        return block
 
 
-def dual_softmax_metrics(
-    similarity_QG: ArrayLike, video_of_text: Owner | None = None, *, temperature: float = 0.01
-) -> dict[str, dict[str, float]]:
-    """Both directions with the dual softmax; any number of texts a video."""
-    owner = np.arange(np.shape(similarity_QG)[0]) if video_of_text is None else np.asarray(video_of_text)
-    by_text = dual_softmax(similarity_QG, temperature=temperature, over="texts")
-    by_video = dual_softmax(similarity_QG, temperature=temperature, over="videos")
-    return {
-        "text_to_video": summarize(text_to_video_ranks(by_text, owner)),
-        "video_to_text": summarize(video_to_text_ranks(by_video, owner)),
-    }
+@dataclass(frozen=True)
+class QueryBank:
+    """QB-Norm's dynamic inverted softmax (Bogolin et al., CVPR 2022), each query by itself: inductive.
 
-
-def query_bank(similarity_QG: ArrayLike, bank_BG: ArrayLike, *, temperature: float = 0.05) -> NDArray[np.float64]:
-    """QB-Norm's dynamic inverted softmax (Bogolin et al., CVPR 2022), each query by itself.
-
-    A video that is the best of some bank query attracts too many. A test query whose best video is such a one has its
-    scores divided by what the bank gives each video; others stay as they are.
-
-    Args:
-        similarity_QG: test queries x gallery.
-        bank_BG: queries of the training set x the same gallery.
-        temperature: of the softmax, 1 / beta.
+    A candidate that is the best of some bank query attracts too many. A test query whose best candidate is such a one
+    has its scores divided by what the bank gives each candidate; others stay as they are.
     """
-    similarity, bank = (np.asarray(scores, dtype=np.float64) for scores in (similarity_QG, bank_BG))
-    active = np.zeros(similarity.shape[1], bool)
-    highest = bank.max(0)
-    total = np.zeros(similarity.shape[1])
-    for first in range(0, len(bank), BLOCK):
-        part = bank[first : first + BLOCK]
-        active[part.argmax(1)] = True
+
+    bank_BG: ArrayLike
+    """Queries of the training set x the test's candidates."""
+    temperature: float = 0.05
+    """Of the softmax, 1 / beta."""
+
+    def __call__(self, scores_QG: NDArray[np.floating]) -> Blocks:
+        bank = np.asarray(self.bank_BG)
+        active = np.zeros(bank.shape[1], bool)
+        for part in _blocks(bank):
+            active[part.argmax(1)] = True
+        highest, total = _softmax_sums(bank, self.temperature)
+        level = highest + self.temperature * np.log(total)  # of each candidate, in the units of a similarity
+
+        def block(queries: NDArray[np.int64]) -> NDArray[np.float64]:
+            part = scores_QG[queries].astype(np.float64)
+            hub = active[part.argmax(1)]
+            # a monotone map of a query's scores moves no rank, so the logarithm of the published ratio does
+            return np.where(hub[:, None], part - level, part)
+
+        return block
+
+
+def whole(rescore: Rescore, scores_QG: ArrayLike) -> NDArray[np.float64]:
+    """All rescored scores at once, (Q, G)."""
+    scores = np.asarray(scores_QG)
+    return rescore(scores)(np.arange(len(scores)))
+
+
+def _softmax_sums(
+    scores_QG: NDArray[np.floating], temperature: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of each candidate: its highest score h, and the sum over queries of exp((score - h) / temperature)."""
+    highest = scores_QG.max(0).astype(np.float64)
+    total = np.zeros(scores_QG.shape[1])
+    for part in _blocks(scores_QG):
         total += np.exp((part - highest) / temperature).sum(0)
-    level = highest + temperature * np.log(total)  # of each video, in the units of a similarity
-    hub = active[similarity.argmax(1)]
-    # a monotone map of a query's scores moves no rank, so the logarithm of the published ratio does
-    return np.where(hub[:, None], similarity - level, similarity)
+    return highest, total
 
 
-def query_bank_metrics(
-    similarity_QG: ArrayLike,
-    text_bank_BG: ArrayLike,
-    video_bank_QB: ArrayLike | None = None,
-    video_of_text: Owner | None = None,
-    *,
-    temperature: float = 0.05,
-) -> dict[str, dict[str, float]]:
-    """Text-to-video by a bank of training texts; video-to-text, with a bank of training videos.
-
-    Args:
-        text_bank_BG: training texts x test videos.
-        video_bank_QB: test texts x training videos.
-    """
-    similarity = np.asarray(similarity_QG)
-    owner = np.arange(len(similarity)) if video_of_text is None else np.asarray(video_of_text)
-    found = {
-        "text_to_video": summarize(
-            text_to_video_ranks(query_bank(similarity, text_bank_BG, temperature=temperature), owner)
-        )
-    }
-    if video_bank_QB is not None:
-        by_video = query_bank(similarity.T, np.asarray(video_bank_QB).T, temperature=temperature).T
-        found["video_to_text"] = summarize(video_to_text_ranks(by_video, owner))
-    return found
+def _blocks(scores_QG: NDArray[np.floating]) -> Iterator[NDArray[np.float64]]:
+    for first in range(0, len(scores_QG), BLOCK):
+        yield scores_QG[first : first + BLOCK].astype(np.float64)

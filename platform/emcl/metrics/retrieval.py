@@ -8,7 +8,8 @@ candidates that tie: it has more ranks than queries then (1,012 for the 1,000 vi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,58 +17,76 @@ from numpy.typing import ArrayLike, NDArray
 RECALLS = (1, 5, 10, 50)
 BLOCK = 512
 """Queries at once, so that what is counted needs little memory beside the scores."""
-
-
 TIES = ("against", "for", "reference")
+
+Owner = Sequence[int] | NDArray[np.int64]
+Blocks = Callable[[NDArray[np.int64]], NDArray[Any]]
+"""Scores of some queries, named by their numbers, with all candidates."""
+Rescore = Callable[[NDArray[Any]], Blocks]
+"""What is done to a similarity (queries x candidates) before it is ranked (metrics/rescoring.py)."""
 
 
 def ranks_of(
-    scores_QG: ArrayLike, right_Q: Sequence[int] | NDArray[np.int64], *, ties: str = "against"
+    scores_QG: ArrayLike | Blocks, right_Q: Owner, *, ties: str = "against", queries: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
     """Rank (1 is best) of the right candidate of each query; counting in blocks, no sorting.
 
     A score that is not a number ranks a query last.
+
+    Args:
+        scores_QG: queries x candidates; or a function that gives them block by block.
+        queries: the numbers by which it is asked; all in order where not given.
     """
-    scores, right = np.asarray(scores_QG), np.asarray(right_Q)
-    best, worst = (np.empty(len(scores), np.int64) for _ in range(2))
-    for first in range(0, len(scores), BLOCK):
-        part = scores[first : first + BLOCK]
-        own = np.take_along_axis(part, right[first : first + BLOCK, None], axis=1)
-        worst[first : first + BLOCK] = part.shape[1] - (part < own).sum(1)
+    blocks = scores_QG if callable(scores_QG) else unchanged(np.asarray(scores_QG))
+    right = np.asarray(right_Q)
+    queries = np.arange(len(right)) if queries is None else queries
+    best, worst = (np.empty(len(right), np.int64) for _ in range(2))
+    for first in range(0, len(right), BLOCK):
+        here = slice(first, first + BLOCK)
+        part = blocks(queries[here])
+        own = np.take_along_axis(part, right[here, None], axis=1)
+        worst[here] = part.shape[1] - (part < own).sum(1)
         if ties != "against":
-            best[first : first + BLOCK] = 1 + (part > own).sum(1)
+            best[here] = np.where(np.isnan(own[:, 0]), worst[here], 1 + (part > own).sum(1))
     if ties == "against":
         return worst
-    best = np.where(np.isnan(np.take_along_axis(scores, right[:, None], axis=1)[:, 0]), worst, best)
     if ties == "for":
         return best
     return np.concatenate([np.arange(low, high + 1) for low, high in zip(best, worst, strict=True)])
 
 
+def unchanged(scores_QG: NDArray[Any]) -> Blocks:
+    """The scores as they are."""
+    return lambda queries: scores_QG[queries]
+
+
 def text_to_video_ranks(
-    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64], *, ties: str = "against"
+    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
 ) -> NDArray[np.int64]:
     """Each text ranks the videos: (texts,)."""
-    return ranks_of(similarity_QG, video_of_text, ties=ties)
+    return ranks_of(rescore(np.asarray(similarity_QG)), video_of_text, ties=ties)
 
 
 def video_to_text_ranks(
-    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64], *, ties: str = "against"
+    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
 ) -> NDArray[np.int64]:
     """Each video ranks the videos' sets of texts, a set scoring as its best text: (videos,).
 
     With one text a video this is plain video-to-text retrieval. Videos without a text are left out.
     """
-    similarity, owner = np.asarray(similarity_QG), np.asarray(video_of_text)
-    videos, group = np.unique(owner, return_inverse=True)
-    best = np.full((len(videos), similarity.shape[1]), -np.inf, similarity.dtype)
-    np.maximum.at(best, group, similarity)  # (videos with texts, videos)
-    return ranks_of(best[:, videos].T, np.arange(len(videos)), ties=ties)
+    owner = np.asarray(video_of_text)
+    videos = np.unique(owner)
+    order = np.argsort(owner, kind="stable")
+    starts = np.searchsorted(owner[order], videos)
+    blocks = rescore(np.asarray(similarity_QG).T)
+
+    def of_sets(queries: NDArray[np.int64]) -> NDArray[Any]:
+        return np.maximum.reduceat(blocks(queries)[:, order], starts, axis=1)
+
+    return ranks_of(of_sets, np.arange(len(videos)), ties=ties, queries=videos)
 
 
-def video_to_any_text_ranks(
-    similarity_QG: ArrayLike, video_of_text: Sequence[int] | NDArray[np.int64]
-) -> NDArray[np.int64]:
+def video_to_any_text_ranks(similarity_QG: ArrayLike, video_of_text: Owner) -> NDArray[np.int64]:
     """Each video ranks all texts one by one; its rank is that of its best own text: (videos with texts,).
 
     Another way to count several captions, which some published video-to-text figures use: a video with many captions
@@ -93,20 +112,23 @@ def summarize(ranks: ArrayLike) -> dict[str, float]:
 
 def retrieval_metrics(
     similarity_QG: ArrayLike,
-    video_of_text: Sequence[int] | NDArray[np.int64] | None = None,
+    video_of_text: Owner | None = None,
     *,
     ties: str = "against",
+    rescore: tuple[Rescore, Rescore] = (unchanged, unchanged),
 ) -> dict[str, dict[str, float]]:
     """Both directions of a similarity of texts (rows) and videos (columns).
 
     Args:
         similarity_QG: (texts, videos); higher is more alike.
         video_of_text: (texts,) each text's own column; row i's is column i where not given.
+        rescore: for text-to-video, and for video-to-text.
     """
     owner = np.arange(np.shape(similarity_QG)[0]) if video_of_text is None else np.asarray(video_of_text)
+    by_text, by_video = rescore
     return {
-        "text_to_video": summarize(text_to_video_ranks(similarity_QG, owner, ties=ties)),
-        "video_to_text": summarize(video_to_text_ranks(similarity_QG, owner, ties=ties)),
+        "text_to_video": summarize(text_to_video_ranks(similarity_QG, owner, ties=ties, rescore=by_text)),
+        "video_to_text": summarize(video_to_text_ranks(similarity_QG, owner, ties=ties, rescore=by_video)),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WINDOW, FLOOR = 9, 0.02
+WINDOW, FLOOR = 9, 0.1
 """Side of the window of local contrast, in pixels; and the contrast that counts as none."""
 
 

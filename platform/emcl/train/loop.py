@@ -162,7 +162,7 @@ class Trainer:
     def _export(self, scores: dict[str, Scores], done: int) -> None:
         state = weights(self.engine, self.ranks)
         if self.ranks.first:
-            record = {**as_json(scores, "val", self.config), "step": done}
+            record = {**as_json(scores, self.val or self.shards, "val", self.config), "step": done}
             save_export(self.folder / "best", state, self.config, record)
         self.ranks.barrier()
 

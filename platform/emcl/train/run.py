@@ -15,7 +15,7 @@ from emcl.data.mixture import training_patterns
 from emcl.data.shards import find_shards, open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.evaluate.driver import evaluate
+from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
 from emcl.prepare.sample import generate
 from emcl.registry import expand, task_class
@@ -109,9 +109,10 @@ def _score(
     source = open_source(config, shards, model.backbone, ranks, device)
     scores = evaluate(model, source, config, ranks, device, name="test")
     if ranks.first:
-        record(scores, shards, config, folder, tracker, split="test", step=step)
+        split = split_name("test", config)
+        record(scores, shards, config, folder, tracker, split=split, step=step)
         for name, item in scores.items():
-            print(f"\n{name} on test\n{table(item)}", flush=True)
+            print(f"\n{name} on {split}\n{table(item)}", flush=True)
     return scores
 
 

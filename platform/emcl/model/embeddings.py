@@ -1,0 +1,61 @@
+"""A split's embeddings, kept: what a score can be made of again, in another way, without encoding anything."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emcl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Texts and videos of one split, on the CPU."""
+
+    text: Tensor  # (texts, D)
+    frames: Tensor  # (videos, T, D)
+    mask: Tensor  # (videos, T) bool
+    owner: NDArray[np.int64]  # (texts,) each text's video, as its place in `frames`
+    sentences: list[str]
+    videos: list[str]
+    """The samples' ids."""
+
+    @property
+    def video_means(self) -> Tensor:
+        """Means over frames, (videos, D)."""
+        weights = self.mask[..., None].to(self.frames.dtype)
+        return (self.frames * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+    def save(self, path: Path) -> None:
+        tensors = {
+            "text": self.text.contiguous(),
+            "frames": self.frames[self.mask].contiguous(),  # those that there are
+            "mask": self.mask.contiguous(),
+            "owner": torch.from_numpy(self.owner),
+        }
+        names = {"sentences": json.dumps(self.sentences), "videos": json.dumps(self.videos)}
+        save_file(tensors, path, metadata=names)
+
+    @classmethod
+    def open(cls, path: Path) -> Embeddings:
+        """Raises UserError: there is no such file, or another thing is in it."""
+        try:
+            with safe_open(path, "pt") as file:
+                packed, mask = file.get_tensor("frames"), file.get_tensor("mask")
+                frames = packed.new_zeros(*mask.shape, packed.shape[1])
+                frames[mask] = packed
+                names = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+                owner = file.get_tensor("owner").numpy()
+                return cls(file.get_tensor("text"), frames, mask, owner, names["sentences"], names["videos"])
+        except (OSError, SafetensorError, KeyError, ValueError):
+            raise UserError(
+                f"{path} holds no embeddings: `deepspeed platform/launch.py --evaluate {path.parent}` writes them"
+            ) from None

@@ -1,0 +1,161 @@
+"""Every inference option on a run's kept embeddings, and their combinations: `emcl options RUN`.
+
+EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) by what is done to
+the similarity (nothing, the dual softmax, QB-Norm by the same bank). Nothing is encoded but the bank, once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from emcl.data.mixture import open_training
+from emcl.distributed import ALONE
+from emcl.distributed import device as default_device
+from emcl.em import EMCL
+from emcl.errors import UserError
+from emcl.evaluate.driver import collect
+from emcl.metrics.rescoring import DualSoftmax, QueryBank
+from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
+from emcl.model.embeddings import Embeddings
+from emcl.model.pooling import frame_scores, pooling_weights
+from emcl.train.export import find_export, open_export
+from emcl.train.features import open_source
+
+PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
+"""EMCL as an inference module on a trained model, as published for CLIP2Video."""
+COMPACT_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
+EMBEDDINGS, BANK, RESULT = "embeddings-test.safetensors", "embeddings-bank.safetensors", "options-test.json"
+
+Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
+"""texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One combination with what it gives."""
+
+    emcl: str
+    rescoring: str
+    transductive: bool
+    """Whether a query's ranks depend on other queries of the test."""
+    metrics: dict[str, dict[str, float]]
+
+
+def every_option(run: Path, *, bank_videos: int = 500, device: str | None = None) -> list[Option]:
+    """Scores all combinations and keeps them in the run's folder.
+
+    Raises:
+        UserError: no export, no retrieval in it, or no kept embeddings.
+    """
+    export = find_export(run)
+    model, config = open_export(export)
+    if "retrieval" not in model.heads:
+        raise UserError(f"{run} was not trained for retrieval, which these options are for")
+    folder = export.parent if export.name == "best" else export
+    test = Embeddings.open(folder / EMBEDDINGS)
+    place = torch.device(device) if device else default_device()
+    model.to(place)
+    kept = folder / BANK
+    if kept.is_file():
+        bank = Embeddings.open(kept)
+    else:
+        shards = open_training(config.data, config.seed)[0]
+        source = open_source(config, shards, model.backbone, ALONE, place)
+        chosen = np.linspace(0, len(shards) - 1, min(bank_videos, len(shards))).astype(int).tolist()
+        plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
+        config = dataclasses.replace(config, evaluate=plain)
+        scorers, evaluation = collect(
+            model, source, config, ALONE, place, name="the query bank", rows=chosen, only=["retrieval"]
+        )
+        scorer: Any = scorers["retrieval"]
+        bank = scorer.embeddings(evaluation)[0]
+        bank.save(kept)
+    found = list(_combinations(model.heads["retrieval"], config.evaluate.tile, test, bank, place))
+    (folder / RESULT).write_text(json.dumps([dataclasses.asdict(option) for option in found], indent=1))
+    return found
+
+
+def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, place: torch.device) -> Iterator[Option]:
+    layers = _layers(task, tile, bank)
+    for name, (score, in_tiles) in tqdm(layers.items(), desc="inference options", unit="layer", leave=False):
+        text, frames, mask = (part.to(place) for part in (test.text, test.frames, test.mask))
+        similarity = score(text, frames, mask)
+        by_text = score(bank.text.to(place), frames, mask)
+        by_video = score(text, bank.frames.to(place), bank.mask.to(place))
+        rescorings: dict[str, tuple[Rescore, Rescore]] = {
+            "none": (unchanged, unchanged),
+            "DSL": (DualSoftmax(), DualSoftmax()),
+            "QB-Norm": (QueryBank(by_text), QueryBank(by_video.T)),
+        }
+        for rescoring, both in rescorings.items():
+            metrics = retrieval_metrics(similarity, test.owner, rescore=both)
+            yield Option(name, rescoring, in_tiles or rescoring == "DSL", metrics)
+
+
+def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bool]]:
+    """Ways to a similarity, and whether each is transductive."""
+
+    def through(layer: EMCL | None) -> Score:
+        return lambda text, frames, mask: task.similarity_in_tiles(text, frames, mask, tile, ALONE, layer)
+
+    def published(text: Tensor, frames: Tensor, mask: Tensor) -> NDArray[np.float32]:
+        return reference_module(text, frames, mask, pooling=task.settings.pooling_temperature, tile=tile)
+
+    found: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
+    if task.emcl is not None:
+        found[f"its own ({task.emcl.variant})"] = (through(task.emcl), task.emcl.variant == "reference")
+    settings = {**COMPACT_MODULE, "bases": min(COMPACT_MODULE["bases"], bank.text.shape[1])}
+    fitted = EMCL(variant="compact", **settings).fit(bank.video_means, bank.text).eval()
+    found["compact at inference, bases of the bank"] = (through(fitted.to(task.logit_scale.device)), False)
+    found["reference at inference"] = (published, True)
+    return found
+
+
+@torch.no_grad()
+def reference_module(
+    text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, *, pooling: float, tile: int, **settings: Any
+) -> NDArray[np.float32]:
+    """The published inference module, (Q, G): EM over the unit rows of each tile of texts and videos.
+
+    Args:
+        pooling: temperature of the text-conditioned pooling.
+        settings: of the layer, in place of the published K, T, lambda and beta.
+    """
+    layer = EMCL(**{**PUBLISHED_MODULE, **settings}).eval().to(text_QD.device)
+    scores_QG = np.empty((len(text_QD), len(frames_GTD)), np.float32)
+    for first in range(0, len(text_QD), tile):
+        for start in range(0, len(frames_GTD), tile):
+            texts, videos = slice(first, first + tile), slice(start, start + tile)
+            text_AD, frames_BTD, mask_BT = text_QD[texts], frames_GTD[videos], mask_GT[videos]
+            weights_ABT = pooling_weights(frame_scores(text_AD, frames_BTD), mask_BT, pooling)
+            pooled_ABD = F.normalize(torch.einsum("abt,btd->abd", weights_ABT, frames_BTD), dim=-1)
+            corrected, corrected_text = layer(pooled_ABD.flatten(0, 1), F.normalize(text_AD, dim=1))
+            cosine_AB = F.cosine_similarity(corrected.view_as(pooled_ABD), corrected_text[:, None], dim=-1)
+            scores_QG[texts, videos] = cosine_AB.cpu().numpy()
+    return scores_QG
+
+
+def table(options: list[Option]) -> str:
+    """As Markdown."""
+    names = ("R@1", "R@5", "R@10", "MdR", "MnR")
+    lines = [
+        "| EMCL | rescoring | | " + " | ".join(f"{way} {name}" for way in ("t2v", "v2t") for name in names) + " |",
+        "|" + "---|" * (3 + 2 * len(names)),
+    ]
+    for option in options:
+        values = [f"{option.metrics[way][name]:.1f}" for way in ("text_to_video", "video_to_text") for name in names]
+        kind = "transductive" if option.transductive else "inductive"
+        lines.append(f"| {option.emcl} | {option.rescoring} | {kind} | " + " | ".join(values) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""A result as pictures, for the page of `emcl report`."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from emcl.model.embeddings import Embeddings
+from emcl.pictures import blank_figure
+from emcl.report.result import Result
+
+WAYS = {"text_to_video": "text to video", "video_to_text": "video to text"}
+SHOWN = 400
+"""Points of each modality, and lines of a matrix at most."""
+
+
+def retrieval_plots(result: Result) -> list[tuple[str, str]]:
+    """What can be drawn of what was kept: (caption, the picture as a data URL)."""
+    found = []
+    if result.items:
+        ranks = {name: np.array(result.items[way]) for way, name in WAYS.items()}
+        found += [
+            ("Recall at k", _drawn(lambda figure: _recall(figure, ranks))),
+            ("Ranks of the right candidate", _drawn(lambda figure: _histogram(figure, ranks))),
+        ]
+    if (scores := result.similarity) is not None:
+        owner = np.array(result.items["video"])
+        found.append(("Similarity of texts and their videos", _drawn(lambda figure: _matrix(figure, scores, owner))))
+    if (kept := result.embeddings) is not None:
+        found.append(("Modality gap", _drawn(lambda figure: _gap(figure, kept))))
+    return found
+
+
+def _recall(figure: Figure, ranks: dict[str, NDArray[np.int64]]) -> None:
+    axis = figure.subplots()
+    most = max(int(values.max()) for values in ranks.values())
+    steps = np.unique(np.geomspace(1, max(most, 2), 60).astype(int))
+    for name, values in ranks.items():
+        axis.plot(steps, [100 * (values <= k).mean() for k in steps], label=name)
+    axis.set(xscale="log", xlabel="k", ylabel="R@k in %", ylim=(0, 101))
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def _histogram(figure: Figure, ranks: dict[str, NDArray[np.int64]]) -> None:
+    axis = figure.subplots()
+    most = max(int(values.max()) for values in ranks.values())
+    edges = np.unique(np.concatenate([np.arange(1, 11), np.geomspace(11, max(most, 11) + 1, 20).astype(int)])) - 0.5
+    axis.hist(list(ranks.values()), bins=edges, label=list(ranks))  # type: ignore[arg-type]
+    axis.set(xscale="log", xlabel="rank", ylabel="queries")
+    axis.legend()
+
+
+def _matrix(figure: Figure, scores_QG: NDArray[np.float32], owner: NDArray[np.int64]) -> None:
+    """The first text of evenly chosen videos beside those videos: the right pairs are the diagonal."""
+    axis = figure.subplots()
+    videos, first = np.unique(owner, return_index=True)
+    chosen = np.linspace(0, len(videos) - 1, min(SHOWN, len(videos))).astype(int)
+    shown = axis.imshow(scores_QG[np.ix_(first[chosen], videos[chosen])], cmap="viridis", interpolation="nearest")
+    axis.set(xlabel="video", ylabel="text")
+    figure.colorbar(shown, ax=axis)
+
+
+def _gap(figure: Figure, kept: Embeddings) -> None:
+    """Unit texts and mean frames on the plane of their two largest components (Liang et al., NeurIPS 2022)."""
+    axis = figure.subplots()
+    rows = [torch.nn.functional.normalize(part.float(), dim=1) for part in (kept.text, kept.video_means)]
+    gap = float((rows[0].mean(0) - rows[1].mean(0)).norm())
+    rows = [part[torch.linspace(0, len(part) - 1, min(SHOWN, len(part))).long()] for part in rows]
+    both = torch.cat(rows)
+    both = both - both.mean(0)
+    plane = both @ torch.linalg.svd(both, full_matrices=False)[2][:2].T
+    for part, name in zip(plane.split([len(part) for part in rows]), ("texts", "videos"), strict=True):
+        axis.scatter(part[:, 0].numpy(), part[:, 1].numpy(), s=8, alpha=0.6, label=name)
+    axis.set(title=f"distance of the means {gap:.2f}", xticks=[], yticks=[])
+    axis.legend()
+
+
+def _drawn(draw: Callable[[Figure], None]) -> str:
+    figure = blank_figure(4.6, 3.4)
+    draw(figure)
+    figure.tight_layout()
+    blob = io.BytesIO()
+    figure.savefig(blob, format="png")
+    return data_url(blob.getvalue(), "png")
+
+
+def strip_url(frames: Sequence[NDArray[np.uint8]]) -> str:
+    """Some frames beside each other."""
+    from PIL import Image
+
+    blob = io.BytesIO()
+    Image.fromarray(np.concatenate(list(frames), axis=1)).save(blob, "JPEG", quality=80)
+    return data_url(blob.getvalue(), "jpeg")
+
+
+def data_url(blob: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(blob).decode()}"

@@ -1,0 +1,135 @@
+"""What a run's folder holds of its test scores, read without the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from emcl.config import Config, from_dict
+from emcl.errors import UserError
+from emcl.metrics.bootstrap import interval
+from emcl.metrics.retrieval import RECALLS
+from emcl.model.embeddings import Embeddings
+from emcl.prepare.benchmarks import BENCHMARKS
+
+COLUMNS = {
+    "retrieval": [
+        f"{way}/{name}" for way in ("text_to_video", "video_to_text") for name in ("R@1", "R@5", "R@10", "MdR", "MnR")
+    ],
+    "captioning": ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"],
+    "msrvtt_qa": ["accuracy", "accuracy_in_vocabulary", "top_5", "most_frequent"],
+}
+"""Of each task, what a table shows; of another's task all that it has."""
+ONCE = "scores-test.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One task of one run on its test split."""
+
+    folder: Path
+    task: str
+    metrics: dict[str, float]
+    protocol: str
+    benchmark: str
+    split: str
+    """The benchmark's protocol, as `emcl prepare` names it."""
+    samples: int
+    commit: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def items(self) -> dict[str, list[Any]]:
+        path = self.folder / f"items-{self.task}-test.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95% bounds of the metrics that are means over queries; whole videos are resampled."""
+        items, found = self.items, {}
+        if self.task == "retrieval" and items:
+            for way, videos in (("text_to_video", items["video"]), ("video_to_text", None)):
+                ranks = np.array(items[way])
+                for k in RECALLS:
+                    found[f"{way}/R@{k}"] = interval(100.0 * (ranks <= k), videos)
+                found[f"{way}/MnR"] = interval(ranks, videos)
+        for name in self.metrics:
+            if name in items:
+                found[name] = interval(items[name], items.get("id"))
+        return found
+
+    @property
+    def incomplete(self) -> str:
+        """What keeps it from being compared with published figures; empty if nothing does."""
+        known = BENCHMARKS.get(self.benchmark)
+        if known is None or not known.protocols.get(self.split):
+            return "no published protocol"
+        wanted = known.protocols[self.split]["test"][0]
+        return "" if self.samples == wanted else f"{self.samples:,} of {wanted:,} test videos"
+
+    @cached_property
+    def similarity(self) -> NDArray[np.float32] | None:
+        path = self.folder / "similarity-test.safetensors"
+        try:
+            return load_file(path)["similarity"] if path.is_file() else None
+        except (SafetensorError, KeyError):
+            raise UserError(f"{path} is not whole: score the run again by --evaluate {self.folder}") from None
+
+    @cached_property
+    def embeddings(self) -> Embeddings | None:
+        path = self.folder / "embeddings-test.safetensors"
+        return Embeddings.open(path) if path.is_file() else None
+
+    @cached_property
+    def options(self) -> list[dict[str, Any]]:
+        """Of `emcl options`, where it was called."""
+        path = self.folder / "options-test.json"
+        return json.loads(path.read_text()) if self.task == "retrieval" and path.is_file() else []
+
+
+def open_results(folder: Path) -> list[Result]:
+    """Each task of a run.
+
+    Raises:
+        UserError: no run there, or one that was not scored on its test split.
+    """
+    folder = folder.parent if folder.name == "best" else folder
+    path = folder / ONCE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {ONCE}: `deepspeed platform/launch.py --evaluate {folder}` writes it")
+    try:
+        scores = json.loads(path.read_text())
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        tasks = scores["tasks"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: {ONCE} or config.yaml is not readable ({str(error).splitlines()[0]})") from None
+    config = from_dict([saved], source=str(folder / "config.yaml"))
+    return [
+        Result(
+            folder=folder,
+            task=task,
+            metrics=item["metrics"],
+            protocol=item["protocol"],
+            benchmark=scores.get("benchmark", ""),
+            split=scores.get("benchmark_split", ""),
+            samples=scores.get("samples", 0),
+            commit=scores["commit"],
+            seed=scores["seed"],
+            config=config,
+        )
+        for task, item in tasks.items()
+    ]
