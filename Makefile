@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train test lint bench ablation together joint-step format clean
+.PHONY: install train test lint bench ablation together joint-step human whole-way format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,14 @@ together: install
 
 joint-step: install
 	$(BIN)/python benchmarks/joint_step.py
+
+# MSR-VTT's own first sentences scored against the others: make human MSRVTT=ANNOTATIONS_DIR
+human: install
+	$(BIN)/python benchmarks/human_captions.py $(MSRVTT)
+
+# From published files to a report: make whole-way MSRVTT=ANNOTATIONS_DIR FRAMES=VIDEOS_TAR
+whole-way: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/whole_way.py msrvtt --annotations $(MSRVTT) --videos $(FRAMES)
 
 lint: install
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
 from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax
-from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks, video_to_text_ranks
+from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.embeddings import Embeddings
@@ -182,7 +182,7 @@ class _RetrievalScorer(Scorer):
         scores_QG = self.task.similarity_in_tiles(
             kept.text.to(device), kept.frames.to(device), kept.mask.to(device), settings.tile, ranks, self.task.emcl
         )
-        found = {"": retrieval_metrics(scores_QG, owner)}
+        found = {"": protocol_metrics(scores_QG, owner)}
         if settings.dsl:
             dsl = DualSoftmax(settings.dsl_temperature)
             found["_dsl_transductive"] = retrieval_metrics(scores_QG, owner, rescore=(dsl, dsl))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import launch, shared
+from conftest import ROOT, TINY, launch, shared
 from emcl.prepare.shards import Encoding, Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos
@@ -55,3 +58,23 @@ def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> No
     references = {item["id"]: item["captions"] for item in json.loads((videos / "annotations.json").read_text())}
     for item in json.loads((tmp_path / "runs/ten/captions-test.json").read_text()):
         assert item["caption"] in [" ".join(text.lower().split()) for text in references[item["image_id"]]]
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_files_to_a_report(tmp_path: Path) -> None:
+    """The nineteen clips by the script of docs/msrvtt.md, a slice of its training."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = [
+        sys.executable, "benchmarks/whole_way.py", "clips", "--annotations", str(shared("data/msrvtt")),
+        "--videos", str(shared("data/videos")), "--out", str(tmp_path), "optim.max_steps=3", "tracking.enabled=false",
+        f"model.name={TINY}", "data.size=32", "data.frames=3",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "every shard is as it was written" in done.stdout
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Every inference option" in page and "video7014" in page
+    scores = json.loads((tmp_path / "runs/run/scores-test.json").read_text())
+    assert scores["samples"] == 20  # two samples are parts of one of the nineteen files
+    assert "230 texts x 20 videos" in scores["tasks"]["retrieval"]["protocol"]

@@ -59,6 +59,19 @@ def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> No
         assert "emcl prepare" in head and f"--recipe {name} data.root=" in head and "GPUs of" in head
 
 
+def test_activations_are_those_of_the_towers_layers() -> None:
+    """ViT-B/32 keeps some 17 numbers of each token's width and layer, in two bytes each, and grows with the frames."""
+    config = resolve(None, "msrvtt_retrieval")
+    found, _ = plan(config)
+    image = 12 * 12 * 50 * 768 * 17 * 2  # frames, layers, tokens, width
+    text = 12 * 32 * 512 * 17 * 2
+    assert found.activations == pytest.approx(image + text, rel=0.3)
+    twice, _ = plan(resolve(None, "msrvtt_retrieval", ["data.frames=24"]))
+    assert 1.8 < twice.activations / found.activations < 2
+    frozen, _ = plan(resolve(None, "msrvtt_retrieval", ["model.frozen=[image,text]"]))
+    assert frozen.activations < 0.1 * found.activations
+
+
 def test_zero_shares_what_its_stages_say() -> None:
     whole = Plan(parameters=10**9, trained=10**9, groups={}, missing=[])
     gib = 10**9 / 2**30

@@ -12,6 +12,7 @@ from conftest import shared
 from emcl.metrics.rescoring import DualSoftmax, QueryBank, whole
 from emcl.metrics.retrieval import (
     BLOCK,
+    protocol_metrics,
     ranks_of,
     retrieval_metrics,
     rsum,
@@ -113,6 +114,16 @@ def test_two_ways_to_count_several_captions() -> None:
     similarity, owner = np.array([[0.6, 0.1], [0.7, 0.9], [0.8, 0.2]]), [0, 1, 1]
     assert video_to_text_ranks(similarity, owner).tolist() == [2, 1]
     assert video_to_any_text_ranks(similarity, owner).tolist() == [3, 1]
+
+
+def test_other_ways_to_count_are_shown_where_they_differ() -> None:
+    matrix = np.load(shared("data/similarity/cap4video_msrvtt_1ka.npy"))
+    found = protocol_metrics(matrix, np.arange(1000))
+    assert set(found) == {"text_to_video", "video_to_text", "video_to_text_as_published", "both"}
+    assert found["video_to_text"]["R@1"] == pytest.approx(45.6)
+    assert found["video_to_text_as_published"]["R@1"] == pytest.approx(100 * 460 / 1012, abs=0.05)
+    several = protocol_metrics(random_scores(40, 10, 8), np.arange(40) // 4)
+    assert set(several) == {"text_to_video", "video_to_text", "video_to_any_text", "both"}
 
 
 def random_scores(texts: int, videos: int, seed: int) -> np.ndarray:

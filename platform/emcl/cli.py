@@ -129,7 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--out", required=True, help="folder for the shards, or a URL (s3://, gs://, az://) for copies")
+    parser.add_argument(
+        "--staging", type=Path, default=Path("shards/staging"), help="with a URL: where shards are made (%(default)s)"
+    )
     parser.add_argument("--shard-size", type=int, default=500, help="clips a shard (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="store videos as they are, not as small H.264")
     parser.add_argument("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
@@ -160,16 +163,18 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, protocol: str) -> None:
+    from emcl.data.remote import is_remote, publish
     from emcl.prepare.shards import Encoding, Options, prepare_shards
     from emcl.prepare.videos import Videos
 
     number, _, parts = options.part.partition("/")
     if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {options.part}: I/N, such as 2/8, with I from 1 to N")
+    out = options.staging if is_remote(options.out) else Path(options.out)
     report = prepare_shards(
         clips,
         Videos(options.videos),
-        options.out,
+        out,
         Options(
             encoding=Encoding(keep=options.keep, short_side=options.short_side, fps=options.fps),
             shard_size=options.shard_size,
@@ -181,9 +186,9 @@ def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, p
         protocol=protocol,
     )
     if report is None:
-        print(f"{options.out}: part {options.part} is written; others have still to write theirs")
+        print(f"{out}: part {options.part} is written; others have still to write theirs")
         return
-    print(f"{options.out}: " + ", ".join(f"{count} {split}" for split, count in report.written.items()))
+    print(f"{out}: " + ", ".join(f"{count} {split}" for split, count in report.written.items()))
     for what, names in (
         ("not found", report.missing),
         ("do not decode", report.broken),
@@ -192,9 +197,11 @@ def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, p
         ("videos are named by no caption", report.unannotated),
     ):
         if names:
-            print(f"{len(names)} {what}, the first: {names[0]} (all in {options.out / 'report.json'})")
+            print(f"{len(names)} {what}, the first: {names[0]} (all in {out / 'report.json'})")
     if report.empty_captions:
         print(f"{report.empty_captions} empty captions left out")
+    if out is options.staging:
+        print(f"{options.out}: {publish(out, options.out)} shards copied, index.json last")
 
 
 def _verify(options: argparse.Namespace) -> None:

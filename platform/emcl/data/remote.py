@@ -26,7 +26,9 @@ from webdataset.shardlists import expand_urls
 
 from emcl.errors import UserError
 
-SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
+STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "file")
+"""What fsspec writes to; each but `file` wants its package (s3fs, gcsfs, adlfs)."""
+SCHEMES = ("http", "https", *STORES)
 """An allow-list: `pipe:` would run a command."""
 TRIES, PATIENCE, AT_ONCE = 5, 1.0, 4
 """Attempts; seconds before the second, doubled each time; copies at once."""
@@ -70,6 +72,48 @@ def cache_folder(url: str) -> Path:
     return root / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
+def publish(folder: Path, url: str) -> int:
+    """Copies a folder of shards to a URL, its `index.json` last; what stands there as the index says is left.
+
+    Returns how many shards were copied.
+
+    Raises:
+        UserError: a scheme that cannot be written to, or a store that refuses.
+    """
+    scheme = url.partition(":")[0]
+    if scheme not in STORES:
+        raise UserError(f"{url}: shards are written to {', '.join(STORES)} or local paths, not by {scheme}:")
+    import fsspec
+
+    index = json.loads((folder / "index.json").read_text())
+    others = [name for name in ("report.json", "index.json") if (folder / name).is_file()]
+    try:
+        store, root = fsspec.core.url_to_fs(url)
+        there = _published(store, f"{root}/index.json")
+        wanted = [
+            name
+            for name, facts in index["shards"].items()
+            if there.get(name) != facts
+            or not store.exists(f"{root}/{name}")
+            or store.size(f"{root}/{name}") != facts["bytes"]
+        ]
+        store.makedirs(root, exist_ok=True)
+        for name in tqdm([*wanted, *others], desc=f"copying to {url}", unit="file"):
+            store.put_file(str(folder / name), f"{root}/{name}")
+    except Exception as error:  # each store has its own kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{url}: not to be written ({reason}); the shards are whole in {folder}") from None
+    return len(wanted)
+
+
+def _published(store: Any, path: str) -> dict[str, Any]:
+    """The shards of an index that is there already."""
+    try:
+        return dict(json.loads(store.cat_file(path))["shards"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def _index(folder: str) -> dict[str, Any]:
     path = _copy(f"{folder}/index.json", None, again=True)
     try:
@@ -98,6 +142,8 @@ def _fetch(url: str, path: Path, known: Mapping[str, Any] | None) -> None:
             return
         except FileNotFoundError:
             raise UserError(f"{url}: not there") from None
+        except ImportError as error:
+            raise UserError(f"{url}: {error}") from None
         except Exception as error:  # each file system has its own kinds
             part.unlink(missing_ok=True)
             if attempt + 1 == TRIES:

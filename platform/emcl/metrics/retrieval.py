@@ -92,13 +92,15 @@ def video_to_any_text_ranks(similarity_QG: ArrayLike, video_of_text: Owner) -> N
     Another way to count several captions, which some published video-to-text figures use: a video with many captions
     that all score high takes many places.
     """
-    similarity, owner = np.asarray(similarity_QG), np.asarray(video_of_text)
-    ranks = []
-    for video in np.unique(owner):
-        own = owner == video
-        best = similarity[own, video].max()
-        ranks.append(1 + int((~(similarity[~own, video] < best)).sum()))
-    return np.array(ranks)
+    turned, owner = np.asarray(similarity_QG).T, np.asarray(video_of_text)
+    videos = np.unique(owner)
+    ranks = np.empty(len(videos), np.int64)
+    for first in range(0, len(videos), BLOCK):
+        here = videos[first : first + BLOCK]
+        part, own = turned[here], owner == here[:, None]
+        best = np.where(own, part, -np.inf).max(1, keepdims=True)
+        ranks[first : first + BLOCK] = 1 + (~(part < best) & ~own).sum(1)
+    return ranks
 
 
 def summarize(ranks: ArrayLike) -> dict[str, float]:
@@ -132,6 +134,24 @@ def retrieval_metrics(
     }
 
 
-def rsum(both: dict[str, dict[str, float]]) -> float:
+def protocol_metrics(
+    similarity_QG: ArrayLike, video_of_text: Owner, *, rescore: tuple[Rescore, Rescore] = (unchanged, unchanged)
+) -> dict[str, dict[str, float]]:
+    """`retrieval_metrics`, and the other ways to count where they say something else.
+
+    `both/rsum` is R@1 + R@5 + R@10 of both directions, at most 600. `video_to_any_text`: several captions a video,
+    one by one. `..._as_published`: ties as the published EMCL code counts them.
+    """
+    found = retrieval_metrics(similarity_QG, video_of_text, rescore=rescore)
+    for name, values in retrieval_metrics(similarity_QG, video_of_text, ties="reference", rescore=rescore).items():
+        if values != found[name]:
+            found[f"{name}_as_published"] = values
+    if len(np.unique(video_of_text)) < len(np.asarray(video_of_text)) and rescore == (unchanged, unchanged):
+        found["video_to_any_text"] = summarize(video_to_any_text_ranks(similarity_QG, video_of_text))
+    found["both"] = {"rsum": rsum(found)}
+    return found
+
+
+def rsum(found: dict[str, dict[str, float]]) -> float:
     """R@1 + R@5 + R@10 of both directions, at most 600."""
-    return sum(values[f"R@{k}"] for values in both.values() for k in (1, 5, 10))
+    return sum(found[way][f"R@{k}"] for way in ("text_to_video", "video_to_text") for k in (1, 5, 10))

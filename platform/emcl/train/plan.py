@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from emcl.config import Config
 from emcl.data.mixture import open_training, training_patterns
@@ -39,6 +38,8 @@ class Plan:
     steps_per_epoch: int | None = None
     steps: int | None = None
     test: int | None = None
+    activations: float = 0.0
+    """Bytes that the towers keep of one video and one caption for the backward pass."""
 
 
 def plan(config: Config) -> tuple[Plan, Config]:
@@ -73,17 +74,48 @@ def plan(config: Config) -> tuple[Plan, Config]:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         test=test,
+        activations=activation_bytes(model, config),
     )
     return found, config
 
 
-def build_on_meta(config: Config) -> nn.Module:
+def build_on_meta(config: Config) -> VideoLanguageModel:
     with torch.device("meta"):
         return VideoLanguageModel(config, load_weights=False)
 
 
+def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
+    """What autograd keeps of one video and one caption in the towers and over time, counted on the meta device.
+
+    Heads and the similarity come on top; they are small beside it at the batches of the recipes.
+    """
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    backbone = model.to(precision).backbone.train()
+    weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other storage gets its number
+        return tensor
+
+    data = config.data
+    frames = torch.zeros(data.frames, data.size, data.size, 3, dtype=torch.uint8, device="meta")
+    text = torch.zeros(1, data.words, dtype=torch.long, device="meta")
+    if config.model.cache_features:
+        frames = torch.zeros(data.frames, backbone.image.width, device="meta")
+        text = torch.zeros(1, backbone.text.width, device="meta")
+    slots = torch.arange(data.frames, device="meta")
+    mask = torch.ones(1, data.frames, dtype=torch.bool, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive = backbone.encode_video(frames, slots, mask), backbone.encode_text(text)
+    del alive
+    return float(sum(storage.nbytes() for storage in kept.values()))
+
+
 def state_gib(plan: Plan, precision: str, stage: int, gpus: int) -> float:
-    """Weights, gradients and Adam's state of one GPU; activations come on top.
+    """Weights, gradients and Adam's state of one GPU.
 
     ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020). In half
     precision the optimiser holds weights in single precision besides its two moments.
@@ -117,11 +149,12 @@ def describe_plan(config: Config) -> str:
         )
     if found.test is not None:
         lines.append(f"test: {found.test:,} videos")
-    lines.append("GiB a GPU for weights, gradients and optimiser (activations come on top):")
-    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in range(4)))
+    lines.append("GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:")
+    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in range(4)) + "   activations (videos a GPU and step)")
     for gpus in GPUS:
         cells = "".join(f"{state_gib(found, config.precision, stage, gpus):8.2f}" for stage in range(4))
-        lines.append(f"{gpus:>6}{cells}")
+        videos = -(-data.batch_size // (gpus * config.optim.accumulation))
+        lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
     lines += [f"missing: {item}" for item in found.missing]
     return "\n".join(lines)
 
