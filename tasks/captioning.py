@@ -115,17 +115,16 @@ class CaptioningTask(Task):
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
         frames_BTD = self.compacted(encoded, ranks)
-        place_N = part["place"]
-        logits_NLV = self.decoder(part["ids"], frames_BTD[place_N], encoded.video_mask_BT[place_N])
-        labels = part["labels"].flatten()
+        place_N, labels_K = part["place"], part["labels"]
+        logits_KV = self.decoder(part["ids"], frames_BTD[place_N], encoded.video_mask_BT[place_N], part["tokens"])
         loss = F.cross_entropy(
-            logits_NLV.flatten(0, 1).float(),
-            labels,
+            logits_KV.float(),
+            labels_K,
             ignore_index=IGNORED,
             label_smoothing=self.settings.label_smoothing,
             reduction="sum",
         )
-        tokens = ranks.sum((labels != IGNORED).sum()).clamp_min(1)
+        tokens = ranks.sum((labels_K != IGNORED).sum()).clamp_min(1)
         return {"cross_entropy": self.settings.weight * loss / tokens}
 
     def compacted(self, encoded: Encoded, ranks: Ranks) -> Tensor:
@@ -158,7 +157,8 @@ def _nothing(samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]
 
 
 class _References:
-    """Drawn captions as token ids, with the place of each one's video in the batch."""
+    """Drawn captions as token ids; of each its video's `place` in the batch; `tokens`, where in the flattened ids what
+    comes next is learnt, and `labels`, what it is."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
         self.settings = settings
@@ -172,12 +172,18 @@ class _References:
         longest = max((len(ids) for _, ids in found), default=0)
         count = max(1, len(found))  # a batch without captions has one line that nothing is learnt from
         ids = torch.full((count, longest + 1), self.vocabulary.padding)
-        labels = torch.full((count, longest + 1), IGNORED)
         ids[:, 0] = self.vocabulary.start
+        labels, places = [], []
         for line, (_, tokens) in enumerate(found):
             ids[line, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-            labels[line, : len(tokens) + 1] = torch.tensor([*tokens, self.vocabulary.end])
-        return {"ids": ids, "labels": labels, "place": torch.tensor([place for place, _ in found] or [0])}
+            labels += [*tokens, self.vocabulary.end]
+            places += [line * (longest + 1) + place for place in range(len(tokens) + 1)]
+        return {
+            "ids": ids,
+            "place": torch.tensor([place for place, _ in found] or [0]),
+            "tokens": torch.tensor(places or [0]),  # found here, as a mask on the device would stop its step
+            "labels": torch.tensor(labels or [IGNORED]),
+        }
 
     def _drawn(self, sample: Sample, draw: Draw) -> list[str]:
         """The pair's own caption first, then others at random."""

@@ -80,7 +80,8 @@ def test_the_loss_is_the_mean_over_all_tokens_and_padding_is_none() -> None:
         one = Encoded(videos.frames_BTD[row : row + 1], videos.video_mask_BT[row : row + 1])
         frames = task.compacted(one, ALONE)
         with torch.no_grad():
-            logits = task.decoder(torch.tensor([[START, *ids]]), frames, one.video_mask_BT)[0]
+            every = torch.arange(len(ids) + 1)
+            logits = task.decoder(torch.tensor([[START, *ids]]), frames, one.video_mask_BT, every)
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor([*ids, END]), reduction="sum"))
         count += len(ids) + 1
     assert loss == pytest.approx(total / count, rel=1e-5)

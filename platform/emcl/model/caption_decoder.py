@@ -61,15 +61,20 @@ class CaptionDecoder(nn.Module):
         width = self.decoder.config.n_embd
         self.frames = nn.Sequential(nn.LayerNorm(frame_width), nn.Linear(frame_width, width))
 
-    def forward(self, ids_NL: Tensor, frames_NTD: Tensor, mask_NT: Tensor) -> Tensor:
-        """Logits (N, L, V) of the token after each of `ids_NL`."""
-        return self.decoder(
+    def forward(self, ids_NL: Tensor, frames_NTD: Tensor, mask_NT: Tensor, place_K: Tensor) -> Tensor:
+        """Logits (K, V) of the token after each of some of the `ids_NL`: a vocabulary wide, they are most of the work.
+
+        Args:
+            place_K: which, as places in the flattened ids; padding is left out.
+        """
+        hidden_NLW = self.decoder.transformer(
             input_ids=ids_NL,
             attention_mask=torch.ones_like(ids_NL),  # padding comes last, where no token looks
             encoder_hidden_states=self.frames(frames_NTD),
             encoder_attention_mask=mask_NT.long(),
             use_cache=False,
-        ).logits
+        ).last_hidden_state
+        return self.decoder.lm_head(hidden_NLW.flatten(0, 1)[place_K])
 
     @torch.no_grad()
     def generate(self, frames_BTD: Tensor, mask_BT: Tensor, how: Generation, *, in_step: bool = False) -> Tensor:
