@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     from emcl.errors import UserError
     from emcl.train.plan import describe_plan
     from emcl.train.run import run
+    from emcl.train.stop import AGAIN, Stopped
 
     tasks = [name for name in options.task.split(",") if name] if options.task else None
     try:
@@ -78,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
             resume=options.resume,
             init=options.init,
         )
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stopped}", flush=True)
+        return AGAIN
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
             print(f"error: {error}", file=sys.stderr)

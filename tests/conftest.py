@@ -45,16 +45,24 @@ def small(shards: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def launch(
-    *arguments: str, cwd: Path, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 900
-) -> subprocess.CompletedProcess[str]:
-    """The user's own command, `deepspeed platform/launch.py ...`, in `cwd`, on so many CPU processes."""
+def launch_command(
+    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [
         "deepspeed", "--master_port", str(free_port()), "--num_accelerators", str(ranks),
         str(ROOT / "platform" / "launch.py"), *arguments,
     ]  # fmt: skip
+    return command, environment
+
+
+def launch(
+    *arguments: str, cwd: Path, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 900
+) -> subprocess.CompletedProcess[str]:
+    """The user's own command, `deepspeed platform/launch.py ...`, in `cwd`, on so many CPU processes."""
+    command, environment = launch_command(*arguments, ranks=ranks, env=env)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 

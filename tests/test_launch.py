@@ -58,6 +58,8 @@ def test_mlflow_holds_parameters_metrics_commit_table_and_picture(run: Run) -> N
     assert found.data.params["emcl.k"] == "32"
     assert found.data.params["data.batch_size"] == "8"
     assert len(found.data.tags["commit"]) >= 7
+    assert found.data.tags["benchmark"] == "sample"
+    assert "ties count against" in found.data.tags["test.retrieval.protocol"]
     steps = client.get_metric_history(found.info.run_id, "train/loss")
     assert [metric.step for metric in steps] == [1, 2, 3, 4, 5, 6]
     assert "val/retrieval/text_to_video/R1" in found.data.metrics
@@ -114,7 +116,7 @@ def test_evaluating_the_run_gives_its_own_scores_again(run: Run) -> None:
 def test_resume_goes_on_to_more_epochs(run: Run) -> None:
     done = launch("--task", "retrieval", "--resume", "runs/first", "optim.epochs=3", cwd=run.cwd, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (run.folder / "checkpoints" / "step-00000009" / "complete").is_file()
+    assert (run.folder / "checkpoints" / "step-00000009" / "manifest.json").is_file()
     output = done.stdout + done.stderr
     assert "6/9" in output
     assert "0/9" not in output

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from conftest import shared
+from conftest import ROOT, shared
 from emcl.metrics.rescoring import DualSoftmax, QueryBank, whole
 from emcl.metrics.retrieval import (
     BLOCK,
@@ -194,3 +196,12 @@ def test_rescored_ranks_need_little_memory_beside_the_scores() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 96 * 2**20  # a whole copy in double precision would take 72 MiB by itself, and several are wanted
+
+
+@pytest.mark.slow
+def test_ten_thousand_texts_by_as_many_videos_fit_one_gibibyte_beyond_the_features() -> None:
+    script = ROOT / "benchmarks" / "large_evaluation.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--frames", "2"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert json.loads(done.stdout.splitlines()[-1])["peak_mib_beyond_features"] < 1024

@@ -23,6 +23,7 @@ class Tracker:
     """One run's record. The null object: everything is accepted and nothing kept."""
 
     uri: str | None = None
+    run_id: str | None = None
 
     def metrics(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -34,9 +35,14 @@ class Tracker:
 
 
 class MLflowTracker(Tracker):
-    """An MLflow run; after an error of the store it says so once and goes on without."""
+    """An MLflow run; after an error of the store it says so once and goes on without.
 
-    def __init__(self, uri: str, config: Config, name: str, *, local_artifacts: Path | None) -> None:
+    With `continued`, the run of that id goes on: what it holds already of a metric is not written twice.
+    """
+
+    def __init__(
+        self, uri: str, config: Config, name: str, *, local_artifacts: Path | None, continued: str | None = None
+    ) -> None:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -45,18 +51,37 @@ class MLflowTracker(Tracker):
         self._mlflow = mlflow
         self._failed = False
         mlflow.set_tracking_uri(uri)
-        experiment = mlflow.get_experiment_by_name(config.tracking.experiment)
-        if experiment is None:
-            location = local_artifacts.resolve().as_uri() if local_artifacts else None
-            identifier = mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
+        self._last: dict[str, int] | None = None
+        if continued is not None:
+            self._run = mlflow.start_run(run_id=continued, log_system_metrics=True)
+            self._last = {}
         else:
-            identifier = experiment.experiment_id
-        self._run = mlflow.start_run(experiment_id=identifier, run_name=name, log_system_metrics=True)
-        mlflow.log_params({key: str(value)[:PARAM_LENGTH] for key, value in flatten(config).items()})
+            experiment = mlflow.get_experiment_by_name(config.tracking.experiment)
+            if experiment is None:
+                location = local_artifacts.resolve().as_uri() if local_artifacts else None
+                identifier = mlflow.create_experiment(config.tracking.experiment, artifact_location=location)
+            else:
+                identifier = experiment.experiment_id
+            self._run = mlflow.start_run(experiment_id=identifier, run_name=name, log_system_metrics=True)
+            mlflow.log_params({key: str(value)[:PARAM_LENGTH] for key, value in flatten(config).items()})
+        self.run_id = self._run.info.run_id
         mlflow.set_tag("commit", commit())
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        self._try(lambda: self._mlflow.log_metrics({_allowed(key): value for key, value in values.items()}, step=step))
+        def log() -> None:
+            new = {_allowed(key): value for key, value in values.items() if step > self._logged(_allowed(key))}
+            self._mlflow.log_metrics(new, step=step)
+
+        self._try(log)
+
+    def _logged(self, key: str) -> int:
+        """The last step that the run held of a metric when it was continued."""
+        if self._last is None:
+            return -1
+        if key not in self._last:
+            history = self._mlflow.MlflowClient().get_metric_history(self._run.info.run_id, key)
+            self._last[key] = max((item.step for item in history), default=-1)
+        return self._last[key]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         self._try(lambda: self._mlflow.log_artifact(str(path), folder))
@@ -79,8 +104,11 @@ class MLflowTracker(Tracker):
             )
 
 
-def open_tracker(config: Config, name: str, *, first_rank: bool) -> Tracker:
-    """The run's tracker on rank 0; the null object elsewhere and where tracking is off."""
+def open_tracker(config: Config, name: str, *, first_rank: bool, continued: str | None = None) -> Tracker:
+    """The run's tracker on rank 0; the null object elsewhere and where tracking is off.
+
+    With `continued`, that MLflow run goes on, where the store knows it.
+    """
     if not (first_rank and config.tracking.enabled):
         return Tracker()
     wanted = os.environ.get("MLFLOW_TRACKING_URI")
@@ -92,13 +120,27 @@ def open_tracker(config: Config, name: str, *, first_rank: bool) -> Tracker:
     # the client's own retries take minutes; a server that answers now and not later is given up sooner
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    chosen = wanted or local
     try:
-        return MLflowTracker(wanted or local, config, name, local_artifacts=None if wanted else artifacts)
+        if continued is not None and not _knows(chosen, continued):
+            log.warning("MLflow at %s does not know the run %s; a new one is recorded", chosen, continued)
+            continued = None
+        return MLflowTracker(chosen, config, name, local_artifacts=None if wanted else artifacts, continued=continued)
     except Exception as error:
         log.warning(
             "MLflow at %s cannot be used (%s); training goes on without it", wanted or local, str(error).splitlines()[0]
         )
         return Tracker()
+
+
+def _knows(uri: str, run_id: str) -> bool:
+    from mlflow import MlflowClient, MlflowException
+
+    try:
+        MlflowClient(tracking_uri=uri).get_run(run_id)
+        return True
+    except MlflowException:
+        return False
 
 
 def commit() -> str:

@@ -1,52 +1,156 @@
-"""DeepSpeed's checkpoints of a run: `checkpoints/step-N`, the newest k kept, the newest continued from."""
+"""DeepSpeed's checkpoints of a run: `checkpoints/step-N`, the newest k kept, the newest whole one continued from.
+
+A checkpoint is written beside its place, with the size and checksum of every file, and renamed last: one that a kill or
+a full disk cut short never has its name, and one that was damaged later is named and passed over.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 
-PREFIX = "step-"
-COMPLETE = "complete"
-"""Written into a checkpoint last."""
+PREFIX, PART = "step-", ".part"
+MANIFEST = "manifest.json"
+"""Size and checksum of every other file of a checkpoint."""
+MIB = 2**20
 
 
 def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ranks, keep: int) -> None:
-    """Called by all ranks. Older checkpoints than the newest `keep` are removed."""
+    """Called by all ranks. Older checkpoints than the newest `keep` are removed.
+
+    Raises:
+        UserError: it cannot be written; the checkpoints before are as they were.
+    """
     tag = f"{PREFIX}{step:08d}"
-    engine.save_checkpoint(str(folder), tag=tag, client_state={**state, "step": step}, exclude_frozen_parameters=False)
-    ranks.barrier()
+    part = folder / f"{tag}{PART}"
+    error = None
     if ranks.first:
-        (folder / tag / COMPLETE).touch()
-        for old in checkpoints(folder)[: -max(1, keep)]:
-            shutil.rmtree(old)
-    ranks.barrier()
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        error = _no_room(engine, folder, tag)
+    ranks.agree(error)
+    try:
+        engine.save_checkpoint(
+            str(folder),
+            tag=part.name,
+            client_state={**state, "step": step},
+            save_latest=False,
+            exclude_frozen_parameters=False,
+        )
+    except (OSError, RuntimeError) as found:  # torch.save raises the latter where the disk is full
+        error = _not_written(folder, tag, _needed(engine, folder), str(found).splitlines()[0])
+        shutil.rmtree(part, ignore_errors=True)
+    ranks.agree(error)
+    if ranks.first:
+        try:
+            _finish(part, folder / tag, keep)
+        except OSError as found:
+            error = _not_written(folder, tag, _needed(engine, folder), str(found))
+            shutil.rmtree(part, ignore_errors=True)
+    ranks.agree(error)
+
+
+def _finish(part: Path, place: Path, keep: int) -> None:
+    (part / MANIFEST).write_text(json.dumps(_facts(part), indent=1))
+    shutil.rmtree(place, ignore_errors=True)  # the same step, of a run that went back
+    part.replace(place)
+    for old in checkpoints(place.parent)[: -max(1, keep)]:
+        shutil.rmtree(old)
+
+
+def _needed(engine: Any, folder: Path) -> int:
+    """Bytes of a checkpoint: of the last one; before the first, weights and Adam's two moments."""
+    last = checkpoints(folder)
+    if last:
+        return sum(path.stat().st_size for path in last[-1].rglob("*") if path.is_file())
+    return 12 * sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+
+
+def _no_room(engine: Any, folder: Path, tag: str) -> UserError | None:
+    """Found before any rank writes: one that fails alone would leave the others waiting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    need = _needed(engine, folder)
+    return _not_written(folder, tag, need, "no room") if shutil.disk_usage(folder).free < need else None
+
+
+def _not_written(folder: Path, tag: str, need: int, reason: str) -> UserError:
+    free, last = shutil.disk_usage(folder).free, checkpoints(folder)
+    before = f"; {last[-1].name}, the one before, is whole" if last else ""
+    return UserError(
+        f"{tag} could not be saved in {folder} ({reason}): a checkpoint needs {need / MIB:,.0f} MiB, "
+        f"{free / MIB:,.0f} are free{before}"
+    )
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The complete ones, oldest first."""
+    """Those that were finished, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
-    return sorted(path for path in found if (path / COMPLETE).is_file())
+    return sorted(path for path in found if (path / MANIFEST).is_file())
 
 
-def resume(engine: Any, folder: Path) -> dict[str, Any]:
-    """Loads the newest complete checkpoint; returns its client state, with `step`.
+def damage(checkpoint: Path) -> str | None:
+    """In words, what of a checkpoint is not as it was written."""
+    try:
+        wanted = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is not readable"
+    found = _facts(checkpoint)
+    return next((f"{name} is not as it was written" for name in wanted if found.get(name) != wanted[name]), None)
+
+
+def newest_whole(folder: Path, warn: Callable[[str], None] = print) -> Path:
+    """The newest checkpoint with all that was written; damaged ones are named.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in reversed(checkpoints(folder)):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        warn(f"{path}: {wrong}; taking the one before")
+    raise UserError(f"--resume: no whole checkpoint in {folder}; start the run without --resume")
+
+
+def resume(engine: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Loads the newest whole checkpoint; returns its client state, with `step`. Called by all ranks.
 
     Raises:
         UserError: there is none, or it is of another model or number of ranks.
     """
-    found = checkpoints(folder)
-    if not found:
-        raise UserError(f"--resume: no complete checkpoint in {folder}; start the run without --resume")
+    found, error = None, None
+    if ranks.first:
+        try:
+            found = newest_whole(folder)
+        except UserError as none:
+            error = none
+    ranks.agree(error)
+    path: Path = ranks.gather_objects(found)[0]
     try:
-        loaded, state = engine.load_checkpoint(str(folder), tag=found[-1].name)
-    except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{found[-1]} does not fit this run (another model, or number of ranks): {first}") from None
+        loaded, state = engine.load_checkpoint(str(folder), tag=path.name)
+    except Exception as failed:
+        first = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
+        raise UserError(f"{path} does not fit this run (another model, or number of ranks): {first}") from None
     if loaded is None:
-        raise UserError(f"{found[-1]} could not be read; remove it to continue from the one before")
+        raise UserError(f"{path} could not be read; remove it to continue from the one before")
     return state
+
+
+def _facts(folder: Path) -> dict[str, list[Any]]:
+    """Size and SHA-256 of each file besides the manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_fact, paths), strict=True))
+
+
+def _fact(path: Path) -> list[Any]:
+    with path.open("rb") as stream:
+        return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]

@@ -30,6 +30,7 @@ from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.start import learn_settings, start_from
+from emcl.train.stop import Stopped, StopRequest
 
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
@@ -66,17 +67,22 @@ class Trainer:
         self.engine = build_engine(model, config, ranks, device, self.total)
         self.best: float | None = None
         self.meter = _Meter(ranks, device)
+        self.stop = StopRequest()
 
     @property
     def model(self) -> VideoLanguageModel:
         return self.engine.module
 
     def train(self, tracker: Tracker, *, resume: bool = False) -> None:
-        """From the start, or from the newest checkpoint, to the last step."""
+        """From the start, or from the newest checkpoint, to the last step.
+
+        Raises:
+            Stopped: a signal asked for it, and the run is saved.
+        """
         self.tracker = tracker
         start = 0
         if resume:
-            state = checkpoint.resume(self.engine, self.folder / "checkpoints")
+            state = checkpoint.resume(self.engine, self.folder / "checkpoints", self.ranks)
             start, self.best = state["step"], state["best"]
         self.engine.train()
         with tqdm(
@@ -88,6 +94,7 @@ class Trainer:
             dynamic_ncols=True,
         ) as bar:
             for step, (micro_batches, waited) in enumerate(self._steps(start), start):
+                self._seed(step)
                 losses = self._step(micro_batches)
                 self.meter.add(losses, micro_batches, waited)
                 bar.update()
@@ -98,6 +105,9 @@ class Trainer:
                     self._end_epoch(done)
                 elif done % self.config.checkpoint.every_steps == 0:
                     self._save(done)
+                if done < self.total and self._to_stop(done):
+                    self._save(done)
+                    raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
 
     def _steps(self, start: int) -> Iterator[Step]:
         self.batches.start = start
@@ -110,6 +120,10 @@ class Trainer:
             began = time.perf_counter()
             micro_batches = [next(loader) for _ in range(self.config.optim.accumulation)]
             yield micro_batches, time.perf_counter() - began
+
+    def _seed(self, step: int) -> None:
+        """What a step draws at random (dropout) follows from seed, step and rank: there is no state to resume."""
+        torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
@@ -165,6 +179,12 @@ class Trainer:
             record = {**as_json(scores, self.val or self.shards, "val", self.config), "step": done}
             save_export(self.folder / "best", state, self.config, record)
         self.ranks.barrier()
+
+    def _to_stop(self, done: int) -> bool:
+        """Whether any rank was asked to; all ranks agree, at the steps where they wait for the device anyway."""
+        if done % self.config.tracking.every_steps:
+            return False
+        return bool(self.ranks.maximum(torch.tensor(float(self.stop.asked), device=self.device)))
 
     def _save(self, done: int) -> None:
         checkpoint.save(

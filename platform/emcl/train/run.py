@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
 from emcl.train.features import open_source
 from emcl.train.loop import Trainer, write_run
+from emcl.train.stop import Stopped
 
 
 def run(
@@ -70,10 +72,12 @@ def _train(
 ) -> dict[str, Scores]:
     trainer = Trainer(config, ranks, device, folder, init)  # before anything is recorded: it finds what is wrong
     config = trainer.config
-    tracker = open_tracker(config, folder.name, first_rank=ranks.first)
+    continued = _mlflow_run(folder) if resuming else None
+    tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued)
     with _Finished(tracker):
         if ranks.first:
-            write_run(folder, to_yaml(config), {"tracking": tracker.uri, "ranks": ranks.world_size})
+            facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id, "ranks": ranks.world_size}
+            write_run(folder, to_yaml(config), facts)
             tracker.artifact(folder / "config.yaml")
             print(
                 f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
@@ -179,6 +183,14 @@ def _home(export: Path) -> Path:
     return export.parent if export.name == "best" else export
 
 
+def _mlflow_run(folder: Path) -> str | None:
+    """The MLflow run that a folder's run was recorded as."""
+    try:
+        return json.loads((folder / "run.json").read_text()).get("mlflow_run")
+    except (OSError, ValueError):
+        return None
+
+
 def _run_to_resume(resume: str) -> Path:
     if resume != "auto":
         folder = Path(resume)
@@ -200,4 +212,5 @@ class _Finished:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.tracker.finish("FINISHED" if kind is None else "KILLED" if kind is KeyboardInterrupt else "FAILED")
+        stopped = kind in (KeyboardInterrupt, Stopped)
+        self.tracker.finish("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")

@@ -1,0 +1,29 @@
+# What the job scripts share: the environment, and one DeepSpeed launcher a node that finds the others by SLURM's variables.
+# shellcheck shell=bash
+AGAIN=75 # a run that saved and wants to go on (platform/emcl/train/stop.py)
+
+cd "${EMCL_HOME:-$SLURM_SUBMIT_DIR}"
+if [ -f .venv/bin/activate ]; then
+  # shellcheck source=/dev/null
+  source .venv/bin/activate
+fi
+if [ -n "${STAGE:-}" ]; then
+  export EMCL_CACHE="$STAGE"
+fi
+
+# on_every_node SCRIPT [ARGUMENT...]: ends with the first status that is not 0
+on_every_node() {
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR MASTER_PORT RANKS
+  MASTER_ADDR=$(scontrol show node "$first" | grep -o 'NodeAddr=[^ ]*' | cut -d = -f 2)
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
+  # the launchers ignore the signal that the training processes wait for
+  srun --kill-on-bad-exit=1 bash -c '
+    trap "" USR1
+    hosts=$(mktemp)
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RANKS/" >"$hosts"
+    exec deepspeed --hostfile "$hosts" --no_ssh --node_rank "$SLURM_NODEID" \
+      --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"' bash "$@"
+}

@@ -1,0 +1,174 @@
+"""Killed runs go on as if nothing had happened: losses and weights to the bit, one MLflow run, whole checkpoints."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import launch, launch_command, small
+from emcl.errors import UserError
+from emcl.train import checkpoint
+
+STEPS = 40
+
+
+def settings(shards: Path, stage: int) -> list[str]:
+    """Retrieval with captions, whose dropout draws in every step."""
+    return [
+        *small(shards), "data.val=null", "data.test=null", f"optim.max_steps={STEPS}", "optim.epochs=100", "name=run",
+        "optim.lr=1e-3", "optim.clip_lr=1e-3", "tracking.every_steps=1", "checkpoint.every_steps=7",
+        f"deepspeed=deepspeed/zero{stage}.json", "tasks.captioning.width=64", "tasks.captioning.layers=1",
+    ]  # fmt: skip
+
+
+def losses(cwd: Path) -> dict[int, float]:
+    """Of the only MLflow run, each step once."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert len({metric.step for metric in history}) == len(history), "a step's loss was written twice"
+    return {metric.step: metric.value for metric in history}
+
+
+def killed(arguments: list[str], cwd: Path, ranks: int, at: int) -> None:
+    """SIGKILL to the launcher and all its processes once step `at` is reached."""
+    command, environment = launch_command(*arguments, ranks=ranks)
+    log = cwd / "killed.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        reached = [int(step) for step in re.findall(rf"(\d+)/{STEPS} \[", log.read_text())]
+        if reached and max(reached) >= at:
+            break
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    children = (
+        subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+        + subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    )
+    for pid in {process.pid, *map(int, children)}:
+        try:
+            os.killpg(os.getpgid(pid), signal.SIGKILL)  # the launcher gives each rank a session of its own
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
+    stage: int, sample_shards: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(stage)
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir()
+    torn.mkdir()
+    arguments = ["--task", "retrieval,captioning", *settings(sample_shards, stage)]
+    done = launch(*arguments, cwd=whole, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    killed(arguments, torn, 2, rng.randint(9, 20))
+    killed(["--resume", "auto"], torn, 2, rng.randint(22, 34))
+    done = launch("--resume", "auto", cwd=torn, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(torn) == losses(whole)
+    weights, others = (load_file(cwd / "runs/run/best/model.safetensors") for cwd in (whole, torn))
+    assert weights.keys() == others.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with its last three checkpoints."""
+    cwd = tmp_path_factory.mktemp("checkpoints")
+    done = launch("--task", "retrieval", *settings(sample_shards, 1), "checkpoint.keep=3", cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd / "runs/run"
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    found = checkpoint.checkpoints(folder)
+    assert len(found) == 3
+    assert checkpoint.newest_whole(folder) == found[-1]
+    said: list[str] = []
+    victim = max(found[-1].rglob("*.pt"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (found[-2] / checkpoint.MANIFEST).write_text("{")
+    assert checkpoint.newest_whole(folder, said.append) == found[-3]
+    assert victim.name in said[0] and found[-2].name in said[1]
+    next(found[-3].rglob("*.pt")).unlink()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.newest_whole(folder, said.append)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_checkpoint_cut_short_is_none(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    newest = checkpoint.checkpoints(folder)[-1]
+    newest.rename(newest.with_name(f"{newest.name}{checkpoint.PART}"))
+    assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1] != newest
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_full_disk_is_an_error_that_says_how_much_and_leaves_the_old_ones(
+    sample_shards: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        limits = [*settings(sample_shards, 1), f"runs={place}/runs", "checkpoint.keep=50", "checkpoint.every_steps=2"]
+        done = launch("--task", "retrieval", *limits, cwd=tmp_path)
+        assert done.returncode != 0
+        output = done.stdout + done.stderr
+        assert re.search(r"error: step-\d+ could not be saved .* needs [\d,]+ MiB, [\d,]+ are free; step-\d+", output)
+        assert "Traceback" not in output
+        folder = place / "runs/run/checkpoints"
+        assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1]
+        assert not list(folder.glob(f"*{checkpoint.PART}"))
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_signal_saves_ends_with_75_and_the_run_goes_on(sample_shards: Path, tmp_path: Path) -> None:
+    command, environment = launch_command("--task", "retrieval", *settings(sample_shards, 1), ranks=2)
+    shell = ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command]  # as cluster/slurm/train.sbatch does
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            shell, cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + 300
+    while f"5/{STEPS} [" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert process.wait(timeout=120) == 75, log.read_text()[-3000:]
+    said = re.search(r"stopped: saved at step (\d+) of 40; go on by --resume runs/run", log.read_text())
+    assert said is not None and 5 <= int(said[1]) < STEPS
+    done = launch("--resume", "runs/run", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))
