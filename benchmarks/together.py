@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,13 @@ def scores(name: str, split: str = "test") -> dict[str, dict[str, float]]:
     return {task: item["metrics"] for task, item in found.items()}
 
 
+def run_name(tasks: str, recipe: str, seed: int, label: str = "") -> str:
+    return f"together-{Path(recipe).stem}-{label or tasks.replace(',', '+')}-{seed}"
+
+
 def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") -> tuple[dict[str, Any], float]:
     """Test scores, and the minutes that it took where that is known."""
-    name = f"together-{Path(recipe).stem}-{label or tasks.replace(',', '+')}-{seed}"
+    name = run_name(tasks, recipe, seed, label)
     taken = Path("runs") / name / "minutes"
     if not (Path("runs") / name / "scores-test.json").is_file():
         began = time.perf_counter()
@@ -60,7 +65,7 @@ def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") ->
 
 def swapped(tasks: str, recipe: str, seed: int) -> dict[str, dict[str, float]]:
     """The joint model's scores with the videos dealt out anew."""
-    name = f"together-{Path(recipe).stem}-{tasks.replace(',', '+')}-{seed}"
+    name = run_name(tasks, recipe, seed)
     if not (Path("runs") / name / "scores-test-swapped.json").is_file():
         launch(tasks, name, "--evaluate", f"runs/{name}", "evaluate.swap_videos=true")
     return scores(name, "test-swapped")
@@ -90,13 +95,21 @@ def best_fixed_sentence(recipe: str) -> tuple[str, dict[str, float]]:
     return best, {name: 100 * value for name, value in found.items()}
 
 
-def table(recipe: str, seeds: list[int]) -> tuple[str, dict[str, Any]]:
-    together = ",".join(TASKS)
-    joint = [trained(together, recipe, seed) for seed in seeds]
-    single = {task: [trained(task, recipe, seed) for seed in seeds] for task in TASKS}
-    blind = [
-        trained("msrvtt_qa", recipe, seed, "tasks.msrvtt_qa.use_video=false", label="questions")[0] for seed in seeds
-    ]
+def table(recipe: str, seeds: list[int], changes: list[str], at_once: int) -> tuple[str, dict[str, Any]]:
+    together, no_video = ",".join(TASKS), "tasks.msrvtt_qa.use_video=false"
+    with ThreadPoolExecutor(at_once) as pool:  # each trains in a process of its own
+        started = {
+            (kind, seed): pool.submit(trained, kind, recipe, seed, *changes)
+            for seed in seeds
+            for kind in (together, *TASKS)
+        }
+        without = [
+            pool.submit(trained, "msrvtt_qa", recipe, seed, *changes, no_video, label="questions") for seed in seeds
+        ]
+    runs = {key: future.result() for key, future in started.items()}
+    joint = [runs[together, seed] for seed in seeds]
+    single = {task: [runs[task, seed] for seed in seeds] for task in TASKS}
+    blind = [future.result()[0] for future in questions]
     other = swapped(together, recipe, seeds[0])
     sentence, fixed = best_fixed_sentence(recipe)
     found: dict[str, Any] = {"joint": joint, "single": single, "questions": blind, "swapped": other, "fixed": fixed}
@@ -126,8 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="sample")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other (OMP_NUM_THREADS says how wide)")
+    parser.add_argument("set", nargs="*", metavar="key=value", help="settings of every run, such as optim.epochs=6")
     options = parser.parse_args()
-    text, found = table(options.recipe, options.seeds)
+    text, found = table(options.recipe, options.seeds, options.set, options.at_once)
     print(text)
     folder = Path("benchmarks/results") / f"together-{Path(options.recipe).stem}"
     folder.mkdir(parents=True, exist_ok=True)

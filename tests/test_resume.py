@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from conftest import launch, launch_command, small
 from emcl.errors import UserError
 from emcl.train import checkpoint
+from emcl.train.lock import RunLock
 
 STEPS = 40
 
@@ -91,6 +92,53 @@ def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
     assert weights.keys() == others.keys()
     for name, value in weights.items():
         assert torch.equal(value, others[name]), name
+
+
+@pytest.fixture(scope="module")
+def twelve(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By ZeRO stage, a run of 12 steps on two ranks with the checkpoint of step 6 as its last."""
+    found = {}
+    for stage in (1, 3):
+        cwd = found[stage] = tmp_path_factory.mktemp(f"zero{stage}")
+        short = [*settings(sample_shards, stage), "optim.max_steps=12", "checkpoint.keep=50"]
+        done = launch("--task", "retrieval", *short, cwd=cwd, ranks=2)
+        assert done.returncode == 0, done.stdout + done.stderr
+        for path in checkpoint.checkpoints(cwd / "runs/run/checkpoints"):
+            if int(path.name.rpartition("-")[2]) > 6:
+                shutil.rmtree(path)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("resume")
+@pytest.mark.parametrize(("before", "after", "ranks"), [(1, 1, 1), (1, 2, 4), (1, 3, 2), (3, 3, 1), (3, 1, 2)])
+def test_a_run_goes_on_with_other_ranks_and_another_stage(
+    before: int, after: int, ranks: int, twelve: dict[int, Path], tmp_path: Path
+) -> None:
+    """From two ranks to one, four, or two of another stage; then back to two (so one to two is shown as well)."""
+    shutil.copytree(twelve[before] / "runs", tmp_path / "runs")
+    whole = losses(twelve[before])
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    zero = f"deepspeed=deepspeed/zero{after}.json"
+    first = launch("--resume", "runs/run", zero, cwd=tmp_path, ranks=ranks, env=store)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "converting it to any" in first.stdout + first.stderr
+    found = losses(tmp_path)
+    assert sorted(found) == list(range(7, 13))
+    assert [found[step] for step in sorted(found)] == pytest.approx([whole[step] for step in sorted(found)], rel=1e-4)
+    weights, others = (load_file(cwd / "runs/run/best/model.safetensors") for cwd in (twelve[before], tmp_path))
+    for name, value in weights.items():  # EMCL's state, a buffer, among them
+        if not name.endswith("in_proj_bias"):  # its gradient is rounding alone
+            assert (value - others[name]).norm() <= 1e-3 * value.norm().clamp_min(1e-6), name
+    for path in checkpoint.checkpoints(tmp_path / "runs/run/checkpoints"):
+        if int(path.name.rpartition("-")[2]) > 9:
+            shutil.rmtree(path)
+    (tmp_path / "mlflow.db").unlink()
+    back = launch("--resume", "runs/run", zero, cwd=tmp_path, ranks=2, env=store)
+    assert back.returncode == 0, back.stdout + back.stderr
+    again = losses(tmp_path)
+    assert sorted(again) == list(range(10, 13))
+    assert [again[step] for step in sorted(again)] == pytest.approx([whole[step] for step in sorted(again)], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +220,14 @@ def test_a_signal_saves_ends_with_75_and_the_run_goes_on(sample_shards: Path, tm
     done = launch("--resume", "runs/run", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(losses(tmp_path)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.xdist_group("resume")
+def test_a_second_run_with_the_same_folder_is_refused(sample_shards: Path, tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "runs/run")
+    done = launch("--task", "retrieval", *settings(sample_shards, 1), cwd=tmp_path, ranks=2)
+    assert done.returncode != 0
+    assert f"runs/run is in use by process {os.getpid()} on" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    del lock
+    RunLock(tmp_path / "runs/run")

@@ -10,17 +10,26 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 
 PREFIX, PART = "step-", ".part"
+UNIVERSAL, BUFFERS = ".universal", "buffers.safetensors"
+"""DeepSpeed's universal form knows parameters alone; EMCL's state is in buffers."""
 MANIFEST = "manifest.json"
-"""Size and checksum of every other file of a checkpoint."""
+"""How many ranks and which ZeRO stage wrote a checkpoint; size and checksum of every other file."""
 MIB = 2**20
 
 
@@ -51,19 +60,32 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ran
     ranks.agree(error)
     if ranks.first:
         try:
-            _finish(part, folder / tag, keep)
-        except OSError as found:
+            save_file(_buffers(engine), part / BUFFERS)
+            _finish(part, folder / tag, _layout(engine, ranks), keep)
+        except (OSError, SafetensorError) as found:
             error = _not_written(folder, tag, _needed(engine, folder), str(found))
             shutil.rmtree(part, ignore_errors=True)
     ranks.agree(error)
 
 
-def _finish(part: Path, place: Path, keep: int) -> None:
-    (part / MANIFEST).write_text(json.dumps(_facts(part), indent=1))
+def _buffers(engine: Any) -> dict[str, Tensor]:
+    names = {name for name, _ in engine.module.named_buffers()}
+    state = engine.module.state_dict()
+    return {name: state[name].detach().cpu().contiguous() for name in names if name in state}
+
+
+def _layout(engine: Any, ranks: Ranks) -> dict[str, int]:
+    return {"ranks": ranks.world_size, "stage": engine.zero_optimization_stage()}
+
+
+def _finish(part: Path, place: Path, layout: dict[str, int], keep: int) -> None:
+    (part / MANIFEST).write_text(json.dumps({"layout": layout, "files": _facts(part)}, indent=1))
     shutil.rmtree(place, ignore_errors=True)  # the same step, of a run that went back
     part.replace(place)
     for old in checkpoints(place.parent)[: -max(1, keep)]:
         shutil.rmtree(old)
+    for converted in place.parent.glob(f"*{UNIVERSAL}"):  # it has served
+        shutil.rmtree(converted)
 
 
 def _needed(engine: Any, folder: Path) -> int:
@@ -99,8 +121,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def damage(checkpoint: Path) -> str | None:
     """In words, what of a checkpoint is not as it was written."""
     try:
-        wanted = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+        wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
     found = _facts(checkpoint)
     return next((f"{name} is not as it was written" for name in wanted if found.get(name) != wanted[name]), None)
@@ -120,27 +142,80 @@ def newest_whole(folder: Path, warn: Callable[[str], None] = print) -> Path:
     raise UserError(f"--resume: no whole checkpoint in {folder}; start the run without --resume")
 
 
-def resume(engine: Any, folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Loads the newest whole checkpoint; returns its client state, with `step`. Called by all ranks.
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from."""
+
+    path: Path
+    universal: bool
+    """Whether it is DeepSpeed's universal form, which any number of ranks and any ZeRO stage but 0 can read."""
+
+
+def find(folder: Path, ranks: Ranks, stage: int) -> Found:
+    """The newest whole checkpoint, converted beside it where other ranks or another ZeRO stage wrote it. By all ranks.
 
     Raises:
-        UserError: there is none, or it is of another model or number of ranks.
+        UserError: there is none, or it cannot be converted.
     """
     found, error = None, None
     if ranks.first:
         try:
-            found = newest_whole(folder)
-        except UserError as none:
-            error = none
+            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage})
+        except UserError as wrong:
+            error = wrong
     ranks.agree(error)
-    path: Path = ranks.gather_objects(found)[0]
+    chosen: Found = ranks.gather_objects(found)[0]
+    return chosen
+
+
+def _fitting(path: Path, wanted: dict[str, int]) -> Found:
+    layout = json.loads((path / MANIFEST).read_text())["layout"]
+    stages = layout["stage"], wanted["stage"]
+    if layout == wanted or stages == (0, 0):  # without ZeRO every rank holds all
+        return Found(path, False)
+    if 0 in stages:
+        raise UserError(f"{path} is of ZeRO stage {stages[0]}; stage {stages[1]} cannot go on from it (1 to 3 can)")
+    place = path.with_name(f"{path.name}{UNIVERSAL}")
+    print(f"{path} is of {layout['ranks']} ranks, ZeRO {layout['stage']}: converting it to any", flush=True)
+    _to_universal(path, place)
+    return Found(place, True)
+
+
+def _to_universal(path: Path, place: Path) -> None:
+    """In a process of its own: the converter has a pool of processes and much to say.
+
+    Raises:
+        UserError: it fails; its last line.
+    """
+    part = place.with_name(f"{place.name}{PART}")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(place, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(path),
+        "--output_folder", str(part), "--inject_missing_state",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{path} cannot be converted for other ranks: {done.stderr.strip().splitlines()[-1]}")
+    shutil.copy(path / BUFFERS, part)
+    part.rename(place)
+
+
+def load(engine: Any, found: Found) -> dict[str, Any]:
+    """Returns the client state, with `step`. Called by all ranks.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
     try:
-        loaded, state = engine.load_checkpoint(str(folder), tag=path.name)
+        loaded, state = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
     except Exception as failed:
         first = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
-        raise UserError(f"{path} does not fit this run (another model, or number of ranks): {first}") from None
+        raise UserError(f"{found.path} does not fit this run (another model?): {first}") from None
     if loaded is None:
-        raise UserError(f"{path} could not be read; remove it to continue from the one before")
+        raise UserError(f"{found.path} could not be read; remove it to continue from the one before")
+    if found.universal:
+        engine.module.load_state_dict(load_file(found.path / BUFFERS), strict=False)
     return state
 
 

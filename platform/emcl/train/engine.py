@@ -61,9 +61,16 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def build_engine(model: nn.Module, config: Config, ranks: Ranks, device: torch.device, steps: int) -> Any:
-    """Wraps the model, with its optimiser and schedule over `steps`."""
+def build_engine(
+    model: nn.Module, config: Config, ranks: Ranks, device: torch.device, steps: int, *, universal: bool = False
+) -> Any:
+    """Wraps the model, with its optimiser and schedule over `steps`.
+
+    With `universal`, it will load a checkpoint of that form (train/checkpoint.py).
+    """
     settings = deepspeed_settings(config, ranks.world_size)
+    if universal:
+        settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda")
@@ -74,6 +81,11 @@ def build_engine(model: nn.Module, config: Config, ranks: Ranks, device: torch.d
     # DeepSpeed broadcasts parameters, not buffers
     ranks.broadcast_(engine.module.buffers())
     return engine
+
+
+def zero_stage(config: Config) -> int:
+    """Of the DeepSpeed file."""
+    return int(deepspeed_settings(config, 1).get("zero_optimization", {}).get("stage", 0))
 
 
 def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:

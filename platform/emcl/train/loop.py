@@ -26,7 +26,7 @@ from emcl.multitask import VideoLanguageModel, total_loss
 from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
-from emcl.train.engine import build_engine, weights
+from emcl.train.engine import build_engine, weights, zero_stage
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.start import learn_settings, start_from
@@ -40,10 +40,19 @@ class Trainer:
     """Trains one configuration. All ranks make one and call the same methods."""
 
     tracker: Tracker
+    best: float | None
 
     def __init__(
-        self, config: Config, ranks: Ranks, device: torch.device, folder: Path, init: Path | None = None
+        self,
+        config: Config,
+        ranks: Ranks,
+        device: torch.device,
+        folder: Path,
+        *,
+        init: Path | None = None,
+        resuming: bool = False,
     ) -> None:
+        """With `resuming`, the run in `folder` goes on, on any number of ranks."""
         self.ranks, self.device, self.folder = ranks, device, folder
         self.shards, self.order = open_training(config.data, config.seed)
         self.config = config = learn_settings(config, self.shards, init)
@@ -64,8 +73,13 @@ class Trainer:
         self.source = open_source(config, self.shards, model.backbone, ranks, device)
         self.val_source = open_source(config, self.val, model.backbone, ranks, device) if self.val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.engine = build_engine(model, config, ranks, device, self.total)
-        self.best: float | None = None
+        found = checkpoint.find(folder / "checkpoints", ranks, zero_stage(config)) if resuming else None
+        universal = found is not None and found.universal
+        self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
+        self.start, self.best = 0, None
+        if found is not None:
+            state = checkpoint.load(self.engine, found)
+            self.start, self.best = state["step"], state["best"]
         self.meter = _Meter(ranks, device)
         self.stop = StopRequest()
 
@@ -73,17 +87,14 @@ class Trainer:
     def model(self) -> VideoLanguageModel:
         return self.engine.module
 
-    def train(self, tracker: Tracker, *, resume: bool = False) -> None:
-        """From the start, or from the newest checkpoint, to the last step.
+    def train(self, tracker: Tracker) -> None:
+        """From the start, or from the checkpoint, to the last step.
 
         Raises:
             Stopped: a signal asked for it, and the run is saved.
         """
         self.tracker = tracker
-        start = 0
-        if resume:
-            state = checkpoint.resume(self.engine, self.folder / "checkpoints", self.ranks)
-            start, self.best = state["step"], state["best"]
+        start = self.start
         self.engine.train()
         with tqdm(
             total=self.total,

@@ -26,6 +26,7 @@ from emcl.train.checkpoint import checkpoints
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
 from emcl.train.features import open_source
+from emcl.train.lock import RunLock
 from emcl.train.loop import Trainer, write_run
 from emcl.train.stop import Stopped
 
@@ -70,7 +71,9 @@ def run(
 def _train(
     config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
 ) -> dict[str, Scores]:
-    trainer = Trainer(config, ranks, device, folder, init)  # before anything is recorded: it finds what is wrong
+    _lock = _locked(folder, ranks)
+    # before anything is recorded: it finds what is wrong
+    trainer = Trainer(config, ranks, device, folder, init=init, resuming=resuming)
     config = trainer.config
     continued = _mlflow_run(folder) if resuming else None
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued)
@@ -87,7 +90,7 @@ def _train(
             )
             if trainer.taken:
                 print(trainer.taken, flush=True)
-        trainer.train(tracker, resume=resuming)
+        trainer.train(tracker)
         total = trainer.total
         del trainer
         scores = {}
@@ -181,6 +184,18 @@ def _name(tasks: Sequence[str]) -> str:
 
 def _home(export: Path) -> Path:
     return export.parent if export.name == "best" else export
+
+
+def _locked(folder: Path, ranks: Ranks) -> RunLock | None:
+    """Rank 0's hold on the folder; an error of it is one of all ranks."""
+    lock, error = None, None
+    if ranks.first:
+        try:
+            lock = RunLock(folder)
+        except UserError as found:
+            error = found
+    ranks.agree(error)
+    return lock
 
 
 def _mlflow_run(folder: Path) -> str | None:
