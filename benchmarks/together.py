@@ -103,7 +103,7 @@ def table(recipe: str, seeds: list[int], changes: list[str], at_once: int) -> tu
             for seed in seeds
             for kind in (together, *TASKS)
         }
-        without = [
+        questions = [
             pool.submit(trained, "msrvtt_qa", recipe, seed, *changes, no_video, label="questions") for seed in seeds
         ]
     runs = {key: future.result() for key, future in started.items()}

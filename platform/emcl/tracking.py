@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import urllib.error
 import urllib.request
@@ -63,7 +64,7 @@ class MLflowTracker(Tracker):
             else:
                 identifier = experiment.experiment_id
             self._run = mlflow.start_run(experiment_id=identifier, run_name=name, log_system_metrics=True)
-            mlflow.log_params({key: str(value)[:PARAM_LENGTH] for key, value in flatten(config).items()})
+            mlflow.log_params({_parameter(key): str(value)[:PARAM_LENGTH] for key, value in flatten(config).items()})
         self.run_id = self._run.info.run_id
         mlflow.set_tag("commit", commit())
 
@@ -164,6 +165,11 @@ def _answers(uri: str) -> bool:
         return True  # it is there, and wants a password perhaps
     except (OSError, ValueError):
         return False
+
+
+def _parameter(key: str) -> str:
+    """A mixture's shards are part of a name, and MLflow's have none of `*{}`."""
+    return re.sub(r"[^\w\-./: ]", "_", key)
 
 
 def _allowed(key: str) -> str:
