@@ -94,17 +94,13 @@ class Trainer:
             Stopped: a signal asked for it, and the run is saved.
         """
         self.tracker = tracker
-        start = self.start
         self.engine.train()
-        with tqdm(
-            total=self.total,
-            initial=start,
-            desc="training",
-            unit="step",
-            disable=not self.ranks.first,
+        bar = tqdm(
+            total=self.total, initial=self.start, desc="training", unit="step", disable=not self.ranks.first,
             dynamic_ncols=True,
-        ) as bar:
-            for step, (micro_batches, waited) in enumerate(self._steps(start), start):
+        )  # fmt: skip
+        with self.stop, bar:
+            for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
                 self._seed(step)
                 losses = self._step(micro_batches)
                 self.meter.add(losses, micro_batches, waited)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 AGAIN = 75
 """Exit status of a run that saved and wants to go on (EX_TEMPFAIL): the job script puts it into the queue again."""
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Stopped(Exception):  # noqa: N818, nothing went wrong
@@ -15,13 +18,23 @@ class Stopped(Exception):  # noqa: N818, nothing went wrong
 
 
 class StopRequest:
-    """Remembers that a signal came; the loop asks between steps. Nothing is done within the handler."""
+    """While it is entered, remembers that a signal came; the loop asks between steps. A second SIGTERM kills."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGUSR1, signal.SIGTERM):
-                signal.signal(number, self._remember)
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.asked = True
