@@ -46,14 +46,14 @@ def small(shards: Path) -> list[str]:
 
 
 def launch_command(
-    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None
+    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None, script: Path = ROOT / "platform" / "launch.py"
 ) -> tuple[list[str], dict[str, str]]:
     """The command and its environment."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     command = [
         "deepspeed", "--master_port", str(free_port()), "--num_accelerators", str(ranks),
-        str(ROOT / "platform" / "launch.py"), *arguments,
+        str(script), *arguments,
     ]  # fmt: skip
     return command, environment
 

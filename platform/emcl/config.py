@@ -147,6 +147,8 @@ class OptimConfig:
     epochs: int = 5
     max_steps: int | None = None
     """Stop earlier."""
+    max_skipped: int = 10
+    """Steps in a row whose gradient may be not finite (they are left out, on all ranks) before training stops."""
     accumulation: int = 1
     """Micro-batches a step; negatives come from the micro-batch of all ranks."""
 

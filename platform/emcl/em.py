@@ -269,7 +269,8 @@ class EMCL(nn.Module):
             moments, self.mu, iterations=self.iterations, temperature=self.temperature
         )
         if self.training:
-            self.mu.mul_(self.momentum).add_(mean_code, alpha=1 - self.momentum)
+            kept = torch.where(mean_code.isfinite().all(), mean_code, self.mu)  # rows of a broken step leave no trace
+            self.mu.mul_(self.momentum).add_(kept, alpha=1 - self.momentum)
         return Correction(bases=bases, weights=weights, offset=None, beta=self.beta, constant=True)
 
     def _learn(self, parts: Sequence[Moments], momentum: float) -> Correction:
@@ -284,13 +285,14 @@ class EMCL(nn.Module):
         if "start" not in self.state_names:
             self._allocate(parts[0].gram.shape[0], parts[0].gram.device)
         # no .item(): the device need not be waited for
-        present = torch.stack([(part.count > 0).float() for part in parts])
+        finite = [part.gram.isfinite().all() & part.total.isfinite().all() for part in parts]
+        present = torch.stack([((part.count > 0) & whole).float() for part, whole in zip(parts, finite, strict=True)])
         share = present / present.sum().clamp_min(1)
         gram, mean = torch.zeros_like(self.gram), torch.zeros_like(self.total)
-        for part, weight in zip(parts, share, strict=True):
+        for part, weight, whole in zip(parts, share, finite, strict=True):
             count = part.count.clamp_min(1)
-            centre = part.total / count
-            gram += weight * (part.gram / count - torch.outer(centre, centre))
+            centre = torch.where(whole, part.total, 0.0) / count
+            gram += weight * (torch.where(whole, part.gram, 0.0) / count - torch.outer(centre, centre))
             mean += weight * centre
         fresh = (present.sum() > 0).float()
         keep = torch.where(fresh > 0, momentum, 1.0)

@@ -80,6 +80,7 @@ class Trainer:
         if found is not None:
             state = checkpoint.load(self.engine, found)
             self.start, self.best = state["step"], state["best"]
+        self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
         self.meter = _Meter(ranks, device)
         self.stop = StopRequest()
 
@@ -103,7 +104,8 @@ class Trainer:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
                 self._seed(step)
                 losses = self._step(micro_batches)
-                self.meter.add(losses, micro_batches, waited)
+                skipped = self._check_skipped(step, micro_batches)
+                self.meter.add(losses, micro_batches, waited, skipped=skipped)
                 bar.update()
                 done = step + 1
                 if done % self.config.tracking.every_steps == 0 or done == self.total:
@@ -143,6 +145,29 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
         return sums
 
+    def _check_skipped(self, step: int, micro_batches: list[dict[str, Any]]) -> bool:
+        """Whether DeepSpeed left the step out on all ranks, since the gradient's norm is not finite (ZeRO 1 to 3).
+
+        Raises:
+            UserError: too many in a row; this rank's last batch is kept for study.
+        """
+        count = int(self.engine.skipped_steps)  # DeepSpeed counts on the host, and has waited for it
+        skipped = count > self.skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self.skipped = count
+        if not skipped:
+            return False
+        self._say(f"step {step + 1}: the gradient is not finite; left out on all ranks ({self.in_a_row} in a row)")
+        if self.in_a_row >= self.config.optim.max_skipped:
+            kept = self.folder / f"bad-batch-{step + 1}-rank{self.ranks.rank}.pt"
+            torch.save(micro_batches, kept)
+            raise UserError(
+                f"{self.in_a_row} steps in a row had no finite gradient: lower optim.lr, or train with precision=fp32. "
+                f"The batch is kept in {self.folder}/bad-batch-{step + 1}-rank*.pt, the last checkpoint in "
+                f"{self.folder / 'checkpoints'}"
+            )
+        return True
+
     def _report(self, bar: tqdm[Any], done: int) -> None:
         found = self.meter.read(self.config)
         bar.set_postfix_str(
@@ -150,7 +175,9 @@ class Trainer:
             f"waiting {100 * found['data_wait_share']:.0f}%"
         )
         rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
-        self.tracker.metrics({**found, **rates, "epoch": done / self.per_epoch}, done)
+        self.tracker.metrics(
+            {**found, **rates, "epoch": done / self.per_epoch, "skipped_steps": float(self.skipped)}, done
+        )
 
     def _end_epoch(self, done: int) -> None:
         epoch = -(-done // self.per_epoch)
@@ -217,18 +244,22 @@ class _Meter:
     def restart(self) -> None:
         """Forgets the time so far, which an evaluation took."""
         self.losses: dict[str, Tensor] = {}
-        self.steps, self.samples, self.waited, self.new_bad = 0, 0, 0.0, 0
+        self.counted, self.samples, self.waited, self.new_bad = 0, 0, 0.0, 0
         self.began = time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], micro_batches: list[dict[str, Any]], waited: float) -> None:
+    def add(
+        self, losses: dict[str, Tensor], micro_batches: list[dict[str, Any]], waited: float, *, skipped: bool = False
+    ) -> None:
+        """Takes a step; the losses of a skipped one do not count."""
         for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
+            self.losses[name] = self.losses.get(name, 0.0) + (torch.zeros_like(value) if skipped else value)
+        self.counted += not skipped
         for batch in micro_batches:
             self.samples += len(batch["ids"])
             self.new_bad += len(batch["bad"])
             for item in batch["bad"]:
                 tqdm.write(f"does not decode, another clip is taken: {item}")
-        self.steps, self.waited = self.steps + 1, self.waited + waited
+        self.waited += waited
 
     def read(self, config: Config) -> dict[str, float]:
         """Means over ranks and steps since the last time.
@@ -242,7 +273,7 @@ class _Meter:
         counts = torch.tensor(
             [self.samples, self.new_bad, self.waited / elapsed], device=self.device, dtype=torch.float64
         )
-        values = torch.cat([torch.stack(packed).double() / self.steps, counts])
+        values = torch.cat([torch.stack(packed).double() / max(1, self.counted), counts])
         sums = self.ranks.sum(values).tolist()
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
         samples, bad, waiting = sums[len(names) :]

@@ -1,0 +1,48 @@
+"""A loss that is not a number on one rank: the step is left out on all, and many in a row end the run."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from conftest import ROOT, launch_command, small
+
+pytestmark = pytest.mark.xdist_group("zero")
+
+
+def broken(shards: Path, cwd: Path, bad: str, stage: int, *settings: str) -> subprocess.CompletedProcess[str]:
+    command, environment = launch_command(
+        "--task", "retrieval", *small(shards), "data.val=null", "data.test=null", "name=run", "optim.max_steps=6",
+        "tracking.every_steps=1", f"deepspeed=deepspeed/zero{stage}.json", *settings,
+        ranks=2, env={"BAD_STEPS": bad, "PYTHONPATH": str(ROOT / "platform")}, script=ROOT / "tests" / "not_finite.py",
+    )  # fmt: skip
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(("stage", "variant"), [(1, "reference"), (2, "compact"), (3, "reference")])
+def test_a_bad_step_is_left_out_on_all_ranks_and_counted(
+    stage: int, variant: str, sample_shards: Path, tmp_path: Path
+) -> None:
+    done = broken(sample_shards, tmp_path, "3", stage, f"emcl.variant={variant}", "emcl.k=8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 3: the gradient is not finite; left out on all ranks (1 in a row)" in done.stdout + done.stderr
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
+    assert run.data.metrics["skipped_steps"] == 1
+    weights = load_file(tmp_path / "runs/run/best/model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
+
+
+def test_many_in_a_row_end_the_run_and_the_batch_is_kept(sample_shards: Path, tmp_path: Path) -> None:
+    done = broken(sample_shards, tmp_path, "4,5,6", 1, "optim.max_skipped=2", "checkpoint.every_steps=2")
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert "2 steps in a row had no finite gradient" in output and "Traceback" not in output
+    kept = torch.load(tmp_path / "runs/run/bad-batch-5-rank1.pt", weights_only=True)
+    assert len(kept[0]["ids"]) == 4
+    assert list((tmp_path / "runs/run/checkpoints").glob("step-*/manifest.json"))
