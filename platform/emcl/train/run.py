@@ -71,9 +71,11 @@ def run(
 def _train(
     config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
 ) -> dict[str, Scores]:
-    _lock = _locked(folder, ranks)
+    lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
     trainer = Trainer(config, ranks, device, folder, init=init, resuming=resuming)
+    if not resuming:
+        lock = _locked(folder, ranks)
     config = trainer.config
     continued = _mlflow_run(folder) if resuming else None
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued)
@@ -103,6 +105,7 @@ def _train(
                     f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
                 )
                 print(f"compare runs in MLflow: {hint}")
+        del lock  # held until the test is scored
         return scores
 
 
