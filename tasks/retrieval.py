@@ -35,8 +35,8 @@ EXAMPLES = 6
 TOP = 5
 LARGE_TILE = 512
 EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
-LARGEST_KEPT = 2**24
-"""Scores of a similarity that is kept for `emcl report`: 64 MiB."""
+LARGEST_KEPT = 2**25
+"""Scores of a similarity that is kept for `emcl report`: 128 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,11 @@ def settings(shards: Path, stage: int) -> list[str]:
     ]  # fmt: skip
 
 
-def losses(cwd: Path) -> dict[int, float]:
+def losses(cwd: Path, store: str = "mlflow.db") -> dict[int, float]:
     """Of the only MLflow run, each step once."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/{store}")
     (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert len({metric.step for metric in history}) == len(history), "a step's loss was written twice"
@@ -133,10 +133,10 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(
     for path in checkpoint.checkpoints(tmp_path / "runs/run/checkpoints"):
         if int(path.name.rpartition("-")[2]) > 9:
             shutil.rmtree(path)
-    (tmp_path / "mlflow.db").unlink()
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/back.db"}
     back = launch("--resume", "runs/run", zero, cwd=tmp_path, ranks=2, env=store)
     assert back.returncode == 0, back.stdout + back.stderr
-    again = losses(tmp_path)
+    again = losses(tmp_path, "back.db")
     assert sorted(again) == list(range(10, 13))
     assert [again[step] for step in sorted(again)] == pytest.approx([whole[step] for step in sorted(again)], rel=1e-4)
 

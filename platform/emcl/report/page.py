@@ -92,7 +92,7 @@ def _table(key: tuple[str, str, str], results: list[Result]) -> Table:
         lines.append(Line(paper.model, False, note, [(value, "") for value in values]))
     title = " ".join(part for part in (benchmark or "unnamed set", split, task.replace("_", " ")) if part)
     protocols = [
-        f"{result.name}: {result.protocol}; seed {result.seed}; commit {result.commit}; "
+        f"{result.name}: {result.protocol}; seed {result.seed}; commit {result.commit[:12]}; "
         "intervals: 95% by bootstrap over videos, of one training"
         for result in results
     ]

@@ -52,8 +52,9 @@ def _histogram(figure: Figure, ranks: dict[str, NDArray[np.int64]]) -> None:
     axis = figure.subplots()
     most = max(int(values.max()) for values in ranks.values())
     edges = np.unique(np.concatenate([np.arange(1, 11), np.geomspace(11, max(most, 11) + 1, 20).astype(int)])) - 0.5
-    axis.hist(list(ranks.values()), bins=edges, label=list(ranks))  # type: ignore[arg-type]
-    axis.set(xscale="log", xlabel="rank", ylabel="queries")
+    shares = [np.full(len(values), 100 / len(values)) for values in ranks.values()]
+    axis.hist(list(ranks.values()), bins=edges, weights=shares, label=list(ranks))  # type: ignore[arg-type]
+    axis.set(xscale="log", xlabel="rank (bins widen above 10)", ylabel="% of the queries")
     axis.legend()
 
 

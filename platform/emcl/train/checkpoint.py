@@ -207,6 +207,8 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is of another model.
     """
+    groups = engine.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
         loaded, state = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
     except Exception as failed:
@@ -216,6 +218,10 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
         raise UserError(f"{found.path} could not be read; remove it to continue from the one before")
     if found.universal:
         engine.module.load_state_dict(load_file(found.path / BUFFERS), strict=False)
+        # ZeRO-3 gives every group the rate, decay and name of the first there
+        rates = engine.lr_scheduler.get_last_lr()
+        for group, own, rate in zip(engine.optimizer.param_groups, settings, rates, strict=True):
+            group.update({**own, "lr": rate})
     return state
 
 
