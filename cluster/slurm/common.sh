@@ -20,7 +20,8 @@ on_every_node() {
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   RANKS=${RANKS:-${SLURM_GPUS_ON_NODE:-1}}
   # the launchers ignore the signal that the training processes wait for
-  srun --kill-on-bad-exit=1 bash -c '
+  # all end with the same status if the run saved; where one node failed, the others are ended after a minute
+  srun --kill-on-bad-exit=0 --wait=60 bash -c '
     trap "" USR1
     hosts=$(mktemp)
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RANKS/" >"$hosts"
