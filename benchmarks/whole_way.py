@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="folder for shards, run and report (default: whole-way/WHAT)")
     parser.add_argument("set", nargs="*", metavar="key=value", help="settings of the training")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.out = options.out or Path("whole-way") / options.what
     {"msrvtt": msrvtt, "clips": clips}[options.what](options)
     run = f"{options.out}/runs/run"

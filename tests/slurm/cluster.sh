@@ -39,7 +39,8 @@ SlurmdTimeout=10
 KillWait=10
 MinJobAge=600
 JobRequeue=1
-SchedulerParameters=sched_interval=2,requeue_delay=1
+SchedulerParameters=sched_interval=2
+AuthInfo=cred_expire=10
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 1)) CPUs=1 State=UNKNOWN
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 2)) CPUs=1 State=UNKNOWN
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP

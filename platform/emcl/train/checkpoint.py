@@ -148,7 +148,7 @@ class Found:
 
     path: Path
     universal: bool
-    """Whether it is DeepSpeed's universal form, which any number of ranks and any ZeRO stage but 0 can read."""
+    """Whether it is DeepSpeed's universal form, which any number of ranks can read."""
 
 
 def find(folder: Path, ranks: Ranks, stage: int) -> Found:
@@ -173,8 +173,11 @@ def _fitting(path: Path, wanted: dict[str, int]) -> Found:
     stages = layout["stage"], wanted["stage"]
     if layout == wanted or stages == (0, 0):  # without ZeRO every rank holds all
         return Found(path, False)
-    if 0 in stages:
-        raise UserError(f"{path} is of ZeRO stage {stages[0]}; stage {stages[1]} cannot go on from it (1 to 3 can)")
+    if stages not in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)):
+        raise UserError(
+            f"{path} is of ZeRO stage {stages[0]}; stage {stages[1]} cannot go on from it: give deepspeed=deepspeed/"
+            f"zero{stages[0]}.json (1 and 2 read each other's; --init takes the weights alone)"
+        )
     place = path.with_name(f"{path.name}{UNIVERSAL}")
     print(f"{path} is of {layout['ranks']} ranks, ZeRO {layout['stage']}: converting it to any", flush=True)
     _to_universal(path, place)
