@@ -225,6 +225,10 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
         rates = engine.lr_scheduler.get_last_lr()
         for group, own, rate in zip(engine.optimizer.param_groups, settings, rates, strict=True):
             group.update({**own, "lr": rate})
+        # and all parameters one tensor that counts steps, which each would count up
+        for kept in engine.basic_optimizer.state.values():
+            if isinstance(kept.get("step"), Tensor):
+                kept["step"] = kept["step"].clone()
     return state
 
 
