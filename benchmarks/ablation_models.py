@@ -24,6 +24,7 @@ from emcl.distributed import ALONE
 from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
+from emcl.model.pooling import mean_of_frames
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.report.options import reference_module
@@ -94,7 +95,7 @@ class Split:
     @property
     def videos(self) -> Tensor:
         """Means over frames, (videos, D)."""
-        return (self.frames * self.mask[..., None]).sum(1) / self.mask.sum(1, keepdim=True)
+        return mean_of_frames(self.frames, self.mask)
 
     def one_sentence(self) -> Split:
         """Each video's first text alone."""

@@ -16,6 +16,7 @@ from emcl.distributed import ALONE
 from emcl.distributed import device as default_device
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
+from emcl.model.pooling import mean_of_frames
 from emcl.model.towers import tokenizer
 from emcl.train.export import find_export, open_export
 
@@ -141,8 +142,7 @@ class VideoFeatures:
 
     def mean(self) -> Tensor:
         """One vector a video (n, D): the mean of its frames."""
-        weights = self.mask.unsqueeze(-1).to(self.frames.dtype)
-        return (self.frames * weights).sum(1) / weights.sum(1).clamp_min(1)
+        return mean_of_frames(self.frames, self.mask)
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> VideoTextModel:

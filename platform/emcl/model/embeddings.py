@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emcl.errors import UserError
+from emcl.model.pooling import mean_of_frames
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ class Embeddings:
     @property
     def video_means(self) -> Tensor:
         """Means over frames, (videos, D)."""
-        weights = self.mask[..., None].to(self.frames.dtype)
-        return (self.frames * weights).sum(1) / weights.sum(1).clamp_min(1)
+        return mean_of_frames(self.frames, self.mask)
 
     def save(self, path: Path) -> None:
         tensors = {

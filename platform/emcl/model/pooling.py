@@ -1,4 +1,4 @@
-"""Text-conditioned pooling of a video's frames."""
+"""Pooling of a video's frames, as a text conditions it or without one."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def pooling_weights(scores_ABT: Tensor, mask_BT: Tensor, temperature: float) -> 
     Softmax over frames of <text, frame> / temperature, then masked without renormalisation, as published.
     """
     return scores_ABT.div(temperature).softmax(-1) * mask_BT.to(scores_ABT.dtype)
+
+
+def mean_of_frames(frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """One vector a video, whatever the text: (B, D)."""
+    weights = mask_BT.unsqueeze(-1).to(frames_BTD.dtype)
+    return (frames_BTD * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from emcl.evaluate.report import frames_of
 from emcl.report.plots import strip_url
 from emcl.report.result import Result
 
-COUNT, FOUND, FRAMES = 6, 3, 3
+COUNT, FOUND = 6, 3
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,20 @@ def _answers(result: Result, picture: Picture) -> dict[str, list[Case]]:
 
 
 def _pictures(result: Result) -> Picture:
-    try:
-        shards = open_shards(str(result.config.data.test))
-    except UserError:
-        return lambda _: None  # a report may be made where the shards are not
+    shards = _shards(str(result.config.data.test))
+    if shards is None:
+        return lambda _: None
     rows = {row.sample.id: number for number, row in enumerate(shards.rows)}
     return lambda identity: _picture(shards, result, rows.get(identity))
+
+
+@lru_cache(maxsize=1)
+def _shards(pattern: str) -> ShardSet | None:
+    """Opened once for all tasks of a run; None where the shards are not, as a report may be made elsewhere."""
+    try:
+        return open_shards(pattern)
+    except UserError:
+        return None
 
 
 def _picture(shards: ShardSet, result: Result, row: int | None) -> str | None:
@@ -126,4 +135,4 @@ def _picture(shards: ShardSet, result: Result, row: int | None) -> str | None:
         frames = frames_of(shards, result.config, row)
     except (DecodeError, OSError):
         return None
-    return strip_url(frames[np.linspace(0, len(frames) - 1, FRAMES).round().astype(int)])
+    return strip_url(frames)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from emcl.data.decode import Frames
 from emcl.model.embeddings import Embeddings
-from emcl.pictures import blank_figure
+from emcl.pictures import blank_figure, strip
 from emcl.report.result import Result
 
 WAYS = {"text_to_video": "text to video", "video_to_text": "video to text"}
@@ -92,12 +93,12 @@ def _drawn(draw: Callable[[Figure], None]) -> str:
     return data_url(blob.getvalue(), "png")
 
 
-def strip_url(frames: Sequence[NDArray[np.uint8]]) -> str:
+def strip_url(clip: Frames) -> str:
     """Some frames beside each other."""
     from PIL import Image
 
     blob = io.BytesIO()
-    Image.fromarray(np.concatenate(list(frames), axis=1)).save(blob, "JPEG", quality=80)
+    Image.fromarray(strip(clip)).save(blob, "JPEG", quality=80)
     return data_url(blob.getvalue(), "jpeg")
 
 
