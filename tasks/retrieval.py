@@ -22,10 +22,10 @@ from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
 from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax
-from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics, text_to_video_ranks, video_to_text_ranks
+from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
-from emcl.model.embeddings import Embeddings
+from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
 from emcl.model.emcl_layer import emcl_layer
 from emcl.model.similarity import similarity
 from emcl.pictures import Example, draw_retrieval
@@ -34,7 +34,6 @@ from emcl.task import Evaluation, Scorer, Scores, Task
 EXAMPLES = 6
 TOP = 5
 LARGE_TILE = 512
-EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
 LARGEST_KEPT = 2**25
 """Scores of a similarity that is kept for `emcl report`: 128 MiB."""
 
@@ -182,7 +181,8 @@ class _RetrievalScorer(Scorer):
         scores_QG = self.task.similarity_in_tiles(
             kept.text.to(device), kept.frames.to(device), kept.mask.to(device), settings.tile, ranks, self.task.emcl
         )
-        found = {"": protocol_metrics(scores_QG, owner)}
+        plain, ranked = protocol_metrics(scores_QG, owner)
+        found = {"": plain}
         if settings.dsl:
             dsl = DualSoftmax(settings.dsl_temperature)
             found["_dsl_transductive"] = retrieval_metrics(scores_QG, owner, rescore=(dsl, dsl))
@@ -209,11 +209,7 @@ class _RetrievalScorer(Scorer):
             self._protocol(len(owner), len(video_rows)),
             chosen="text_to_video/R@1",
             picture=partial(draw_retrieval, examples, title),
-            items={
-                "video": owner.tolist(),
-                "text_to_video": text_to_video_ranks(scores_QG, owner).tolist(),
-                "video_to_text": video_to_text_ranks(scores_QG, owner).tolist(),
-            },
+            items={"video": owner.tolist(), **{way: ranks_Q.tolist() for way, ranks_Q in ranked.items()}},
             save=save,
         )
 

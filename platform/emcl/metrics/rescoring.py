@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from emcl.metrics.retrieval import BLOCK, Blocks, Rescore
+from emcl.metrics.retrieval import BLOCK, Blocks
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,6 @@ class QueryBank:
             return np.where(hub[:, None], part - level, part)
 
         return block
-
-
-def whole(rescore: Rescore, scores_QG: ArrayLike) -> NDArray[np.float64]:
-    """All rescored scores at once, (Q, G)."""
-    scores = np.asarray(scores_QG)
-    return rescore(scores)(np.arange(len(scores)))
 
 
 def _softmax_sums(

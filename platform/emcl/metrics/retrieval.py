@@ -9,7 +9,7 @@ candidates that tie: it has more ranks than queries then (1,012 for the 1,000 vi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,12 +26,23 @@ Rescore = Callable[[NDArray[Any]], Blocks]
 """What is done to a similarity (queries x candidates) before it is ranked (metrics/rescoring.py)."""
 
 
-def ranks_of(
-    scores_QG: ArrayLike | Blocks, right_Q: Owner, *, ties: str = "against", queries: NDArray[np.int64] | None = None
-) -> NDArray[np.int64]:
-    """Rank (1 is best) of the right candidate of each query; counting in blocks, no sorting.
+class Places(NamedTuple):
+    """Of each query, the rank of the right candidate: before all that tie with it, and after them."""
 
-    A score that is not a number ranks a query last.
+    best: NDArray[np.int64]
+    worst: NDArray[np.int64]
+
+    def ranks(self, ties: str = "against") -> NDArray[np.int64]:
+        """By one of `TIES`."""
+        if ties == "reference":
+            return np.concatenate([np.arange(low, high + 1) for low, high in zip(*self, strict=True)])
+        return {"against": self.worst, "for": self.best}[ties]
+
+
+def places_of(scores_QG: ArrayLike | Blocks, right_Q: Owner, *, queries: NDArray[np.int64] | None = None) -> Places:
+    """Places (1 is best) of the right candidate of each query; counting in blocks, no sorting.
+
+    A score that is not a number places a query last.
 
     Args:
         scores_QG: queries x candidates; or a function that gives them block by block.
@@ -46,13 +57,13 @@ def ranks_of(
         part = blocks(queries[here])
         own = np.take_along_axis(part, right[here, None], axis=1)
         worst[here] = part.shape[1] - (part < own).sum(1)
-        if ties != "against":
-            best[here] = np.where(np.isnan(own[:, 0]), worst[here], 1 + (part > own).sum(1))
-    if ties == "against":
-        return worst
-    if ties == "for":
-        return best
-    return np.concatenate([np.arange(low, high + 1) for low, high in zip(best, worst, strict=True)])
+        best[here] = np.where(np.isnan(own[:, 0]), worst[here], 1 + (part > own).sum(1))
+    return Places(best, worst)
+
+
+def ranks_of(scores_QG: ArrayLike | Blocks, right_Q: Owner, *, ties: str = "against") -> NDArray[np.int64]:
+    """The ranks of `places_of`."""
+    return places_of(scores_QG, right_Q).ranks(ties)
 
 
 def unchanged(scores_QG: NDArray[Any]) -> Blocks:
@@ -60,16 +71,12 @@ def unchanged(scores_QG: NDArray[Any]) -> Blocks:
     return lambda queries: scores_QG[queries]
 
 
-def text_to_video_ranks(
-    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
-) -> NDArray[np.int64]:
+def text_to_video_places(similarity_QG: ArrayLike, video_of_text: Owner, *, rescore: Rescore = unchanged) -> Places:
     """Each text ranks the videos: (texts,)."""
-    return ranks_of(rescore(np.asarray(similarity_QG)), video_of_text, ties=ties)
+    return places_of(rescore(np.asarray(similarity_QG)), video_of_text)
 
 
-def video_to_text_ranks(
-    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
-) -> NDArray[np.int64]:
+def video_to_text_places(similarity_QG: ArrayLike, video_of_text: Owner, *, rescore: Rescore = unchanged) -> Places:
     """Each video ranks the videos' sets of texts, a set scoring as its best text: (videos,).
 
     With one text a video this is plain video-to-text retrieval. Videos without a text are left out.
@@ -83,7 +90,21 @@ def video_to_text_ranks(
     def of_sets(queries: NDArray[np.int64]) -> NDArray[Any]:
         return np.maximum.reduceat(blocks(queries)[:, order], starts, axis=1)
 
-    return ranks_of(of_sets, np.arange(len(videos)), ties=ties, queries=videos)
+    return places_of(of_sets, np.arange(len(videos)), queries=videos)
+
+
+def text_to_video_ranks(
+    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
+) -> NDArray[np.int64]:
+    """The ranks of `text_to_video_places`."""
+    return text_to_video_places(similarity_QG, video_of_text, rescore=rescore).ranks(ties)
+
+
+def video_to_text_ranks(
+    similarity_QG: ArrayLike, video_of_text: Owner, *, ties: str = "against", rescore: Rescore = unchanged
+) -> NDArray[np.int64]:
+    """The ranks of `video_to_text_places`."""
+    return video_to_text_places(similarity_QG, video_of_text, rescore=rescore).ranks(ties)
 
 
 def video_to_any_text_ranks(similarity_QG: ArrayLike, video_of_text: Owner) -> NDArray[np.int64]:
@@ -135,21 +156,26 @@ def retrieval_metrics(
 
 
 def protocol_metrics(
-    similarity_QG: ArrayLike, video_of_text: Owner, *, rescore: tuple[Rescore, Rescore] = (unchanged, unchanged)
-) -> dict[str, dict[str, float]]:
-    """`retrieval_metrics`, and the other ways to count where they say something else.
+    similarity_QG: ArrayLike, video_of_text: Owner
+) -> tuple[dict[str, dict[str, float]], dict[str, NDArray[np.int64]]]:
+    """`retrieval_metrics` with the other ways to count where they say something else; and each direction's ranks.
 
     `both/rsum` is R@1 + R@5 + R@10 of both directions, at most 600. `video_to_any_text`: several captions a video,
     one by one. `..._as_published`: ties as the published EMCL code counts them.
     """
-    found = retrieval_metrics(similarity_QG, video_of_text, rescore=rescore)
-    for name, values in retrieval_metrics(similarity_QG, video_of_text, ties="reference", rescore=rescore).items():
-        if values != found[name]:
-            found[f"{name}_as_published"] = values
-    if len(np.unique(video_of_text)) < len(np.asarray(video_of_text)) and rescore == (unchanged, unchanged):
+    places = {
+        "text_to_video": text_to_video_places(similarity_QG, video_of_text),
+        "video_to_text": video_to_text_places(similarity_QG, video_of_text),
+    }
+    found = {way: summarize(both.worst) for way, both in places.items()}
+    for way, both in places.items():
+        published = summarize(both.ranks("reference"))
+        if published != found[way]:
+            found[f"{way}_as_published"] = published
+    if len(np.unique(video_of_text)) < len(np.asarray(video_of_text)):
         found["video_to_any_text"] = summarize(video_to_any_text_ranks(similarity_QG, video_of_text))
     found["both"] = {"rsum": rsum(found)}
-    return found
+    return found, {way: both.worst for way, both in places.items()}
 
 
 def rsum(found: dict[str, dict[str, float]]) -> float:

@@ -16,6 +16,9 @@ from torch import Tensor
 from emcl.errors import UserError
 from emcl.model.pooling import mean_of_frames
 
+EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
+"""What a run keeps of a split; the second holds `similarity` (texts, videos)."""
+
 
 @dataclass(frozen=True)
 class Embeddings:

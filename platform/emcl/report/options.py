@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +19,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.config import Config
 from emcl.data.mixture import open_training
-from emcl.distributed import ALONE
-from emcl.distributed import device as default_device
+from emcl.distributed import ALONE, device
 from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
-from emcl.model.embeddings import Embeddings
+from emcl.model.embeddings import EMBEDDINGS, Embeddings
 from emcl.model.pooling import frame_scores, pooling_weights
-from emcl.train.export import find_export, open_export
+from emcl.multitask import VideoLanguageModel
+from emcl.report.result import OPTION_COLUMNS, OPTIONS, Option
+from emcl.train.export import WEIGHTS, find_export, open_export
 from emcl.train.features import open_source
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
 COMPACT_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
-EMBEDDINGS, BANK, RESULT = "embeddings-test.safetensors", "embeddings-bank.safetensors", "options-test.json"
 
 Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 """texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
 
 
-@dataclass(frozen=True)
-class Option:
-    """One combination with what it gives."""
-
-    emcl: str
-    rescoring: str
-    transductive: bool
-    """Whether a query's ranks depend on other queries of the test."""
-    metrics: dict[str, dict[str, float]]
-
-
-def every_option(run: Path, *, bank_videos: int = 500, device: str | None = None) -> list[Option]:
+def every_option(run: Path, *, bank_videos: int = 500) -> list[Option]:
     """Scores all combinations and keeps them in the run's folder.
 
     Raises:
@@ -64,27 +53,35 @@ def every_option(run: Path, *, bank_videos: int = 500, device: str | None = None
     if "retrieval" not in model.heads:
         raise UserError(f"{run} was not trained for retrieval, which these options are for")
     folder = export.parent if export.name == "best" else export
-    test = Embeddings.open(folder / EMBEDDINGS)
-    place = torch.device(device) if device else default_device()
+    test = Embeddings.open(folder / EMBEDDINGS.format(split="test"))
+    place = device()
     model.to(place)
-    kept = folder / BANK
-    if kept.is_file():
-        bank = Embeddings.open(kept)
-    else:
-        shards = open_training(config.data, config.seed)[0]
-        source = open_source(config, shards, model.backbone, ALONE, place)
-        chosen = np.linspace(0, len(shards) - 1, min(bank_videos, len(shards))).astype(int).tolist()
-        plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
-        config = dataclasses.replace(config, evaluate=plain)
-        scorers, evaluation = collect(
-            model, source, config, ALONE, place, name="the query bank", rows=chosen, only=["retrieval"]
-        )
-        scorer: Any = scorers["retrieval"]
-        bank = scorer.embeddings(evaluation)[0]
-        bank.save(kept)
+    bank = _bank(export, folder / EMBEDDINGS.format(split="bank"), model, config, bank_videos, place)
     found = list(_combinations(model.heads["retrieval"], config.evaluate.tile, test, bank, place))
-    (folder / RESULT).write_text(json.dumps([dataclasses.asdict(option) for option in found], indent=1))
+    (folder / OPTIONS).write_text(json.dumps([dataclasses.asdict(option) for option in found], indent=1))
     return found
+
+
+def _bank(
+    export: Path, kept: Path, model: VideoLanguageModel, config: Config, videos: int, place: torch.device
+) -> Embeddings:
+    """Training videos, evenly chosen, with all their captions: kept ones if they are as many and of these weights."""
+    shards = open_training(config.data, config.seed)[0]
+    rows = np.linspace(0, len(shards) - 1, min(videos, len(shards))).astype(int).tolist()
+    if kept.is_file() and kept.stat().st_mtime > (export / WEIGHTS).stat().st_mtime:
+        bank = Embeddings.open(kept)
+        if bank.videos == [shards.rows[row].sample.id for row in rows]:
+            return bank
+    source = open_source(config, shards, model.backbone, ALONE, place)
+    plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
+    config = dataclasses.replace(config, evaluate=plain)
+    scorers, evaluation = collect(
+        model, source, config, ALONE, place, name="the query bank", rows=rows, only=["retrieval"]
+    )
+    scorer: Any = scorers["retrieval"]
+    bank = scorer.embeddings(evaluation)[0]
+    bank.save(kept)
+    return bank
 
 
 def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, place: torch.device) -> Iterator[Option]:
@@ -149,13 +146,5 @@ def reference_module(
 
 def table(options: list[Option]) -> str:
     """As Markdown."""
-    names = ("R@1", "R@5", "R@10", "MdR", "MnR")
-    lines = [
-        "| EMCL | rescoring | | " + " | ".join(f"{way} {name}" for way in ("t2v", "v2t") for name in names) + " |",
-        "|" + "---|" * (3 + 2 * len(names)),
-    ]
-    for option in options:
-        values = [f"{option.metrics[way][name]:.1f}" for way in ("text_to_video", "video_to_text") for name in names]
-        kind = "transductive" if option.transductive else "inductive"
-        lines.append(f"| {option.emcl} | {option.rescoring} | {kind} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+    rows = [OPTION_COLUMNS, ["---"] * len(OPTION_COLUMNS), *(option.cells() for option in options)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -12,7 +12,7 @@ from emcl.config import to_yaml
 from emcl.report.examples import cases
 from emcl.report.plots import retrieval_plots
 from emcl.report.published import PUBLISHED
-from emcl.report.result import COLUMNS, Result, open_results
+from emcl.report.result import COLUMNS, OPTION_COLUMNS, Result, open_results, short
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, str]:
         for result in results
     ]
     page = out / "report.html"
-    page.write_text(environment.get_template("page.html").render(tables=tables, sections=sections), "utf-8")
+    page.write_text(
+        environment.get_template("page.html").render(tables=tables, sections=sections, option_columns=OPTION_COLUMNS),
+        "utf-8",
+    )
     return page, text
 
 
@@ -96,7 +99,7 @@ def _table(key: tuple[str, str, str], results: list[Result]) -> Table:
         "intervals: 95% by bootstrap over videos, of one training"
         for result in results
     ]
-    return Table(title, [_short(name) for name in columns], lines, protocols)
+    return Table(title, [short(name) for name in columns], lines, protocols)
 
 
 def _cell(result: Result, name: str) -> tuple[str, str]:
@@ -104,10 +107,6 @@ def _cell(result: Result, name: str) -> tuple[str, str]:
         return "", ""
     low_high = result.intervals.get(name)
     return f"{result.metrics[name]:.1f}", f"{low_high[0]:.1f} to {low_high[1]:.1f}" if low_high else ""
-
-
-def _short(name: str) -> str:
-    return name.replace("text_to_video/", "t2v ").replace("video_to_text/", "v2t ").replace("_", " ")
 
 
 def as_markdown(table: Table) -> str:

@@ -18,18 +18,43 @@ from emcl.config import Config, from_dict
 from emcl.errors import UserError
 from emcl.metrics.bootstrap import interval
 from emcl.metrics.retrieval import RECALLS
-from emcl.model.embeddings import Embeddings
+from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
 from emcl.prepare.benchmarks import BENCHMARKS
 
+WAYS = {"text_to_video": "t2v", "video_to_text": "v2t"}
+RANKED = ("R@1", "R@5", "R@10", "MdR", "MnR")
 COLUMNS = {
-    "retrieval": [
-        f"{way}/{name}" for way in ("text_to_video", "video_to_text") for name in ("R@1", "R@5", "R@10", "MdR", "MnR")
-    ],
+    "retrieval": [f"{way}/{name}" for way in WAYS for name in RANKED],
     "captioning": ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"],
     "msrvtt_qa": ["accuracy", "accuracy_in_vocabulary", "top_5", "most_frequent"],
 }
 """Of each task, what a table shows; of another's task all that it has."""
-ONCE = "scores-test.json"
+SCORES, OPTIONS = "scores-test.json", "options-test.json"
+
+
+def short(name: str) -> str:
+    """A metric's name over a column."""
+    way, _, rest = name.rpartition("/")
+    return f"{WAYS.get(way, way)} {rest}".strip().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One combination of inference options with what it gives."""
+
+    emcl: str
+    rescoring: str
+    transductive: bool
+    """Whether a query's ranks depend on other queries of the test."""
+    metrics: dict[str, dict[str, float]]
+
+    def cells(self) -> list[str]:
+        """Of a table's line, under `OPTION_COLUMNS`."""
+        kind = "transductive" if self.transductive else "inductive"
+        return [self.emcl, self.rescoring, kind, *(f"{self.metrics[way][name]:.1f}" for way in WAYS for name in RANKED)]
+
+
+OPTION_COLUMNS = ["EMCL", "rescoring", "", *(short(name) for name in COLUMNS["retrieval"])]
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ class Result:
 
     @cached_property
     def similarity(self) -> NDArray[np.float32] | None:
-        path = self.folder / "similarity-test.safetensors"
+        path = self.folder / SIMILARITY.format(split="test")
         try:
             return load_file(path)["similarity"] if path.is_file() else None
         except (SafetensorError, KeyError):
@@ -91,14 +116,16 @@ class Result:
 
     @cached_property
     def embeddings(self) -> Embeddings | None:
-        path = self.folder / "embeddings-test.safetensors"
+        path = self.folder / EMBEDDINGS.format(split="test")
         return Embeddings.open(path) if path.is_file() else None
 
     @cached_property
-    def options(self) -> list[dict[str, Any]]:
+    def options(self) -> list[Option]:
         """Of `emcl options`, where it was called."""
-        path = self.folder / "options-test.json"
-        return json.loads(path.read_text()) if self.task == "retrieval" and path.is_file() else []
+        path = self.folder / OPTIONS
+        if self.task != "retrieval" or not path.is_file():
+            return []
+        return [Option(**option) for option in json.loads(path.read_text())]
 
 
 def open_results(folder: Path) -> list[Result]:
@@ -108,15 +135,15 @@ def open_results(folder: Path) -> list[Result]:
         UserError: no run there, or one that was not scored on its test split.
     """
     folder = folder.parent if folder.name == "best" else folder
-    path = folder / ONCE
+    path = folder / SCORES
     if not path.is_file():
-        raise UserError(f"{folder} holds no {ONCE}: `deepspeed platform/launch.py --evaluate {folder}` writes it")
+        raise UserError(f"{folder} holds no {SCORES}: `deepspeed platform/launch.py --evaluate {folder}` writes it")
     try:
         scores = json.loads(path.read_text())
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         tasks = scores["tasks"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: {ONCE} or config.yaml is not readable ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder}: {SCORES} or config.yaml is not readable ({str(error).splitlines()[0]})") from None
     config = from_dict([saved], source=str(folder / "config.yaml"))
     return [
         Result(
