@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ablation_models import Job, Split, embed, fitted
+from ablation_models import Job, embed, fitted
+from emcl.model.embeddings import Embeddings
 from emcl.train.export import open_export
 
 COLOURS = {"compact, joint": "tab:blue", "reference, joint": "tab:orange", "compact, at inference": "tab:green"}
@@ -81,8 +82,8 @@ def draw_space(
     figure.savefig(path)
 
 
-def _rows(split: Split) -> tuple[Tensor, Tensor]:
-    return split.videos, split.text
+def _rows(split: Embeddings) -> tuple[Tensor, Tensor]:
+    return split.video_means, split.text
 
 
 def _figure(panels: int) -> Any:

@@ -20,11 +20,12 @@ from emcl.config import Config, resolve
 from emcl.data.loader import every_caption
 from emcl.data.order import Draw
 from emcl.data.shards import open_shards
+from emcl.data.text import Caption
 from emcl.distributed import ALONE
 from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
-from emcl.model.pooling import mean_of_frames
+from emcl.model.embeddings import Embeddings
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.report.options import reference_module
@@ -83,32 +84,13 @@ def _output_to(path: Path) -> Iterator[None]:
                 os.close(saved)
 
 
-@dataclass(frozen=True)
-class Split:
-    """A split's embeddings."""
-
-    text: Tensor  # (texts, D)
-    frames: Tensor  # (videos, T, D)
-    mask: Tensor  # (videos, T)
-    owner: NDArray[np.int64]  # (texts,) each text's video
-
-    @property
-    def videos(self) -> Tensor:
-        """Means over frames, (videos, D)."""
-        return mean_of_frames(self.frames, self.mask)
-
-    def one_sentence(self) -> Split:
-        """Each video's first text alone."""
-        first = np.flatnonzero(np.diff(self.owner, prepend=-1))
-        return Split(self.text[torch.from_numpy(first)], self.frames, self.mask, self.owner[first])
-
-
 @torch.no_grad()
-def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int | None = None) -> Split:
+def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int | None = None) -> Embeddings:
     """Of the shards' remembered features, with so many captions a video, or all."""
     source = open_source(config, open_shards(shards), model.backbone, ALONE, torch.device("cpu"))
     assert source.features is not None
-    frames, mask, text, owner = [], [], [], []
+    frames, mask, text = [], [], []
+    every: list[Caption] = []
     count = len(source.shards)
     for first in range(0, count, ROWS_AT_ONCE):
         rows = range(first, min(count, first + ROWS_AT_ONCE))
@@ -124,35 +106,38 @@ def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int 
             for caption in every_caption(source.shards.rows[row].sample, Draw(row, None, 0))[:captions]
         ]
         text.append(model.backbone.encode_text(source.texts(found)))
-        owner += [caption.row for caption in found]
-    return Split(torch.cat(text), torch.cat(frames), torch.cat(mask), np.array(owner))
+        every += found
+    return Embeddings(
+        torch.cat(text), torch.cat(frames), torch.cat(mask), np.array([caption.row for caption in every]),
+        [caption.text for caption in every], [row.sample.id for row in source.shards.rows],
+    )  # fmt: skip
 
 
 # --- ways to score one model
 
 
 @torch.no_grad()
-def plain(model: Any, split: Split) -> NDArray[np.float32]:
+def plain(model: Any, split: Embeddings) -> NDArray[np.float32]:
     """(texts, videos) without any EMCL."""
     return _similarity(model, split, None)
 
 
 @torch.no_grad()
-def with_own_layer(model: Any, split: Split) -> NDArray[np.float32]:
+def with_own_layer(model: Any, split: Embeddings) -> NDArray[np.float32]:
     """As the model was trained: the reference in tiles, the compact variant on anything at once."""
     task = model.heads["retrieval"]
     return task.similarity_in_tiles(split.text, split.frames, split.mask, TILE, ALONE, task.emcl)
 
 
 @torch.no_grad()
-def with_fitted(model: Any, split: Split, layer: EMCL) -> NDArray[np.float32]:
+def with_fitted(model: Any, split: Embeddings, layer: EMCL) -> NDArray[np.float32]:
     """With a compact layer that was fitted on training features, as an inference module."""
     return _similarity(model, split, layer)
 
 
 @torch.no_grad()
 def with_reference(
-    model: Any, split: Split, *, bases: int, iterations: int, temperature: float, beta: float
+    model: Any, split: Embeddings, *, bases: int, iterations: int, temperature: float, beta: float
 ) -> NDArray[np.float32]:
     """The published inference module: EM over the unit rows of each tile of texts and videos."""
     pooling = model.heads["retrieval"].settings.pooling_temperature
@@ -160,12 +145,12 @@ def with_reference(
     return reference_module(split.text, split.frames, split.mask, pooling=pooling, tile=TILE, **settings)
 
 
-def fitted(split: Split, **settings: Any) -> EMCL:
+def fitted(split: Embeddings, **settings: Any) -> EMCL:
     """A compact layer on a training split's videos (means of frames) and texts."""
-    return EMCL(variant="compact", **settings).fit(split.videos, split.text).eval()
+    return EMCL(variant="compact", **settings).fit(split.video_means, split.text).eval()
 
 
-def _similarity(model: Any, split: Split, layer: EMCL | None) -> NDArray[np.float32]:
+def _similarity(model: Any, split: Embeddings, layer: EMCL | None) -> NDArray[np.float32]:
     temperature = model.heads["retrieval"].settings.pooling_temperature
     return similarity(split.text, split.frames, split.mask, temperature=temperature, emcl=layer).numpy()
 
@@ -192,11 +177,11 @@ class Measured:
 
 
 def measure(
-    scores: NDArray[np.float32], split: Split, correct: Callable[[Tensor, Tensor], Sequence[Tensor]], *, dsl: bool
+    scores: NDArray[np.float32], split: Embeddings, correct: Callable[[Tensor, Tensor], Sequence[Tensor]], *, dsl: bool
 ) -> Measured:
     """Ranks both ways, and the geometry of mean-pooled videos and texts after `correct(videos, texts)`."""
     rescore: Rescore = DualSoftmax() if dsl else unchanged
-    video, text = (F.normalize(rows, dim=1) for rows in correct(split.videos, split.text))
+    video, text = (F.normalize(rows, dim=1) for rows in correct(split.video_means, split.text))
     return Measured(
         text_to_video_ranks(scores, split.owner, rescore=rescore),
         video_to_text_ranks(scores, split.owner, rescore=rescore),

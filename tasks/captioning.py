@@ -24,6 +24,7 @@ from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.metrics.captions import caption_metrics
+from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder, Generation
 from emcl.model.emcl_layer import emcl_layer
@@ -108,6 +109,13 @@ class CaptioningTask(Task):
         if not captions:
             raise UserError("captioning: the training shards hold no captions")
         return dataclasses.replace(settings, vocabulary=UsedTokens.of_captions(settings.tokenizer, captions))
+
+    @classmethod
+    def notices(cls) -> list[str]:
+        java = find_java()
+        if not isinstance(java, str):
+            return []
+        return [f"captions will be scored without METEOR, the others by a plain tokenizer: {java}"]
 
     @classmethod
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import shared
+from conftest import launch, shared, small
 from emcl.metrics import java
 from emcl.metrics.captions import caption_metrics, plain_tokens
 
@@ -116,3 +116,16 @@ def test_both_sides_must_be_of_the_same_videos() -> None:
         caption_metrics({"a": "x"}, {"b": ["x"]})
     with pytest.raises(ValueError, match="references"):
         caption_metrics({"a": "x"}, {"a": []})
+
+
+def test_a_run_says_at_its_start_what_its_captions_will_be_scored_without(
+    fake_java: Path, sample_shards: Path, tmp_path: Path
+) -> None:
+    write(fake_java, "echo 'java version \"1.6.0_45\"' >&2")
+    settings = [*small(sample_shards), "data.val=null", "optim.max_steps=1", "tracking.enabled=false"]
+    tiny = ["tasks.captioning.width=64", "tasks.captioning.layers=1", "tasks.captioning.generation.max_new_tokens=4"]
+    done = launch("--task", "captioning", *settings, *tiny, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "note: captions will be scored without METEOR" in output and "Java 6" in output
+    assert output.index("note: captions") < output.index("training:")

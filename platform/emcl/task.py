@@ -123,6 +123,11 @@ class Task(nn.Module):
         return settings
 
     @classmethod
+    def notices(cls) -> list[str]:
+        """What this machine lacks for the task's scores, a line each: said at the start and not after the training."""
+        return []
+
+    @classmethod
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         """Makes this task's part of a batch, in the loader's process; `texts` makes the text tower's input."""
         raise NotImplementedError

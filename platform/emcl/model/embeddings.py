@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,12 @@ class Embeddings:
     def video_means(self) -> Tensor:
         """Means over frames, (videos, D)."""
         return mean_of_frames(self.frames, self.mask)
+
+    def one_sentence(self) -> Embeddings:
+        """Each video's first text alone."""
+        first = np.flatnonzero(np.diff(self.owner, prepend=-1))
+        sentences = [self.sentences[place] for place in first]
+        return replace(self, text=self.text[torch.from_numpy(first)], owner=self.owner[first], sentences=sentences)
 
     def save(self, path: Path) -> None:
         tensors = {

@@ -164,6 +164,9 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
         deepspeed_settings(config, ranks.world_size)
     elif not patterns:
         raise UserError("data.test names no shards to evaluate on")
+    if ranks.first and ((training and config.data.val) or config.data.test):
+        for notice in [line for name in config.tasks for line in task_class(name).notices()]:
+            print(f"note: {notice}", flush=True)
     if config.data.generate and ranks.first:
         folder = Path(config.data.train).parent  # a misspelt path elsewhere is no wish for a sample set there
         if not all(_there(pattern) for pattern in patterns if Path(pattern).parent == folder):
