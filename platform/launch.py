@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     # after the options: `--help` must not wait for torch
     from emcl import distributed
     from emcl.config import DEFAULT_RECIPE, resolve
-    from emcl.errors import UserError
+    from emcl.errors import OneRankError, UserError
+    from emcl.secrets import masked
     from emcl.train.plan import describe_plan
     from emcl.train.run import run
     from emcl.train.stop import AGAIN, Stopped
@@ -83,9 +85,14 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {stopped}", flush=True)
         return AGAIN
+    except OneRankError as error:
+        print(f"\nerror: {masked(str(error))}", file=sys.stderr, flush=True)  # a bar may be in this line
+        return 2
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the launcher ends all ranks once one has ended, and the first has to say it
         return 2
     finally:
         distributed.stop()

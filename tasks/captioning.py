@@ -107,7 +107,7 @@ class CaptioningTask(Task):
             return settings
         captions = [caption for sample in samples for caption in sample.captions]
         if not captions:
-            raise UserError("captioning: the training shards hold no captions")
+            raise UserError(f"captioning: none of the {len(samples)} training samples has a caption")
         return dataclasses.replace(settings, vocabulary=UsedTokens.of_captions(settings.tokenizer, captions))
 
     @classmethod

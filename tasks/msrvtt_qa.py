@@ -82,7 +82,7 @@ class MsrvttQATask(Task):
             return settings
         counts = Counter(_answer(pair) for sample in samples for pair in sample.qa)
         if not counts:
-            raise UserError("msrvtt_qa: the training shards hold no questions")
+            raise UserError(f"msrvtt_qa: none of the {len(samples)} training samples has a question")
         ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
         return dataclasses.replace(settings, answers=ordered[: settings.answers_kept])
 

@@ -21,6 +21,7 @@ from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
 from emcl.em import EMCL
+from emcl.errors import UserError
 from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
@@ -57,6 +58,12 @@ class RetrievalTask(Task):
         scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
         self.emcl = emcl_layer(config, backbone.embed_dim)
+
+    @classmethod
+    def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
+        if not any(sample.captions for sample in samples):
+            raise UserError(f"retrieval: none of the {len(samples)} training samples has a caption")
+        return settings
 
     @classmethod
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:

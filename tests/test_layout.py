@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
-    {"errors", "version"},
+    {"errors", "version", "secrets", "outbox"},
     {"em", "registry", "metrics"},
     {"config", "distributed"},
     {"data"},

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import SHARED
 from emcl.config import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.loader import evaluation_loader, training_loader
@@ -157,3 +158,32 @@ def test_swapped_videos_are_everybody_elses_and_each_is_shown_once(sample_shards
 
     assert not any(one == other for one, other in zip(clips(own), clips(swapped), strict=True))
     assert sorted(clips(own)) == sorted(clips(swapped))
+
+
+def test_jumps_to_key_frames_change_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emcl.data import decode as module
+    from emcl.prepare.writer import encode_mp4
+
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None, None], (200, 64, 64, 3))
+    videos = [encode_mp4(np.ascontiguousarray(ramp), rate, crf=20) for rate in (5, 25)]
+    if (SHARED / "data/videos").is_dir():
+        videos += [path.read_bytes() for path in sorted((SHARED / "data/videos").glob("*.[am][vp][i4]"))]
+    jumping = [decode(video, frames=count, size=32) for video in videos for count in (1, 4, 12)]
+    late = [decode(video, frames=2, size=32, start=3.0) for video in videos]
+    monkeypatch.setattr(module._KeyFrames, "worth_a_jump", lambda *_: None)
+    reading_on = [decode(video, frames=count, size=32) for video in videos for count in (1, 4, 12)]
+    for one, other in zip(jumping, reading_on, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, video in zip(late, videos, strict=True):
+        np.testing.assert_array_equal(one, decode(video, frames=2, size=32, start=3.0))
+
+
+def test_a_jump_saves_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from emcl.data import decode as module
+    from emcl.prepare.writer import encode_mp4
+
+    still = encode_mp4(np.zeros((500, 32, 32, 3), np.uint8), 5)  # 100 s
+    seen = []
+    monkeypatch.setattr(module, "_seconds", lambda frame: seen.append(frame.time) or frame.time)
+    decode(still, frames=4, size=32)
+    assert len(set(seen)) < 250

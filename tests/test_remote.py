@@ -6,6 +6,7 @@ import http.server
 import json
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if what == "other":
             content = bytes(len(content))
+        if what == "slow":
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            time.sleep(3 * remote.SILENCE)
+            return
         self.wfile.write(content[: len(content) // 2] if what == "cut" else content)
 
     def log_message(self, *_: Any) -> None: ...
@@ -66,6 +72,7 @@ def server(sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copy(shard, folder)
     monkeypatch.setenv("EMCL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote, "PATIENCE", 0.01)
+    monkeypatch.setattr(remote, "SILENCE", 1.0)
     running = Server(folder)
     thread = threading.Thread(target=running.serve_forever)
     thread.start()
@@ -85,7 +92,7 @@ def test_a_brace_pattern_is_copied_once(server: Server, sample_shards: Path) -> 
     assert len(open_shards(pattern)) == 24
 
 
-@pytest.mark.parametrize("trouble", ["500", "cut"])
+@pytest.mark.parametrize("trouble", ["500", "cut", "slow"])
 def test_a_server_in_trouble_is_asked_again(trouble: str, server: Server, sample_shards: Path) -> None:
     server.trouble["val-000000.tar"] = [trouble] * 3
     (path,) = find_shards(f"{server.url}/val-000000.tar")
@@ -93,7 +100,7 @@ def test_a_server_in_trouble_is_asked_again(trouble: str, server: Server, sample
     assert server.asked["val-000000.tar"] == 4
 
 
-@pytest.mark.parametrize("trouble", ["500", "cut"])
+@pytest.mark.parametrize("trouble", ["500", "cut", "slow"])
 def test_one_that_stays_in_trouble_is_named_and_leaves_nothing(trouble: str, server: Server) -> None:
     server.trouble["val-000000.tar"] = [trouble] * 99
     url = f"{server.url}/val-000000.tar"

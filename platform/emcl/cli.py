@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emcl.errors import UserError
+from emcl.secrets import masked
 from emcl.version import __version__
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.act(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -117,8 +117,10 @@ class DataConfig:
     """Keep decoded frames in the loader's memory, up to this size a rank; for small sets."""
     shuffle_buffer: int = 4096
     """Samples drawn from, in training; whole shards are shuffled besides."""
-    max_bad: float = 0.01
-    """Share of the samples that may fail to decode before training stops."""
+    max_bad_fraction: float = 0.001
+    """Share of a split's samples that may be damaged or not decode; with more of them a run stops and lists them."""
+    patience: float = 300.0
+    """Seconds that loaders may take for one batch before the run ends, naming the worker and what it reads."""
 
     def __post_init__(self) -> None:
         _one_of("data.pairs", self.pairs, ("clip", "caption"))
@@ -201,6 +203,8 @@ class Config:
     """Folder of all runs."""
     precision: str = "fp32"
     """`fp32`, `bf16` or `fp16`."""
+    patience: float = 600.0
+    """Seconds that a step of several ranks may take before the run ends, naming the rank that the others wait for."""
     deepspeed: str = "deepspeed/zero1.json"
     """A DeepSpeed JSON file: a path, or one of configs/. Batch size, precision and clipping come from here."""
     tasks: dict[str, Any] = field(default_factory=dict)

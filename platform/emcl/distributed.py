@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
+    def open_store(self, timeout: timedelta) -> dist.Store:
+        """A store of its own for small facts, held by rank 0; called by all ranks. Works while a collective hangs."""
+        host = os.environ["MASTER_ADDR"]
+        held = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if self.first else None
+        port = self.gather_objects(held.port if held else None)[0]
+        return held or dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)
+
     def share(self, total: int) -> slice:
         """This rank's rows of `total` gathered ones."""
         size = total // self.world_size
@@ -115,6 +123,11 @@ class _SumWithGrad(torch.autograd.Function):
         total = gradients[0].clone()
         dist.all_reduce(total)
         return (total,)
+
+
+def described() -> Ranks:
+    """This process among those that the launcher says there will be, before they have met."""
+    return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def device() -> torch.device:

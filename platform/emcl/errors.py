@@ -7,3 +7,7 @@ mistake and keeps its traceback.
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing and the way out, in one line."""
+
+
+class OneRankError(UserError):
+    """What one rank alone has found: that rank says it, where others leave it to the first."""

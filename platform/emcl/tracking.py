@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -13,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config, flatten
+from emcl.outbox import Message, Outbox
+from emcl.secrets import masked
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = 5.0
 PARAM_LENGTH = 6000
+DRAIN = 60.0
+"""Seconds that the end of a run waits for a store that is away."""
+UNSENT = "mlflow_unsent.json"
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
 class Tracker:
@@ -30,28 +38,38 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str | None = None) -> None: ...
 
+    def text(self, content: str, name: str) -> None: ...
+
     def tag(self, name: str, value: str) -> None: ...
 
     def finish(self, status: str = "FINISHED") -> None: ...
 
 
 class MLflowTracker(Tracker):
-    """An MLflow run; after an error of the store it says so once and goes on without.
+    """An MLflow run. What is recorded is sent by a thread; while the store is away it is kept, and none is sent twice.
 
-    With `continued`, the run of that id goes on: what it holds already of a metric is not written twice.
+    With `continued`, the run of that id goes on: what it holds already of a metric is not written twice. What could
+    not be sent at all is kept in `folder`, and sent when that run goes on.
     """
 
     def __init__(
-        self, uri: str, config: Config, name: str, *, local_artifacts: Path | None, continued: str | None = None
+        self,
+        uri: str,
+        config: Config,
+        name: str,
+        *,
+        local_artifacts: Path | None,
+        continued: str | None = None,
+        folder: Path | None = None,
     ) -> None:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self.uri = uri
-        self._mlflow = mlflow
-        self._failed = False
+        self._mlflow, self._unsent = mlflow, folder / UNSENT if folder else None
         mlflow.set_tracking_uri(uri)
+        self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._last: dict[str, int] | None = None
         if continued is not None:
             self._run = mlflow.start_run(run_id=continued, log_system_metrics=True)
@@ -64,51 +82,71 @@ class MLflowTracker(Tracker):
             else:
                 identifier = experiment.experiment_id
             self._run = mlflow.start_run(experiment_id=identifier, run_name=name, log_system_metrics=True)
-            mlflow.log_params({_parameter(key): str(value)[:PARAM_LENGTH] for key, value in flatten(config).items()})
-        self.run_id = self._run.info.run_id
+            mlflow.log_params(
+                {_parameter(key): masked(str(value))[:PARAM_LENGTH] for key, value in flatten(config).items()}
+            )
+        self.run_id = self._id = str(self._run.info.run_id)
         mlflow.set_tag("commit", commit())
+        self._outbox = Outbox(_is_refusal, lambda text: log.warning("MLflow at %s %s", masked(uri), masked(text)))
+        if continued is not None and self._unsent and self._unsent.is_file():
+            for entries in json.loads(self._unsent.read_text()):
+                self._put_metrics(entries)
+            self._unsent.unlink()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
-        def log() -> None:
-            new = {_allowed(key): value for key, value in values.items() if step > self._logged(_allowed(key))}
-            self._mlflow.log_metrics(new, step=step)
+        now = int(time.time() * 1000)
+        self._put_metrics([[_allowed(key), float(value), now, step] for key, value in values.items()])
 
-        self._try(log)
+    def _put_metrics(self, entries: list[list[Any]]) -> None:
+        self._outbox.put(Message(lambda again: self._send_metrics(entries, again), entries))
+
+    def _send_metrics(self, entries: list[list[Any]], again: bool) -> None:
+        """All of them in one request; `again`, only what the store does not hold."""
+        if again:
+            self._last = {}  # the store may have more than it answered for
+        new = [self._mlflow.entities.Metric(*entry) for entry in entries if entry[3] > self._logged(entry[0])]
+        self._client.log_batch(self._id, metrics=new)
 
     def _logged(self, key: str) -> int:
-        """The last step that the run held of a metric when it was continued."""
+        """The last step that the run held of a metric when it was continued, or when the store came back."""
         if self._last is None:
             return -1
         if key not in self._last:
-            history = self._mlflow.MlflowClient().get_metric_history(self._run.info.run_id, key)
+            history = self._client.get_metric_history(self._id, key)
             self._last[key] = max((item.step for item in history), default=-1)
         return self._last[key]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self._try(lambda: self._mlflow.log_artifact(str(path), folder))
+        self._outbox.put(Message(lambda _: self._client.log_artifact(self._id, str(path), folder)))
+
+    def text(self, content: str, name: str) -> None:
+        self._outbox.put(Message(lambda _: self._client.log_text(self._id, masked(content), name)))
 
     def tag(self, name: str, value: str) -> None:
-        self._try(lambda: self._mlflow.set_tag(name, value))
+        self._outbox.put(Message(lambda _: self._client.set_tag(self._id, name, masked(value))))
 
     def finish(self, status: str = "FINISHED") -> None:
-        self._try(lambda: self._mlflow.end_run(status))
-
-    def _try(self, act: Any) -> None:
-        if self._failed:
-            return
+        left = self._outbox.close(DRAIN)
+        if left and self._unsent:
+            self._unsent.write_text(json.dumps(left))
+            log.warning("%d records of metrics could not be sent; --resume sends them from %s", len(left), self._unsent)
         try:
-            act()
+            self._mlflow.end_run(status)
         except Exception as error:
-            self._failed = True
-            log.warning(
-                "MLflow at %s stopped answering (%s); training goes on without it", self.uri, str(error).splitlines()[0]
-            )
+            log.warning("MLflow at %s did not take the run's end (%s)", masked(self.uri or ""), _first_line(error))
 
 
-def open_tracker(config: Config, name: str, *, first_rank: bool, continued: str | None = None) -> Tracker:
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store will never take it, rather than being away."""
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in REFUSALS
+
+
+def open_tracker(
+    config: Config, name: str, *, first_rank: bool, continued: str | None = None, folder: Path | None = None
+) -> Tracker:
     """The run's tracker on rank 0; the null object elsewhere and where tracking is off.
 
-    With `continued`, that MLflow run goes on, where the store knows it.
+    With `continued`, that MLflow run goes on, where the store knows it. `folder` is the run's own.
     """
     if not (first_rank and config.tracking.enabled):
         return Tracker()
@@ -116,7 +154,7 @@ def open_tracker(config: Config, name: str, *, first_rank: bool, continued: str 
     local = f"sqlite:///{Path('mlflow.db').resolve()}"
     artifacts = Path("mlartifacts")
     if wanted and wanted.startswith("http") and not _answers(wanted):
-        log.warning("MLflow at %s does not answer; recording in the local store %s instead", wanted, local)
+        log.warning("MLflow at %s does not answer; recording in the local store %s instead", masked(wanted), local)
         wanted = None
     # the client's own retries take minutes; a server that answers now and not later is given up sooner
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -124,12 +162,13 @@ def open_tracker(config: Config, name: str, *, first_rank: bool, continued: str 
     chosen = wanted or local
     try:
         if continued is not None and not _knows(chosen, continued):
-            log.warning("MLflow at %s does not know the run %s; a new one is recorded", chosen, continued)
+            log.warning("MLflow at %s does not know the run %s; a new one is recorded", masked(chosen), continued)
             continued = None
-        return MLflowTracker(chosen, config, name, local_artifacts=None if wanted else artifacts, continued=continued)
+        kept = None if wanted else artifacts
+        return MLflowTracker(chosen, config, name, local_artifacts=kept, continued=continued, folder=folder)
     except Exception as error:
         log.warning(
-            "MLflow at %s cannot be used (%s); training goes on without it", wanted or local, str(error).splitlines()[0]
+            "MLflow at %s cannot be used (%s); training goes on without it", masked(chosen), masked(_first_line(error))
         )
         return Tracker()
 
@@ -175,3 +214,7 @@ def _parameter(key: str) -> str:
 def _allowed(key: str) -> str:
     """MLflow's names have no @: `text_to_video/R@1` is `text_to_video/R1` there."""
     return key.replace("@", "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

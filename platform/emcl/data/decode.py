@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
 """(time, height, width, 3), RGB."""
+
+
+REORDERED = 0.5
+"""Seconds: an index goes by the order of decoding, a moment by that of showing; they differ by less."""
+JUMP, GUESSED = 1.0, 4.0
+"""Seconds that a jump must save, with an index and without: the decoder starts anew."""
+LONGEST = 24 * 3600.0
+"""Seconds; a file that says more is damaged."""
 
 
 class DecodeError(Exception):
@@ -102,6 +111,8 @@ def _span(
         length = container.duration / 1_000_000
     else:
         raise DecodeError("the file says no duration")
+    if not 0 < length <= LONGEST:
+        raise DecodeError(f"the file says that it lasts {length:.0f} s")
     begin = min(max(start or 0.0, 0.0), length)
     finish = min(end if end is not None else length, length)
     if finish <= begin:
@@ -112,23 +123,49 @@ def _span(
 def _at(
     container: av.container.InputContainer, stream: av.VideoStream, times: NDArray[np.float64]
 ) -> Iterator[av.VideoFrame]:
-    """The frame shown at each of the rising `times`: the last one that starts no later."""
-    if times[0] > 4.0 and stream.time_base:
-        container.seek(int((times[0] - 0.5) / stream.time_base), stream=stream)
+    """The frame shown at each of the rising `times`: the last one that starts no later.
+
+    Between two of them the file is read on, or left for a key frame that lies in between (`_KeyFrames`).
+    """
+    keys = _KeyFrames(stream)
     shown: av.VideoFrame | None = None
-    wanted = list(times)
-    for frame in container.decode(stream):
-        now = frame.time if frame.time is not None else 0.0
-        while wanted and now > wanted[0] and shown is not None:
-            yield shown
-            wanted.pop(0)
-        if not wanted:
-            return
-        shown = frame
-    if shown is None:
-        raise DecodeError("no frame could be decoded")
-    for _ in wanted:
+    frames, ahead, position = container.decode(stream), None, 0.0
+    for moment in times:
+        key = keys.worth_a_jump(position, float(moment))
+        if key is not None:
+            container.seek(key, stream=stream)
+            frames, shown, ahead = container.decode(stream), None, None
+        if ahead is None:
+            ahead = next(frames, None)
+        while ahead is not None and (shown is None or _seconds(ahead) <= moment):
+            shown, ahead = ahead, next(frames, None)
+        if shown is None:
+            raise DecodeError("no frame could be decoded")
+        position = _seconds(shown)
         yield shown
+
+
+def _seconds(frame: av.VideoFrame) -> float:
+    return frame.time if frame.time is not None else 0.0
+
+
+class _KeyFrames:
+    """Where decoding can start, by the file's own index; in MP4 and AVI it is at its head or tail."""
+
+    def __init__(self, stream: av.VideoStream) -> None:
+        self.unit = float(stream.time_base or 0)
+        self.times = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe] if self.unit else []
+
+    def worth_a_jump(self, position: float, moment: float) -> int | None:
+        """The key frame to read on from, in the stream's unit; None where reading on is no longer way."""
+        if not self.unit:
+            return None
+        if not self.times:  # without an index a jump is a guess, and pays over long ways alone
+            return int((moment - REORDERED) / self.unit) if moment - position > GUESSED else None
+        place = bisect_right(self.times, (moment - REORDERED) / self.unit) - 1
+        if place < 0 or self.times[place] * self.unit < position + JUMP:
+            return None
+        return int(self.times[place])
 
 
 def square(frame: av.VideoFrame, size: int) -> Frames:

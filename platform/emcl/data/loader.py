@@ -31,6 +31,9 @@ Clip = NDArray[Any]
 Collator = Callable[[Sequence[Sample], Sequence[Draw]], Any]
 """A task's part of a batch, made in the loader's process."""
 
+LOOK = 5.0
+"""Seconds after which silent workers are looked after in training."""
+
 _ATTEMPTS = 20
 """Neighbours to try in place of a clip that does not decode."""
 
@@ -136,9 +139,9 @@ def training_loader(
     collators: Mapping[str, Collator],
     features: FeatureStore | None = None,
 ) -> DataLoader[Any]:
-    return _loader(
-        Clips(shards, data, training=True, features=features), data, batches, Collate(collators, frames=data.frames)
-    )
+    """Of which `data/steps.py` takes a step's batches; it looks after the workers every LOOK seconds."""
+    clips = Clips(shards, data, training=True, features=features)
+    return _loader(clips, data, batches, Collate(collators, frames=data.frames), look=LOOK if data.workers else 0)
 
 
 def evaluation_loader(
@@ -171,7 +174,7 @@ def evaluation_loader(
     return _loader(Clips(shards, data, training=False, features=features, video_of=video_of), data, batches, collate)
 
 
-def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate) -> DataLoader[Any]:
+def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate, *, look: float = 0) -> DataLoader[Any]:
     return DataLoader(
         clips,
         batch_sampler=batches,
@@ -179,6 +182,7 @@ def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate) -> D
         num_workers=data.workers,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
+        timeout=look,
     )
 
 

@@ -41,7 +41,7 @@ def open_training(data: DataConfig, seed: int) -> tuple[ShardSet, Order | Mixtur
     """All sets' shards as one, and the order of global batches over them."""
     patterns = training_patterns(data)
     paths = [find_shards(pattern) for pattern in patterns]
-    shards = ShardSet([path for part in paths for path in part])
+    shards = ShardSet([path for part in paths for path in part], data.max_bad_fraction)
     orders, first = [], 0
     for part in paths:
         orders.append(_order(shards, range(first, first + len(part)), data, seed, alone=len(paths) == 1))

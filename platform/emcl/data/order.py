@@ -145,9 +145,12 @@ class RankBatches:
         return (self.stop - self.start) * self.accumulation
 
     def __iter__(self) -> Iterator[Sequence[Draw]]:
-        share = self.order.batch_size // (self.world_size * self.accumulation)
         for step in range(self.start, self.stop):
-            batch = self.order.batch(step)
             for micro in range(self.accumulation):
-                first = (micro * self.world_size + self.rank) * share
-                yield batch[first : first + share]
+                yield self.part(step, micro)
+
+    def part(self, step: int, micro: int) -> Sequence[Draw]:
+        """This rank's samples of one micro-batch."""
+        share = self.order.batch_size // (self.world_size * self.accumulation)
+        first = (micro * self.world_size + self.rank) * share
+        return self.order.batch(step)[first : first + share]

@@ -24,6 +24,8 @@ from emcl.data.samples import VIDEO_ENDINGS, Sample
 from emcl.errors import UserError
 
 OPEN_FILES = 16
+LARGEST_JSON = 64 * 2**20
+"""Bytes: a member that says more is not read into memory."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,26 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 class ShardSet:
-    """Some shards, indexed: `rows` in the order of files and members. Safe to hand to loader processes."""
+    """Some shards, indexed: `rows` in the order of files and members. Safe to hand to loader processes.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    A torn shard or a sample without its JSON or video is an error, but where `max_bad_fraction` of the samples may be
+    so: they are left out then, the same ones on every rank, and named in `damaged`.
+
+    Raises:
+        UserError: what is damaged, or no sample at all.
+    """
+
+    def __init__(self, paths: Sequence[Path], max_bad_fraction: float = 0.0) -> None:
         self.paths = list(paths)
         with ThreadPoolExecutor(8) as pool:
             parts = list(pool.map(_index, range(len(self.paths)), self.paths))
-        self.rows: list[Row] = [row for part in parts for row in part]
-        self.lengths = [len(part) for part in parts]
+        self.rows: list[Row] = [row for part in parts for row in part.rows]
+        self.lengths = [len(part.rows) for part in parts]
+        self.damaged = [line for part in parts for line in part.damaged]
         self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        lost = sum(part.lost for part in parts)
+        if lost > max_bad_fraction * (len(self.rows) + lost):
+            raise UserError(_too_many(self.damaged, lost, len(self.rows) + lost, max_bad_fraction))
         if not self.rows:
             raise UserError(f"no sample in {len(self.paths)} shard(s), the first {self.paths[0]}")
 
@@ -120,37 +133,87 @@ def open_shards(pattern: str) -> ShardSet:
     return ShardSet(find_shards(pattern))
 
 
-def _index(number: int, path: Path) -> list[Row]:
+def _too_many(damaged: list[str], lost: int, total: int, allowed: float) -> str:
+    if not allowed:
+        return damaged[0]
+    more = f" (and {len(damaged) - 5} more)" if len(damaged) > 5 else ""
+    listed = "; ".join(damaged[:5])
+    return f"{lost} of {total} samples are lost, more than data.max_bad_fraction={allowed} allows: {listed}{more}"
+
+
+@dataclass
+class _Indexed:
+    """What one shard holds."""
+
+    rows: list[Row]
+    damaged: list[str]
+    lost: int
+    """Samples, as far as it is known."""
+
+
+def _index(number: int, path: Path) -> _Indexed:
+    """All of a shard that can be read."""
     videos: dict[str, tuple[int, int]] = {}
     texts: dict[str, Sample] = {}
+    bad: dict[str, str] = {}
+    torn = None
     try:
         if not _ends_as_a_tar(path):
-            raise UserError(f"{path} is cut short (it lacks a tar's end): copy or prepare the shard again")
+            torn = f"{path} is cut short (it lacks a tar's end): copy or prepare the shard again"
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                key = f"{folder}/{stem}"
-                if ending == "json":
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    texts[key] = Sample.from_json(stream.read(), f"{path}:{member.name}")
-                elif ending.lower() in VIDEO_ENDINGS:
-                    if key in videos:
-                        raise UserError(f"{path}: two videos for the key {key.lstrip('/')!r}")
-                    videos[key] = (member.offset_data, member.size)
-                    if member.offset_data + member.size > path.stat().st_size:
-                        raise UserError(f"{path} is cut short at {member.name}: copy or prepare the shard again")
+                if member.isfile():
+                    _take(tar, member, path, videos, texts, bad)
     except (tarfile.TarError, OSError) as error:
-        raise UserError(f"{path} is not a whole tar ({error}): copy or prepare the shard again") from None
+        torn = torn or f"{path} is not a whole tar ({error}): copy or prepare the shard again"
     for one, other, what in ((videos, texts, "JSON"), (texts, videos, "video")):
         for key in one:
-            if key not in other:
+            if key not in other and key not in bad and not torn:
                 pair = "a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
-                raise UserError(f"{path}: {key.lstrip('/')} has no {what}; {pair}")
-    return [Row(number, *place, texts[key]) for key, place in videos.items()]
+                bad[key] = f"{path}: {key.lstrip('/')} has no {what}; {pair}"
+    rows = [Row(number, *place, texts[key]) for key, place in videos.items() if key in texts and key not in bad]
+    lost = len(bad)
+    if torn:
+        lost = max(1, len(bad), _promised(path) - len(rows))
+    return _Indexed(rows, [*([torn] if torn else []), *bad.values()], lost)
+
+
+def _take(
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    path: Path,
+    videos: dict[str, tuple[int, int]],
+    texts: dict[str, Sample],
+    bad: dict[str, str],
+) -> None:
+    """Sorts one member in. Names are never used as paths, so that `..` or a leading / do nothing."""
+    folder, _, name = member.name.rpartition("/")
+    stem, _, ending = name.partition(".")
+    key = f"{folder}/{stem}"
+    if ending == "json":
+        if member.size > LARGEST_JSON:
+            bad[key] = f"{path}:{member.name}: {member.size} bytes are no sample's JSON"
+            return
+        stream = tar.extractfile(member)
+        assert stream is not None
+        try:
+            texts[key] = Sample.from_json(stream.read(), f"{path}:{member.name}")
+        except UserError as error:
+            bad[key] = str(error)
+    elif ending.lower() in VIDEO_ENDINGS:
+        if key in videos:
+            bad[key] = f"{path}: two videos for the key {key.lstrip('/')!r}"
+        if member.offset_data + member.size > path.stat().st_size:
+            raise tarfile.ReadError(f"cut short at {member.name}")
+        videos[key] = (member.offset_data, member.size)
+
+
+def _promised(path: Path) -> int:
+    """How many samples a shard should hold, by the `index.json` that `emcl prepare` left beside it; 0 if unknown."""
+    try:
+        return int(json.loads((path.parent / "index.json").read_text())["shards"][path.name]["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _ends_as_a_tar(path: Path) -> bool:

@@ -29,7 +29,7 @@ def evaluate(
     All ranks make the same number of forward passes, since each of them is a collective under ZeRO-3.
 
     Raises:
-        UserError: more samples than `data.max_bad` allows do not decode; names the first.
+        UserError: more samples than `data.max_bad_fraction` allows do not decode; names the first.
     """
     scorers, evaluation = collect(model, source, config, ranks, device, name=name)
     scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
@@ -114,10 +114,10 @@ def _nothing(source: Source, config: Config) -> dict[str, Tensor]:
 
 
 def _check_bad(bad: list[str], total: int, config: Config) -> None:
-    if len(bad) > config.data.max_bad * total:
+    if len(bad) > config.data.max_bad_fraction * total:
         raise UserError(
-            f"{len(bad)} of {total} videos do not decode, more than data.max_bad={config.data.max_bad} allows; "
-            f"the first: {bad[0]}"
+            f"{len(bad)} of {total} videos do not decode, more than "
+            f"data.max_bad_fraction={config.data.max_bad_fraction} allows; the first: {bad[0]}"
         )
     for item in bad:
         tqdm.write(f"left out of the evaluation: {item}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from emcl.config import Config, from_dict, to_yaml
 from emcl.errors import UserError
 from emcl.multitask import VideoLanguageModel
+from emcl.secrets import masked
 
 WEIGHTS, CONFIG, SCORES = "model.safetensors", "config.yaml", "scores.json"
 
@@ -26,7 +27,7 @@ def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: 
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
     )
-    (temporary / CONFIG).write_text(to_yaml(config))
+    (temporary / CONFIG).write_text(masked(to_yaml(config)))
     (temporary / SCORES).write_text(json.dumps(scores, indent=1))
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

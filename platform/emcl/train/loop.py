@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from emcl.config import Config
-from emcl.data.loader import training_loader
-from emcl.data.mixture import open_training
-from emcl.data.order import RankBatches
-from emcl.data.shards import open_shards
+from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
@@ -26,11 +22,14 @@ from emcl.multitask import VideoLanguageModel, total_loss
 from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
+from emcl.train.bad_clips import BadClips
 from emcl.train.engine import build_engine, weights, zero_stage
 from emcl.train.export import save_export
 from emcl.train.features import open_source
-from emcl.train.start import learn_settings, start_from
+from emcl.train.inputs import Inputs
+from emcl.train.start import start_from
 from emcl.train.stop import Stopped, StopRequest
+from emcl.train.watch import Watch
 
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
@@ -44,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        inputs: Inputs,
         ranks: Ranks,
         device: torch.device,
         folder: Path,
@@ -54,19 +53,9 @@ class Trainer:
     ) -> None:
         """With `resuming`, the run in `folder` goes on, on any number of ranks."""
         self.ranks, self.device, self.folder = ranks, device, folder
-        self.shards, self.order = open_training(config.data, config.seed)
-        self.config = config = learn_settings(config, self.shards, init)
-        self.val = open_shards(config.data.val) if config.data.val else None
-        self.per_epoch = self.order.steps_per_epoch
-        self.total = min(config.optim.epochs * self.per_epoch, config.optim.max_steps or 2**62)
-        self.batches = RankBatches(
-            self.order,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            accumulation=config.optim.accumulation,
-            start=0,
-            stop=self.total,
-        )
+        self.inputs, self.shards, self.val, self.total = inputs, inputs.shards, inputs.val, inputs.steps
+        self.config = config = inputs.config
+        self.per_epoch = inputs.order.steps_per_epoch
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
         self.taken = start_from(model, init) if init else None
@@ -81,7 +70,9 @@ class Trainer:
             state = checkpoint.load(self.engine, found)
             self.start, self.best = state["step"], state["best"]
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
-        self.meter = _Meter(ranks, device)
+        allowed = config.data.max_bad_fraction
+        self.bad = BadClips(ranks, folder, len(self.shards), allowed, self.shards.damaged)
+        self.meter = _Meter(ranks, device, self.bad)
         self.stop = StopRequest()
 
     @property
@@ -100,8 +91,10 @@ class Trainer:
             total=self.total, initial=self.start, desc="training", unit="step", disable=not self.ranks.first,
             dynamic_ncols=True,
         )  # fmt: skip
-        with self.stop, bar:
+        self.watch = Watch(self.ranks, self.config.patience, at_end=lambda: tracker.finish("FAILED"))
+        with self.stop, bar, self.watch:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
+                self.watch.step(step + 1, "training")
                 self._seed(step)
                 losses = self._step(micro_batches)
                 skipped = self._check_skipped(step, micro_batches)
@@ -119,15 +112,16 @@ class Trainer:
                     raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
 
     def _steps(self, start: int) -> Iterator[Step]:
-        self.batches.start = start
         collators = {
             name: type(task).collator(self.config.tasks[name], self.config, self.source.texts, training=True)
             for name, task in self.model.heads.items()
         }
-        loader = iter(training_loader(self.shards, self.config.data, self.batches, collators, self.source.features))
-        for _ in range(start, self.total):
+        self.loader = StepLoader(self.shards, self.config.data, self.inputs.batches, collators, self.source.features)
+        steps = self.loader.steps(start)
+        for step in range(start, self.total):
+            self.watch.step(step + 1, "loading")
             began = time.perf_counter()
-            micro_batches = [next(loader) for _ in range(self.config.optim.accumulation)]
+            micro_batches = next(steps)
             yield micro_batches, time.perf_counter() - began
 
     def _seed(self, step: int) -> None:
@@ -169,7 +163,7 @@ class Trainer:
         return True
 
     def _report(self, bar: tqdm[Any], done: int) -> None:
-        found = self.meter.read(self.config)
+        found = self.meter.read(self.loader.restarts)
         bar.set_postfix_str(
             f"loss {found['train/loss']:.3f}, {found['samples_per_second']:.0f} samples/s, "
             f"waiting {100 * found['data_wait_share']:.0f}%"
@@ -180,6 +174,7 @@ class Trainer:
         )
 
     def _end_epoch(self, done: int) -> None:
+        self.watch.slow("at the end of an epoch")
         epoch = -(-done // self.per_epoch)
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
         if self.val_source is not None and due:
@@ -221,6 +216,7 @@ class Trainer:
         return bool(self.ranks.maximum(torch.tensor(float(self.stop.asked), device=self.device)))
 
     def _save(self, done: int) -> None:
+        self.watch.slow("saving")
         checkpoint.save(
             self.engine, self.folder / "checkpoints", done, {"best": self.best}, self.ranks, self.config.checkpoint.keep
         )
@@ -236,15 +232,15 @@ class _Meter:
 
     ranks: Ranks
     device: torch.device
+    bad: BadClips
 
     def __post_init__(self) -> None:
-        self.seen, self.bad = 0, 0
         self.restart()
 
     def restart(self) -> None:
         """Forgets the time so far, which an evaluation took."""
         self.losses: dict[str, Tensor] = {}
-        self.counted, self.samples, self.waited, self.new_bad = 0, 0, 0.0, 0
+        self.counted, self.samples, self.waited = 0, 0, 0.0
         self.began = time.perf_counter()
 
     def add(
@@ -256,13 +252,11 @@ class _Meter:
         self.counted += not skipped
         for batch in micro_batches:
             self.samples += len(batch["ids"])
-            self.new_bad += len(batch["bad"])
-            for item in batch["bad"]:
-                tqdm.write(f"does not decode, another clip is taken: {item}")
+            self.bad.add(batch["bad"])
         self.waited += waited
 
-    def read(self, config: Config) -> dict[str, float]:
-        """Means over ranks and steps since the last time.
+    def read(self, restarts: int) -> dict[str, float]:
+        """Means over ranks and steps since the last time; `restarts` of this rank's loaders so far.
 
         Raises:
             UserError: a loss that is not finite, or too many broken clips.
@@ -271,30 +265,27 @@ class _Meter:
         names = list(self.losses)
         packed = [*(self.losses[name] for name in names)]
         counts = torch.tensor(
-            [self.samples, self.new_bad, self.waited / elapsed], device=self.device, dtype=torch.float64
+            [self.samples, len(self.bad.new), self.waited / elapsed, restarts], device=self.device, dtype=torch.float64
         )
         values = torch.cat([torch.stack(packed).double() / max(1, self.counted), counts])
         sums = self.ranks.sum(values).tolist()
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
-        samples, bad, waiting = sums[len(names) :]
-        self.seen, self.bad = self.seen + int(samples), self.bad + int(bad)
+        samples, bad, waiting, restarted = sums[len(names) :]
         self.restart()
         for name, value in means.items():
             if not abs(value) < float("inf"):
                 raise UserError(
                     f"{name} is {value}: lower optim.lr, or train with precision=fp32; the last checkpoint is kept"
                 )
-        if self.bad > config.data.max_bad * self.seen:
-            raise UserError(
-                f"{self.bad} of {self.seen} clips did not decode, more than data.max_bad={config.data.max_bad} allows; "
-                "they are named above"
-            )
+        if bad:
+            self.bad.exchange()
         return {
             **means,
             "train/loss": sum(means.values()),
             "samples_per_second": samples / elapsed,
             "data_wait_share": waiting / self.ranks.world_size,
-            "bad_clips": float(self.bad),
+            "bad_clips": float(len(self.bad)),
+            "loader_restarts": restarted,
         }
 
 

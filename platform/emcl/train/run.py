@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from emcl.train.checkpoint import checkpoints
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
 from emcl.train.features import open_source
+from emcl.train.inputs import Inputs, open_inputs
 from emcl.train.lock import RunLock
 from emcl.train.loop import Trainer, write_run
 from emcl.train.stop import Stopped
@@ -54,36 +56,39 @@ def run(
     init = find_export(init) if init else None
     folder = _run_to_resume(resume) if resume else None
     config = _settings(tasks, recipe, overrides, evaluate_path, folder)
+    expected = distributed.described()
+    _check(config, expected, training=evaluate_path is None)
+    inputs = open_inputs(config, expected, init) if evaluate_path is None else None
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
-    _check(config, ranks, training=evaluate_path is None)
     name = folder.name if folder else ranks.gather_objects(config.name or _name(list(config.tasks)))[0]
-    if evaluate_path is not None:
+    if inputs is None:
+        assert evaluate_path is not None
         export = find_export(evaluate_path)
         tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
         with _Finished(tracker):
             return _score(export, config, ranks, device, _home(export), tracker, step=0)
     folder = folder or Path(config.runs) / name
-    return _train(config, ranks, device, folder, resuming=resume is not None, init=init)
+    return _train(inputs, ranks, device, folder, resuming=resume is not None, init=init)
 
 
 def _train(
-    config: Config, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
+    inputs: Inputs, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
 ) -> dict[str, Scores]:
     lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
-    trainer = Trainer(config, ranks, device, folder, init=init, resuming=resuming)
+    trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming)
     if not resuming:
         lock = _locked(folder, ranks)
-    config = trainer.config
+    config = inputs.config
     continued = _mlflow_run(folder) if resuming else None
-    tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued)
+    tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, folder=folder)
     with _Finished(tracker):
         if ranks.first:
             facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id, "ranks": ranks.world_size}
             write_run(folder, to_yaml(config), facts)
-            tracker.artifact(folder / "config.yaml")
+            tracker.text(to_yaml(config), "config.yaml")
             print(
                 f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
                 f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
@@ -167,13 +172,22 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     if ranks.first and ((training and config.data.val) or config.data.test):
         for notice in [line for name in config.tasks for line in task_class(name).notices()]:
             print(f"note: {notice}", flush=True)
-    if config.data.generate and ranks.first:
+    if config.data.generate:
         folder = Path(config.data.train).parent  # a misspelt path elsewhere is no wish for a sample set there
-        if not all(_there(pattern) for pattern in patterns if Path(pattern).parent == folder):
-            generate(folder, seed=0)
-    ranks.barrier()
+        _render(folder, [pattern for pattern in patterns if Path(pattern).parent == folder])
     for pattern in patterns:
         find_shards(pattern)
+
+
+def _render(folder: Path, patterns: Sequence[str]) -> None:
+    """The sample set, by whichever process of this disk comes first; the others wait for it."""
+    if all(_there(pattern) for pattern in patterns):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(_there(pattern) for pattern in patterns):
+            generate(folder, seed=0)
 
 
 def _there(pattern: str) -> bool:

@@ -1,0 +1,101 @@
+"""How all benchmarks measure: sides alternate, a repeat gives a figure, medians and spreads are compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One item of the table: our median beside another's, in the same run."""
+
+    item: str
+    case: str
+    unit: str
+    ours: float
+    others: dict[str, float]
+    """Medians of what it is compared with, by name."""
+    spread: float
+    """Of our repeats: (highest - lowest) / median."""
+    targets: dict[str, str] = field(default_factory=dict)
+    """What is wanted of the ratio to one of `others`, such as `{"bare PyAV": ">= 0.95"}`."""
+    note: str = ""
+
+    def ratio(self, other: str) -> float:
+        return self.ours / self.others[other]
+
+    def met(self, other: str) -> bool | None:
+        """Whether the target is met; None where there is none."""
+        if other not in self.targets:
+            return None
+        sign, value = self.targets[other].split()
+        return self.ratio(other) >= float(value) if sign == ">=" else self.ratio(other) <= float(value)
+
+
+def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Each side's figure, one after the other, so often; the caches' first round is left out of it."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return found
+
+
+def compared(
+    item: str,
+    case: str,
+    unit: str,
+    found: Mapping[str, Sequence[float]],
+    *,
+    ours: str = "ours",
+    targets: Mapping[str, str] | None = None,
+    note: str = "",
+) -> Row:
+    """A row of `alternate`'s figures."""
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    mine = found[ours]
+    spread = (max(mine) - min(mine)) / medians[ours]
+    others = {name: value for name, value in medians.items() if name != ours}
+    return Row(item, case, unit, medians[ours], others, spread, dict(targets or {}), note)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line for each thing that a row is compared with."""
+    heads = ("", "", "ours", "spread", "beside", "theirs", "ours / theirs", "wanted", "")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        first = (row.item, row.case, f"{_short(row.ours)} {row.unit}", f"{row.spread:.0%}")
+        for number, (name, value) in enumerate(row.others.items() or [("", float("nan"))]):
+            met = row.met(name)
+            cells = (
+                *(first if number == 0 else ("", "", "", "")),
+                name,
+                f"{_short(value)} {row.unit}" if name else "",
+                f"{row.ratio(name):.2f}" if name else "",
+                row.targets.get(name, ""),
+                ("met" if met else "MISSED") if met is not None else row.note if number == 0 else "",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def script(description: str | None, measure: Callable[[int], list[Row]], name: str) -> None:
+    """The main of a benchmark: measures, prints the table, keeps the rows for `make bench`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    rows = measure(options.repeats)
+    print(table(rows))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

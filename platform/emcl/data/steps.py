@@ -1,0 +1,112 @@
+"""A training step's batches, from loader processes that may die or stall.
+
+The order of samples is a pure function of (seed, step), so loaders that lost a worker are simply started again at the
+step that is missing: the batches are the same.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from emcl.config import DataConfig
+from emcl.data.features import FeatureStore
+from emcl.data.loader import Collator, training_loader
+from emcl.data.order import RankBatches
+from emcl.data.shards import ShardSet
+from emcl.errors import OneRankError
+
+RESTARTS = 3
+"""How often loaders are started again for one step."""
+
+
+class StepLoader:
+    """All micro-batches of each of this rank's steps."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        data: DataConfig,
+        batches: RankBatches,
+        collators: Mapping[str, Collator],
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.shards, self.data, self.batches = shards, data, batches
+        self._open = lambda: training_loader(shards, data, batches, collators, features)
+        self.restarts = 0
+        """Since this object was made."""
+
+    def steps(self, start: int) -> Iterator[list[dict[str, Any]]]:
+        """From step `start` to the last one of `batches`.
+
+        Raises:
+            OneRankError: a worker that dies again and again, or nothing for `data.patience` seconds.
+        """
+        step, lost = start, 0
+        while step < self.batches.stop:
+            self.batches.start = step
+            loader = _started(self._open())
+            try:
+                for step in range(self.batches.start, self.batches.stop):
+                    found = [self._next(loader, step, micro) for micro in range(self.batches.accumulation)]
+                    lost = 0
+                    yield found
+                return
+            except _WorkerDied as error:
+                lost += 1
+                self.restarts += 1
+                if lost > RESTARTS:
+                    raise OneRankError(
+                        f"loader processes of rank {self.batches.rank} were killed {lost} times at step {step + 1} "
+                        f"({error}): too little memory, perhaps; lower data.workers or data.cache_gib"
+                    ) from None
+                tqdm.write(f"rank {self.batches.rank}, step {step + 1}: {error}; its loaders start again there")
+            finally:
+                del loader
+
+    def _next(self, loader: Iterator[Any], step: int, micro: int) -> dict[str, Any]:
+        began = time.monotonic()
+        while True:
+            try:
+                return next(loader)
+            except RuntimeError as error:  # torch has no finer kinds
+                if "exited unexpectedly" in str(error):
+                    raise _WorkerDied(str(error).splitlines()[0]) from None
+                if "timed out after" not in str(error):
+                    raise
+                if time.monotonic() - began > self.data.patience:
+                    raise OneRankError(self._waiting_for(step, micro)) from None
+
+    def _waiting_for(self, step: int, micro: int) -> str:
+        number = (step - self.batches.start) * self.batches.accumulation + micro
+        draws = self.batches.part(step, micro)
+        shards = sorted({str(self.shards.paths[self.shards.rows[draw.row].shard]) for draw in draws})
+        return (
+            f"rank {self.batches.rank} has waited {self.data.patience:.0f} s (data.patience) for its batch of step "
+            f"{step + 1}: loader {number % self.data.workers} of {self.data.workers} reads {', '.join(shards[:4])}"
+            + (f" and {len(shards) - 4} more" if len(shards) > 4 else "")
+        )
+
+
+class _WorkerDied(Exception):  # noqa: N818, it is mended
+    pass
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's processes at work.
+
+    PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of a step if need
+    be; without it the death is found when a batch is asked for.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return iterator

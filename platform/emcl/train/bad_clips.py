@@ -1,0 +1,61 @@
+"""The clips that do not decode while training: named once, counted over all ranks, and too many of them end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from emcl.distributed import Ranks
+from emcl.errors import UserError
+
+FILE = "bad_clips.txt"
+"""In the run's folder: all of them, a line each."""
+
+
+class BadClips:
+    """Distinct bad clips of all ranks so far; a resumed run goes on counting."""
+
+    def __init__(self, ranks: Ranks, folder: Path, samples: int, max_bad_fraction: float, damaged: list[str]) -> None:
+        """`samples` of the training split; `damaged` are those that its shards lost, which every rank knows."""
+        self.ranks, self.path, self.allowed = ranks, folder / FILE, max_bad_fraction
+        self.total = samples + len(damaged)
+        kept = self.path.read_text().splitlines() if ranks.first and self.path.is_file() else []
+        self.names = {*damaged, *ranks.gather_objects(kept)[0]}
+        self.mine: set[str] = set(self.names)
+        self.new: list[str] = []
+        if ranks.first:
+            for item in damaged:
+                tqdm.write(f"left out: {item}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """What this rank has found; no communication."""
+        for name in names:
+            if name not in self.mine:
+                self.mine.add(name)
+                self.new.append(name)
+                tqdm.write(f"does not decode, another clip is taken: {name}")
+
+    def exchange(self) -> None:
+        """Tells all ranks; called by all where any has something new.
+
+        Raises:
+            UserError: more than are allowed.
+        """
+        found = {name for names in self.ranks.gather_objects(self.new) for name in names}
+        self.names |= found
+        self.mine |= found
+        self.new = []
+        if self.ranks.first:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)))
+        if len(self.names) > self.allowed * self.total:
+            listed = "; ".join(sorted(self.names)[:5])
+            raise UserError(
+                f"{len(self.names)} of {self.total} clips are damaged or do not decode, more than "
+                f"data.max_bad_fraction={self.allowed} allows: {listed} (all of them in {self.path})"
+            )

@@ -1,0 +1,273 @@
+"""Faults of data, loaders and ranks: counted, named, mended where the order of samples allows it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from conftest import launch, launch_command, small
+from emcl.config import DataConfig
+from emcl.data import loader as loaders
+from emcl.data.decode import DecodeError, decode
+from emcl.data.mixture import open_training
+from emcl.data.order import Order, RankBatches
+from emcl.data.shards import ShardSet, open_shards
+from emcl.data.steps import StepLoader
+from emcl.errors import OneRankError, UserError
+from emcl.prepare.writer import encode_mp4
+
+DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
+Change = Callable[[str, bytes], "bytes | None"]
+
+
+def rewritten(source: Path, out: Path, change: Change) -> Path:
+    """A copy of a shard with each member's content as `change` gives it; None leaves it out."""
+    with tarfile.open(source) as old, tarfile.open(out, "w") as new:
+        for member in old:
+            content = change(member.name, old.extractfile(member).read())  # type: ignore[union-attr]
+            if content is not None:
+                info = tarfile.TarInfo(member.name)
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+    return out
+
+
+def keys(shard: Path) -> list[str]:
+    with tarfile.open(shard) as tar:
+        return list(dict.fromkeys(name.partition(".")[0] for name in tar.getnames()))
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage", "named"),
+    [
+        ("json", lambda _: b'{"id": ', "not a sample's JSON"),
+        ("json", lambda _: None, "has no JSON"),
+        ("mp4", lambda _: None, "has no video"),
+    ],
+)
+def test_damaged_samples_are_left_out_named_and_counted_up_to_a_fraction(
+    ending: str, damage: Callable[[bytes], bytes | None], named: str, sample_shards: Path, tmp_path: Path
+) -> None:
+    first = sample_shards / "train-000000.tar"
+    bad = f"{keys(first)[3]}.{ending}"
+    rewritten(first, tmp_path / "a.tar", lambda name, content: damage(content) if name == bad else content)
+    shards, _ = open_training(replace(DATA, train=str(tmp_path), max_bad_fraction=0.1), seed=0)
+    assert len(shards) == 11
+    assert len(shards.damaged) == 1 and named in shards.damaged[0]
+    with pytest.raises(UserError, match=f"1 of 12 samples are lost.*max_bad_fraction=0.001.*{named}"):
+        open_training(replace(DATA, train=str(tmp_path)), seed=0)
+    with pytest.raises(UserError, match=named):  # a score must be that of the whole split
+        open_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.4, 0.9])
+def test_what_a_torn_shard_still_holds_is_used_where_so_much_may_be_lost(
+    kept: float, sample_shards: Path, tmp_path: Path
+) -> None:
+    whole = (sample_shards / "train-000000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: int(kept * len(whole))])
+    (tmp_path / "b.tar").write_bytes((sample_shards / "train-000001.tar").read_bytes())
+    (tmp_path / "index.json").write_text(json.dumps({"shards": {"a.tar": {"samples": 12}}}))
+    shards, _ = open_training(replace(DATA, train=str(tmp_path), max_bad_fraction=0.6), seed=0)
+    assert 12 <= len(shards) < 24
+    assert "a.tar" in shards.damaged[0]
+    lost = 24 - len(shards)
+    with pytest.raises(UserError, match=rf"{lost} of 24 samples are lost.*a\.tar"):
+        open_training(replace(DATA, train=str(tmp_path), max_bad_fraction=0.01), seed=0)
+
+
+def test_bad_clips_are_replaced_alike_on_all_ranks_counted_and_too_many_end_the_run(
+    sample_shards: Path, tmp_path: Path
+) -> None:
+    first = sample_shards / "train-000000.tar"
+    zero, cut = (f"{key}.mp4" for key in keys(first)[2:4])
+    change: Change = lambda name, content: b"" if name == zero else content[:99] if name == cut else content  # noqa: E731
+    (tmp_path / "shards").mkdir()
+    rewritten(first, tmp_path / "shards" / "train-000000.tar", change)
+    for other in ("train-000001", "val-000000", "test-000000"):
+        (tmp_path / "shards" / f"{other}.tar").symlink_to(sample_shards / f"{other}.tar")
+    settings = [*small(tmp_path / "shards"), "tracking.every_steps=1", "name=run"]
+    fine = launch("--task", "retrieval", *settings, "data.max_bad_fraction=0.1", cwd=tmp_path, ranks=2)
+    assert fine.returncode == 0, fine.stdout + fine.stderr
+    named = (tmp_path / "runs/run/bad_clips.txt").read_text().splitlines()
+    assert len(named) == 2 and all("train-000000.tar" in line for line in named)
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
+    assert run.data.metrics["bad_clips"] == 2  # though seen in each of two epochs
+    strict = launch("--task", "retrieval", *settings, "name=strict", cwd=tmp_path, ranks=2)
+    assert strict.returncode != 0
+    assert "max_bad_fraction=0.001" in strict.stderr and "Traceback" not in strict.stderr
+
+
+def test_a_clip_of_one_frame_is_shown_in_every_slot() -> None:
+    import numpy as np
+
+    video = encode_mp4(np.full((1, 32, 32, 3), 90, np.uint8), 25)
+    frames = decode(video, frames=5, size=32)
+    assert len(frames) == 5 and (frames == frames[0]).all()
+
+
+def test_a_duration_that_cannot_be_is_an_error_of_the_clip(sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/train-000000.tar")
+    whole = shards.read(shards.rows[0])
+    none = bytearray(whole)
+    for box, place in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
+        at = none.index(box) + place
+        none[at : at + 4] = bytes(4)
+    with pytest.raises(DecodeError, match="no duration"):
+        decode(bytes(none), frames=4, size=32)
+    with pytest.raises(DecodeError, match="says that it lasts"):
+        decode(as_mkv_of(10_000_000_000.0, whole), frames=4, size=32)
+
+
+def as_mkv_of(milliseconds: float, video: bytes) -> bytes:
+    """The frames in a Matroska file that says it lasts so long (EBML element 0x4489)."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(out, "w", format="matroska") as made:
+        stream = made.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                made.mux(packet)
+    content = bytearray(out.getvalue())
+    at = content.index(b"\x44\x89\x88") + 3
+    content[at : at + 8] = struct.pack(">d", milliseconds)
+    return bytes(content)
+
+
+def step_loader(shards: ShardSet, data: DataConfig, steps: int) -> StepLoader:
+    order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    batches = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
+    return StepLoader(shards, data, batches, {})
+
+
+def children() -> list[psutil.Process]:
+    return [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
+    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "LOOK", 0.5)
+    shards = open_shards(f"{sample_shards}/train-*.tar")
+    calm = [batch for (batch,) in step_loader(shards, DATA, 12).steps(0)]
+    troubled = step_loader(shards, DATA, 12)
+    before = {one.pid for one in children()}
+    found: list[dict[str, Any]] = []
+    for step, (batch,) in enumerate(troubled.steps(0)):
+        found.append(batch)
+        if step in (2, 7):
+            for worker in children():
+                if worker.pid not in before:
+                    os.kill(worker.pid, signal.SIGKILL)
+    assert troubled.restarts == 2
+    assert [batch["ids"] for batch in found] == [batch["ids"] for batch in calm]
+    for one, other in zip(found, calm, strict=True):
+        torch.testing.assert_close(one["frames"], other["frames"], rtol=0, atol=0)
+
+
+def test_loaders_that_die_at_every_start_end_the_run(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loaders, "LOOK", 0.5)
+    monkeypatch.setattr(ShardSet, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    shards = open_shards(f"{sample_shards}/train-*.tar")
+    with pytest.raises(OneRankError, match="rank 0 were killed 4 times at step 1.*data.workers"):
+        next(step_loader(shards, DATA, 4).steps(0))
+
+
+def test_loaders_that_give_nothing_are_named_with_what_they_read(
+    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "LOOK", 0.5)
+    monkeypatch.setattr(ShardSet, "read", lambda *_: time.sleep(3600))
+    shards = open_shards(f"{sample_shards}/train-*.tar")
+    with pytest.raises(OneRankError, match=r"waited 1 s .* step 1: loader 0 of 2 reads .*train-00000[01]\.tar"):
+        next(step_loader(shards, replace(DATA, patience=1.0), 4).steps(0))
+
+
+CASES = {
+    "more ranks than a batch has samples": (["data.batch_size=1"], "data.batch_size=1 is not divisible by 2 ranks"),
+    "no sample fills a batch": (["data.batch_size=4096"], "24 training samples do not fill one global batch of 4096"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_without_samples_are_an_error_before_they_meet(case: str, sample_shards: Path, tmp_path: Path) -> None:
+    settings, named = CASES[case]
+    done = launch("--task", "retrieval", *small(sample_shards), *settings, cwd=tmp_path, ranks=2)
+    assert done.returncode != 0 and named in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "msrvtt_qa"])
+def test_a_task_whose_samples_are_all_filtered_out_is_named_before_there_is_a_group(
+    task: str, sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emcl import distributed
+    from emcl.train.run import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "start", lambda: pytest.fail("the ranks have met"))
+    bare: Change = lambda name, content: b'{"id": "a"}' if name.endswith("json") else content  # noqa: E731
+    rewritten(sample_shards / "train-000000.tar", tmp_path / "bare.tar", bare)
+    with pytest.raises(UserError, match=f"{task}: none of the 12 training samples has a"):
+        run([task], overrides=[*small(sample_shards), f"data.train={tmp_path}/bare.tar"])
+
+
+def test_fewer_shards_than_ranks_and_workers_are_enough(sample_shards: Path, tmp_path: Path) -> None:
+    settings = [*small(sample_shards), f"data.train={sample_shards}/train-000000.tar", "data.workers=2"]
+    done = launch("--task", "retrieval", *settings, "data.batch_size=6", "name=run", cwd=tmp_path, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def started(cwd: Path, shards: Path, *settings: str) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+    """A long run on two ranks, at least three steps in, and its training processes by rank."""
+    command, environment = launch_command(
+        "--task", "retrieval", *small(shards), "optim.epochs=100000", "evaluate.every_epochs=100000", "name=run",
+        "tracking.every_steps=1", "data.test=null", *settings, ranks=2,
+    )  # fmt: skip
+    log = (cwd / "log").open("w")
+    running = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    ranks: dict[int, psutil.Process] = {}
+    until = time.monotonic() + 120
+    while time.monotonic() < until and (len(ranks) < 2 or "samples/s" not in (cwd / "log").read_text()):
+        time.sleep(0.5)
+        for one in psutil.Process(running.pid).children(recursive=True):
+            if "--local_rank=" in " ".join(one.cmdline()) and one.parent().pid != os.getpid():
+                ranks.setdefault(int(one.environ().get("RANK", -1)), one)
+    ranks.pop(-1, None)
+    assert set(ranks) >= {0, 1}, (cwd / "log").read_text()
+    return running, ranks
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
+    fault: signal.Signals, rank: int, sample_shards: Path, tmp_path: Path
+) -> None:
+    running, ranks = started(tmp_path, sample_shards, "patience=5")
+    everyone = [one for process in ranks.values() for one in (process, *process.children(recursive=True))]
+    began = time.monotonic()
+    os.kill(ranks[rank].pid, fault)
+    assert running.wait(timeout=120) != 0
+    output = (tmp_path / "log").read_text()
+    assert f"rank {rank}" in next(line for line in output.splitlines() if line.startswith("error: ")), output
+    assert time.monotonic() - began < 100
+    for one in everyone:  # a child of a killed rank is init's to bury
+        assert not one.is_running() or (one.status(), one.ppid()) == (psutil.STATUS_ZOMBIE, 1), "a process is left"
+    assert "Traceback" not in output
