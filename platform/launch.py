@@ -46,11 +46,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan: weights, steps, memory by ZeRO stage, missing files"
     )
+    parser.add_argument(
+        "--profile", type=int, metavar="N", help="show where the time of N steps goes; the trace is kept with the run"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-4 data.train='a-{0..3}.tar'"
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.profile:
+        options.overrides.append(f"tracking.profile={options.profile}")
     if not (options.task or options.recipe or options.evaluate or options.resume):
         parser.error("--task NAME or --recipe NAME is needed, such as --task retrieval")
     return options
@@ -59,16 +64,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # after the options: `--help` must not wait for torch
-    from emcl import distributed
-    from emcl.config import DEFAULT_RECIPE, resolve
+    from emcl.config import DEFAULT_RECIPE, check_settings, resolve
     from emcl.errors import OneRankError, UserError
     from emcl.secrets import masked
-    from emcl.train.plan import describe_plan
-    from emcl.train.run import run
     from emcl.train.stop import AGAIN, Stopped
 
     tasks = [name for name in options.task.split(",") if name] if options.task else None
     try:
+        check_settings(tasks, options.recipe, options.overrides)
+        from emcl.train.plan import describe_plan
+        from emcl.train.run import run
+
         if options.dry_run:
             if os.environ.get("RANK", "0") == "0":
                 print(describe_plan(resolve(tasks, options.recipe or DEFAULT_RECIPE, options.overrides)))
@@ -95,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(3)  # the launcher ends all ranks once one has ended, and the first has to say it
         return 2
     finally:
-        distributed.stop()
+        if "emcl.distributed" in sys.modules:  # nothing of PyTorch's was needed for an early error
+            sys.modules["emcl.distributed"].stop()
     return 0
 
 

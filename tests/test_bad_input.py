@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
-from conftest import launch, small
+from conftest import ROOT, launch, small
 from emcl.errors import UserError
 from emcl.train.run import run
 
@@ -73,6 +75,26 @@ def test_a_wrong_setting_is_named_before_anything_is_written(
     for word in named:
         assert word in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--task", "retreival"], ["--task", "retrieval", "optim.lrr=1"], ["--recipe", "sampel"], ["--help"]]
+)
+def test_an_early_error_and_help_import_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    code = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    sys.stderr.write(f"torch: {'torch' in sys.modules}")
+"""
+    script = str(ROOT / "platform" / "launch.py")
+    done = subprocess.run(
+        [sys.executable, "-c", code, script, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stderr.endswith("torch: False")
+    assert ("error: " in done.stderr) == (arguments != ["--help"])
 
 
 def test_an_unknown_recipe_gets_the_list(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from emcl.errors import UserError
-from emcl.registry import expand, nearest, task_class
+from emcl.registry import expand, nearest, task_class, task_entry
 
 DEFAULT_RECIPE = "sample"
 EMCL_VARIANTS = ("reference", "compact")
@@ -189,6 +189,8 @@ class TrackingConfig:
     enabled: bool = True
     experiment: str = "emcl"
     every_steps: int = 10
+    profile: int = 0
+    """Profile so many steps after the first few: a trace and a summary (`--profile N`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +266,23 @@ def resolve(tasks: Sequence[str] | None, recipe: str = DEFAULT_RECIPE, overrides
     return config
 
 
+def check_settings(tasks: Sequence[str] | None, recipe: str | None, overrides: Iterable[str]) -> None:
+    """Finds what is wrong with anything but the tasks' own settings at once: PyTorch, which takes seconds, stays away.
+
+    Raises:
+        UserError: as `resolve` does.
+    """
+    for name in expand(tasks or []):
+        task_entry(name)
+    merged: Any = OmegaConf.create({})
+    for layer in ([_load_yaml(find_file(recipe, "recipe"))] if recipe else []) + [parse_overrides(overrides)]:
+        merged = OmegaConf.merge(merged, layer)
+    merged.pop("tasks", None)
+    base = OmegaConf.structured(Config)
+    _unlock(base)
+    _checked(base, merged, recipe or "config")
+
+
 def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, source: str = "config") -> Config:
     """A checked Config from plain dictionaries merged in order; `tasks` are taken from them where not given."""
     merged: Any = OmegaConf.create({})
@@ -280,6 +299,15 @@ def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, sour
     _unlock(base)
     base.tasks = {name: OmegaConf.structured(task_class(name).config_class) for name in names}
     _unlock(base)
+    return _checked(base, merged, source)
+
+
+def _checked(base: DictConfig, merged: DictConfig, source: str) -> Config:
+    """`merged` over the schema `base`.
+
+    Raises:
+        UserError: a key that the schema lacks, or a value that it does not take.
+    """
     try:
         whole = OmegaConf.merge(base, merged)
         config = OmegaConf.to_object(whole)

@@ -30,7 +30,16 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def task_class(name: str) -> Any:
-    """The class behind a task's name.
+    """The class behind a task's name; this imports it, and PyTorch with it.
+
+    Raises:
+        UserError: no such task; names the nearest and lists all.
+    """
+    return task_entry(name).load()
+
+
+def task_entry(name: str) -> EntryPoint:
+    """A task's entry point, nothing imported.
 
     Raises:
         UserError: no such task; names the nearest and lists all.
@@ -39,4 +48,4 @@ def task_class(name: str) -> Any:
     if name not in entries:
         known = ", ".join(entries) or "none: install the package with `pip install -e .`"
         raise UserError(f"unknown task {name!r}{nearest(name, list(entries))} (tasks: {known})")
-    return entries[name].load()
+    return entries[name]

@@ -27,6 +27,7 @@ from emcl.train.engine import build_engine, weights, zero_stage
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.inputs import Inputs
+from emcl.train.profile import StepProfile, phase
 from emcl.train.start import start_from
 from emcl.train.stop import Stopped, StopRequest
 from emcl.train.watch import Watch
@@ -92,9 +93,12 @@ class Trainer:
             dynamic_ncols=True,
         )  # fmt: skip
         self.watch = Watch(self.ranks, self.config.patience, at_end=lambda: tracker.finish("FAILED"))
-        with self.stop, bar, self.watch:
+        steps = self.config.tracking.profile if self.ranks.first else 0
+        profile = StepProfile(steps, self.model, self.folder, tracker, self._say)
+        with self.stop, bar, self.watch, profile:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
                 self.watch.step(step + 1, "training")
+                profile.step()
                 self._seed(step)
                 losses = self._step(micro_batches)
                 skipped = self._check_skipped(step, micro_batches)
@@ -121,7 +125,8 @@ class Trainer:
         for step in range(start, self.total):
             self.watch.step(step + 1, "loading")
             began = time.perf_counter()
-            micro_batches = next(steps)
+            with phase("data"):
+                micro_batches = next(steps)
             yield micro_batches, time.perf_counter() - began
 
     def _seed(self, step: int) -> None:
@@ -131,10 +136,13 @@ class Trainer:
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
-            losses = self.engine(to_device(batch, self.device))
-            loss = total_loss(losses)
-            self.engine.backward(loss)
-            self.engine.step()
+            with phase("forward"):
+                losses = self.engine(to_device(batch, self.device))
+                loss = total_loss(losses)
+            with phase("backward"):
+                self.engine.backward(loss)
+            with phase("optimizer"):
+                self.engine.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
         return sums

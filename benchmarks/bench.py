@@ -1,0 +1,78 @@
+"""Every benchmark beside its baseline, as one table: `make bench`.
+
+    make bench ARGS='--only loading step'
+
+Each item runs in processes of its own (`python benchmarks/ITEM.py` runs one alone). The table goes to
+benchmarks/results/bench.md and .json, and to MLflow (experiment `benchmarks`), ratios as metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from timing import RESULTS, Row, table
+
+ITEMS = ("loading", "step", "captions", "preparing", "evaluation", "scaling", "startup")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    rows: list[Row] = []
+    began = time.perf_counter()
+    for item in options.only:
+        start = time.perf_counter()
+        command = [sys.executable, str(Path(__file__).with_name(f"{item}.py")), "--repeats", str(options.repeats)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        print(f"{item}: {time.perf_counter() - start:.0f} s", flush=True)
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            return done.returncode
+        rows += [Row(**row) for row in json.loads((RESULTS / f"{item}.json").read_text())]
+    text = f"{machine()}, {time.perf_counter() - began:.0f} s in all\n\n{table(rows)}\n"
+    print(f"\n{text}")
+    (RESULTS / "bench.md").write_text(text)
+    (RESULTS / "bench.json").write_text(json.dumps([row.__dict__ for row in rows], indent=1))
+    track(rows)
+    return 0
+
+
+def machine() -> str:
+    import torch
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{os.cpu_count()} cores, {platform.machine()}{gpu}, PyTorch {torch.__version__}"
+
+
+def track(rows: list[Row]) -> None:
+    """One MLflow run: every figure, and every ratio."""
+    import re
+
+    import mlflow
+
+    mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
+    mlflow.set_experiment("benchmarks")
+
+    def name(*parts: str) -> str:
+        return "/".join(re.sub(r"[^\w\-. ]", "_", part) for part in parts)
+
+    with mlflow.start_run():
+        mlflow.set_tag("machine", machine())
+        for row in rows:
+            mlflow.log_metric(name(row.item, row.case), row.ours)
+            for other in row.others:
+                mlflow.log_metric(name(row.item, row.case, f"against {other}"), row.ratio(other))
+        mlflow.log_artifact(str(RESULTS / "bench.md"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Scores and metrics of many texts and videos, beside the plain ways that hold whole matrices.
+
+`EMCL-Net` is the similarity with the layer (text-conditioned pooling, 12 frames, width 512) and all metrics, beside the
+formulas as they stand. `metrics` are those of a similarity that is there: ranks of both directions, with DSL and with
+QB-Norm, in blocks, beside sorting and rescoring the whole matrix. Memory is the peak of a process of its own beyond its
+inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from emcl.tasks.retrieval import RetrievalTask
+
+from emcl.config import resolve
+from emcl.distributed import ALONE
+from emcl.em import EMCL
+from emcl.metrics.rescoring import DualSoftmax, QueryBank
+from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks
+from straightforward import reference_similarity
+from timing import Row, alternate, compared, script
+
+WIDTH, FRAMES, BANK = 512, 12, 1000
+SIZES = ((1000, 1000), (10_000, 10_000))
+
+
+def plain_ranks(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """As published evaluation code does it: every row sorted whole."""
+    order = np.argsort(-scores, axis=1)
+    return 1 + np.nonzero(order == owner[:, None])[1]
+
+
+def plain_metrics(scores: np.ndarray, bank: np.ndarray, owner: np.ndarray) -> None:
+    plain_ranks(scores, owner)
+    plain_ranks(scores.T, np.arange(scores.shape[1]))
+    softmax = np.exp(scores / 0.01 - (scores / 0.01).max(0))
+    plain_ranks(scores * (softmax / softmax.sum(0)), owner)
+    normalised = np.exp(20 * scores) / np.exp(20 * bank).sum(0)
+    plain_ranks(np.where((bank.argmax(1)[:, None] == np.arange(scores.shape[1])).any(0), normalised, scores), owner)
+
+
+def metrics(side: str, texts: int, videos: int) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((texts, videos), dtype=np.float32) / 10
+    bank = rng.standard_normal((BANK, videos), dtype=np.float32) / 10
+    owner = np.arange(texts) % videos
+    before, began = _peak(), time.perf_counter()
+    if side == "plain":
+        plain_metrics(scores, bank, owner)
+    else:
+        retrieval_metrics(scores, owner)
+        text_to_video_ranks(scores, owner, rescore=DualSoftmax())
+        text_to_video_ranks(scores, owner, rescore=QueryBank(bank))
+    return {"seconds": time.perf_counter() - began, "mib": _peak() - before}
+
+
+def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
+    config = resolve(["retrieval"], "sample", ["emcl.enabled=false"])
+    backbone: Any = SimpleNamespace(embed_dim=WIDTH, initial_logit_scale=1.0)
+    task = RetrievalTask(config.tasks["retrieval"], config, backbone).eval()
+    torch.manual_seed(0)
+    text, frames = torch.randn(texts, WIDTH), torch.randn(videos, FRAMES, WIDTH)
+    mask = torch.ones(videos, FRAMES, dtype=torch.bool)
+    layer = EMCL(bases=32, width=WIDTH).eval()
+    before, began = _peak(), time.perf_counter()
+    with torch.no_grad():
+        if side == "plain":
+            scores = torch.zeros(texts, videos)
+            for row in range(0, texts, 32):
+                for column in range(0, videos, 32):
+                    here = slice(row, row + 32), slice(column, column + 32)
+                    scores[here] = reference_similarity(
+                        text[here[0]], frames[here[1]], mask[here[1]], layer.mu, temperature=3.0, beta=3.0
+                    )
+        else:
+            scores = task.similarity_in_tiles(text, frames, mask, 32, ALONE, layer)
+        retrieval_metrics(scores.numpy())
+    return {"seconds": time.perf_counter() - began, "mib": _peak() - before}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_process(what: str, side: str, texts: int, videos: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--one", what, side, str(texts), str(videos)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def rows_of(what: str, texts: int, videos: int, repeats: int) -> list[Row]:
+    found: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+
+    def side(name: str) -> float:
+        found[name].append(in_process(what, name, texts, videos))
+        return found[name][-1]["seconds"]
+
+    seconds = alternate({name: lambda name=name: side(name) for name in found}, repeats)
+    case = f"{what}, {texts:,} x {videos:,}"
+    memory = {name: [one["mib"] for one in values] for name, values in found.items()}
+    return [compared("evaluation", case, "s", seconds), compared("evaluation", f"{case}, memory", "MiB", memory)]
+
+
+def measure(repeats: int) -> list[Row]:
+    rows = rows_of("EMCL-Net", 1000, 1000, repeats)
+    for texts, videos in SIZES:
+        rows += rows_of("metrics", texts, videos, repeats if texts < 10_000 else 1)
+    return rows
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        what, side, *size = sys.argv[2:]
+        print(json.dumps((metrics if what == "metrics" else similarity)(side, int(size[0]), int(size[1]))))
+    else:
+        script(__doc__, measure, "evaluation")

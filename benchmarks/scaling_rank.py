@@ -1,0 +1,89 @@
+"""One rank of `scaling.py`: some steps of the sample recipe, timed, with the bytes given to collectives counted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SENT = {"bytes": 0}
+STEPS, WARM = 8, 3
+
+
+def counted(name: str, bytes_of: Callable[..., int]) -> None:
+    """Wraps a collective of torch.distributed, before anyone has taken a reference."""
+    call = getattr(dist, name)
+
+    def wrapper(*arguments: Any, **named: Any) -> Any:
+        SENT["bytes"] += bytes_of(*arguments, **named)
+        return call(*arguments, **named)
+
+    setattr(dist, name, wrapper)
+
+
+def size(tensor: Any, *_: Any, **__: Any) -> int:
+    return int(tensor.numel() * tensor.element_size())
+
+
+def second(_: Any, tensor: Any, *__: Any, **___: Any) -> int:
+    return size(tensor)
+
+
+def count_all() -> None:
+    for name in ("all_reduce", "broadcast", "reduce"):
+        counted(name, size)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter_single"):
+        if hasattr(dist, name):
+            counted(name, second)
+    counted("all_gather", second)
+    counted("reduce_scatter", lambda _, tensors, *__, **___: sum(map(size, tensors)))
+
+
+def main() -> None:
+    folder, stage, out = Path(sys.argv[-3]), sys.argv[-2], Path(sys.argv[-1])
+    count_all()
+    from emcl import distributed
+    from emcl.config import resolve
+    from emcl.train.inputs import open_inputs
+    from emcl.train.loop import Trainer
+
+    settings = [
+        f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false",
+        f"deepspeed=deepspeed/zero{stage}.json", "data.cache_gib=1",
+    ]  # fmt: skip
+    distributed.quiet_start()
+    torch.set_num_threads(1)
+    ranks = distributed.start()
+    config = resolve(["retrieval"], "sample", settings)
+    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / "run")
+    trainer.engine.train()
+    batches = [batch for (batch, _), _ in zip(trainer._steps(0), range(STEPS + WARM), strict=False)]
+    for batch in batches[:WARM]:
+        trainer._step(batch)
+    ranks.barrier()
+    SENT["bytes"], began = 0, time.perf_counter()
+    for batch in batches[WARM:]:
+        trainer._step(batch)
+    ranks.barrier()
+    elapsed = time.perf_counter() - began
+    if ranks.first:
+        width, videos = trainer.model.backbone.embed_dim, config.data.batch_size // ranks.world_size
+        rows = videos * config.data.frames * width + videos * width  # frames and texts of a rank, there and back
+        fewest = 4 * (trainer.parameters + 2 * rows) if ranks.world_size > 1 else 0
+        found = {
+            "samples_per_second": STEPS * config.data.batch_size / elapsed,
+            "sent": SENT["bytes"] / STEPS,
+            "fewest": fewest,
+        }
+        out.write_text(json.dumps(found))
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Seconds from `deepspeed platform/launch.py` to the end of the first step, by cause, and of `--help` and errors."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from emcl.prepare.sample import generate
+from timing import Row, alternate, script
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCH = str(ROOT / "platform" / "launch.py")
+MARKS = ("main", "settings", "torch", "deepspeed", "inputs", "group", "model", "first step")
+PROBE = """
+import sys, time
+began = float(sys.argv[1])
+def mark(name):
+    print(f"MARK {name} {time.time() - began}", flush=True)
+mark("main")
+import emcl.config as config
+config.check_settings(["retrieval"], None, sys.argv[3:])
+mark("settings")
+import torch
+mark("torch")
+import deepspeed
+mark("deepspeed")
+from pathlib import Path
+from emcl import distributed
+from emcl.train.inputs import open_inputs
+from emcl.train.loop import Trainer
+inputs = open_inputs(config.resolve(["retrieval"], "sample", sys.argv[3:]), distributed.described())
+mark("inputs")
+distributed.quiet_start()
+ranks = distributed.start()
+mark("group")
+trainer = Trainer(inputs, ranks, distributed.device(), Path(sys.argv[2]))
+mark("model")
+batch, _ = next(trainer._steps(0))
+trainer._step(batch)
+mark("first step")
+distributed.stop()
+"""
+
+
+def seconds(*command: str, env: dict[str, str] | None = None) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, capture_output=True, env={**os.environ, **(env or {})})
+    return time.perf_counter() - began
+
+
+def marks(folder: Path) -> dict[str, float]:
+    """Seconds of each cause, in a process that does what launch.py does."""
+    settings = [f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false"]
+    command = [sys.executable, "-c", PROBE, str(time.time()), str(folder / "run"), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, before = {}, 0.0
+    for line in done.stdout.splitlines():
+        if line.startswith("MARK "):
+            name, _, at = line[5:].rpartition(" ")
+            found[name] = float(at) - before
+            before = float(at)
+    return found
+
+
+def measure(repeats: int) -> list[Row]:
+    python = sys.executable
+    deepspeed = str(Path(python).parent / "deepspeed")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        generate(folder / "sample", counts={"train": 200, "val": 0, "test": 0}, seed=0, progress=False)
+        marks(folder)  # builds DeepSpeed's operators, where they are missing
+        runs = [marks(folder) for _ in range(repeats)]
+    sides = {
+        "--help": lambda: seconds(python, LAUNCH, "--help"),
+        "a wrong setting": lambda: seconds(python, LAUNCH, "--task", "retrieval", "optim.lrr=1"),
+        "emcl --help": lambda: seconds(str(Path(python).parent / "emcl"), "--help"),
+        "the launcher itself": lambda: seconds(deepspeed, "--num_accelerators", "1", LAUNCH, "--help"),
+    }
+    found = alternate(sides, repeats)
+    rows = []
+    for item, values in found.items():
+        median = statistics.median(values)
+        limit = {} if item == "the launcher itself" else {"limit": 2.0}
+        spread = (max(values) - min(values)) / median
+        rows.append(Row("start", item, "s", median, limit, spread, {"limit": "<= 1"} if limit else {}))
+    whole = statistics.median(sum(run.values()) for run in runs)
+    for mark in MARKS:
+        values = [run[mark] for run in runs]
+        median = statistics.median(values)
+        rows.append(
+            Row(
+                "start",
+                f"to the first step: {mark}",
+                "s",
+                median,
+                {"in all": whole},
+                (max(values) - min(values)) / median,
+            )
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    script(__doc__, measure, "startup")

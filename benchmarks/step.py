@@ -1,0 +1,130 @@
+"""A training step of ours beside a bare PyTorch loop: the same model, batches, optimiser and precision.
+
+Ours is `Trainer`'s step: DeepSpeed ZeRO-1 on one process, the check for skipped steps, the meter, a report to MLflow in
+ten steps. The bare loop: forward, backward, clipping, AdamW, schedule. Both take batches that are there already. Then a
+short run of the sample recipe: how much of its time it waits for data, and how much reporting takes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emcl import distributed
+from emcl.config import resolve
+from emcl.multitask import total_loss
+from emcl.prepare.sample import generate
+from emcl.task import to_device
+from emcl.tracking import open_tracker
+from emcl.train.inputs import open_inputs
+from emcl.train.loop import Trainer
+from emcl.train.optimizer import build_optimizer, build_schedule
+from timing import Row, alternate, compared, script
+
+STEPS = 10
+"""A figure is the mean of so many."""
+
+
+def trainer_of(folder: Path, *settings: str) -> Trainer:
+    overrides = [
+        f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false", *settings,
+    ]  # fmt: skip
+    config = resolve(["retrieval"], "sample", overrides)
+    ranks = distributed.start()
+    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / "run")
+    trainer.tracker = open_tracker(config, "benchmark", first_rank=True)
+    trainer.engine.train()
+    return trainer
+
+
+class Bar:
+    """In place of the progress bar."""
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def step_row(folder: Path, repeats: int) -> Row:
+    trainer = trainer_of(folder)
+    config, device = trainer.config, trainer.device
+    plain = copy.deepcopy(trainer.model)
+    optimizer = build_optimizer(plain, config.optim, offload=False, fused=device.type == "cuda")
+    schedule = build_schedule(optimizer, config.optim, trainer.total)
+    batches = [found for found, _ in zip((batch for batch, _ in trainer._steps(0)), range(STEPS), strict=False)]
+
+    def ours() -> float:
+        began = time.perf_counter()
+        for step, batch in enumerate(batches):
+            trainer._seed(step)
+            losses = trainer._step(batch)
+            trainer.meter.add(losses, batch, 0.0, skipped=trainer._check_skipped(step, batch))
+        bar: Any = Bar()
+        trainer._report(bar, STEPS)
+        synchronize()
+        return (time.perf_counter() - began) / STEPS
+
+    def bare() -> float:
+        began = time.perf_counter()
+        for batch in batches:
+            loss = total_loss(plain(to_device(batch[0], device)))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        synchronize()
+        return (time.perf_counter() - began) / STEPS
+
+    ours()
+    bare()
+    found = alternate({"ours": ours, "bare PyTorch": bare}, repeats)
+    return compared("step", "sample recipe, ZeRO-1, one process", "s", found, targets={"bare PyTorch": "<= 1.03"})
+
+
+def share_rows(folder: Path) -> list[Row]:
+    """Of the time of a run's steps, without the first ten."""
+    trainer = trainer_of(folder, "optim.max_steps=60")
+    bar: Any = Bar()
+    waited = reporting = 0.0
+    began = time.perf_counter()
+    for step, (batch, seconds) in enumerate(trainer._steps(0)):
+        if step == STEPS:
+            waited, reporting, began = 0.0, 0.0, time.perf_counter()
+        losses = trainer._step(batch)
+        trainer.meter.add(losses, batch, seconds, skipped=trainer._check_skipped(step, batch))
+        waited += seconds
+        if (step + 1) % trainer.config.tracking.every_steps == 0:
+            synchronize()
+            start = time.perf_counter()
+            trainer._report(bar, step + 1)
+            reporting += time.perf_counter() - start
+    whole = time.perf_counter() - began
+    trainer.tracker.finish()
+    return [
+        Row("step", "waiting for data", "% of the time", 100 * waited / whole, {"limit": 2.0}, 0.0, {"limit": "<= 1"}),
+        Row("step", "reporting", "% of the time", 100 * reporting / whole, {"limit": 0.5}, 0.0, {"limit": "<= 1"}),
+    ]
+
+
+def measure(repeats: int) -> list[Row]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        generate(folder / "sample", counts={"train": 1500, "val": 0, "test": 0}, seed=0, progress=False)
+        rows = [step_row(folder, repeats), *share_rows(folder)]
+        distributed.stop()
+    return rows
+
+
+if __name__ == "__main__":
+    script(__doc__, measure, "step")
