@@ -30,7 +30,7 @@ from emcl.prepare.sample import generate
 from emcl.prepare.writer import write_shard
 from timing import Row, alternate, compared, script
 
-FRAMES, WORKERS, BATCH = 12, 2, 16
+FRAMES, WORKERS, BATCH = 12, 2, 4
 REAL = Path(os.environ.get("EMCL_VIDEOS", "../shared/data/videos"))
 """A folder of real clips; without it those rows are left out."""
 LONG = 60.0
@@ -123,20 +123,24 @@ def timed(work: Callable[[], int]) -> float:
     return clips * FRAMES / (time.perf_counter() - began)
 
 
-def compare(case: str, files: list[Path], size: int, folder: Path, repeats: int) -> Row:
+def compare(case: str, files: list[Path], size: int, folder: Path, repeats: int, *, times: int) -> Row:
+    """All files so many times, so that starting processes is a small part."""
     shards = open_shards(str(folder_of(files, folder)))
     data = DataConfig(frames=FRAMES, size=size, workers=WORKERS)
 
     def ours() -> int:
-        loader = evaluation_loader(shards, data, {}, batch_size=BATCH, rank=0, world_size=1)
+        rows = list(range(len(shards))) * times
+        loader = evaluation_loader(shards, data, {}, batch_size=BATCH, rank=0, world_size=1, rows=rows)
         return sum(len(batch["ids"]) for batch in loader)
 
     def field() -> int:
-        return sum(len(batch) for batch in DataLoader(FieldClips(files, size), batch_size=BATCH, num_workers=WORKERS))
+        return sum(
+            len(batch) for batch in DataLoader(FieldClips(files * times, size), batch_size=BATCH, num_workers=WORKERS)
+        )
 
     def floor() -> int:
         with ProcessPoolExecutor(WORKERS, get_context("fork")) as pool:
-            return len(list(pool.map(bare, map(str, files))))
+            return len(list(pool.map(bare, map(str, files * times))))
 
     sides = {"ours": lambda: timed(ours), "bare PyAV": lambda: timed(floor), "the field's": lambda: timed(field)}
     for work in (ours, floor, field):  # files into the page cache, libraries into memory
@@ -157,17 +161,17 @@ def measure(repeats: int) -> list[Row]:
         for row in shards.rows:
             files.append(root / "files" / f"{row.sample.id}.mp4")
             files[-1].write_bytes(shards.read(row))
-        rows.append(compare("sample clips", files, 112, root, repeats))
+        rows.append(compare("sample clips", files, 112, root, repeats, times=4))
         real = sorted([*REAL.glob("*.mp4"), *REAL.glob("*.avi")]) if REAL.is_dir() else []
         if real:
-            rows.append(compare("real clips", real, 224, root, repeats))
+            rows.append(compare("real clips", real, 224, root, repeats, times=6))
         source = real[0] if real else files[0]
         long = [repeated(source, LONG, root / "long.mp4")] * 4
         copies = []
         for number, path in enumerate(long):
             copies.append(root / f"long{number}.mp4")
             copies[-1].write_bytes(path.read_bytes())
-        rows.append(compare("long clips, 60 s", copies, 224, root, repeats))
+        rows.append(compare("long clips, 60 s", copies, 224, root, repeats, times=10))
     return rows
 
 

@@ -160,7 +160,7 @@ def test_swapped_videos_are_everybody_elses_and_each_is_shown_once(sample_shards
     assert sorted(clips(own)) == sorted(clips(swapped))
 
 
-def test_jumps_to_key_frames_change_no_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_only_what_is_needed_changes_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     from emcl.data import decode as module
     from emcl.prepare.writer import encode_mp4
 
@@ -168,22 +168,36 @@ def test_jumps_to_key_frames_change_no_frame(tmp_path: Path, monkeypatch: pytest
     videos = [encode_mp4(np.ascontiguousarray(ramp), rate, crf=20) for rate in (5, 25)]
     if (SHARED / "data/videos").is_dir():
         videos += [path.read_bytes() for path in sorted((SHARED / "data/videos").glob("*.[am][vp][i4]"))]
-    jumping = [decode(video, frames=count, size=32) for video in videos for count in (1, 4, 12)]
-    late = [decode(video, frames=2, size=32, start=3.0) for video in videos]
-    monkeypatch.setattr(module._KeyFrames, "worth_a_jump", lambda *_: None)
-    reading_on = [decode(video, frames=count, size=32) for video in videos for count in (1, 4, 12)]
-    for one, other in zip(jumping, reading_on, strict=True):
+
+    def every_way() -> list[np.ndarray]:
+        whole = [decode(video, frames=count, size=32) for video in videos for count in (1, 4, 12)]
+        return whole + [decode(video, frames=2, size=32, start=3.0) for video in videos]
+
+    chosen = every_way()
+    used: list[int] = []
+
+    def in_sequence(stream: Any, packets: Any, times: Any) -> Any:
+        used.append(len(packets))
+        return module._in_sequence(stream, packets, times)
+
+    monkeypatch.setattr(module, "_chosen", in_sequence)
+    for one, other in zip(chosen, every_way(), strict=True):
         np.testing.assert_array_equal(one, other)
-    for one, video in zip(late, videos, strict=True):
-        np.testing.assert_array_equal(one, decode(video, frames=2, size=32, start=3.0))
+    assert used
 
 
-def test_a_jump_saves_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    from emcl.data import decode as module
-    from emcl.prepare.writer import encode_mp4
+def test_a_video_without_times_of_showing_is_decoded_in_sequence(tmp_path: Path) -> None:
+    """Motion JPEG in AVI, and H.264 whose packets carry no time of their own."""
+    import av
 
-    still = encode_mp4(np.zeros((500, 32, 32, 3), np.uint8), 5)  # 100 s
-    seen = []
-    monkeypatch.setattr(module, "_seconds", lambda frame: seen.append(frame.time) or frame.time)
-    decode(still, frames=4, size=32)
-    assert len(set(seen)) < 250
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuvj420p"
+        for level in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 10 * level, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuvj420p")))
+        container.mux(stream.encode())
+    levels = decode(path, frames=4, size=32)[:, 16, 16, 0].astype(int)
+    np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=12)

@@ -9,6 +9,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from emcl.data.decode import DecodeError, decode, square
@@ -128,7 +129,9 @@ class VideoTextModel:
         chosen = frames
         if len(frames) > data.frames:  # the middle of each of as many equal slices
             chosen = frames[((np.arange(data.frames) + 0.5) * len(frames) / data.frames).astype(int)]
-        return np.stack([square(av.VideoFrame.from_ndarray(frame, format="rgb24"), data.size) for frame in chosen])
+        scaler = VideoReformatter()
+        images = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in chosen)
+        return np.stack([square(image, data.size, scaler) for image in images])
 
 
 class VideoFeatures:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import io
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
 """(time, height, width, 3), RGB."""
 
 
+LATE = 4.0
+"""Seconds into a video from where it is not read from its start."""
 REORDERED = 0.5
-"""Seconds: an index goes by the order of decoding, a moment by that of showing; they differ by less."""
-JUMP, GUESSED = 1.0, 4.0
-"""Seconds that a jump must save, with an index and without: the decoder starts anew."""
+"""Seconds: a seek may go by the order of decoding, which differs from that of showing by less."""
 LONGEST = 24 * 3600.0
 """Seconds; a file that says more is damaged."""
 
@@ -56,12 +57,13 @@ def decode(
             if not container.streams.video:
                 raise DecodeError("no video stream")
             stream = container.streams.video[0]
-            stream.thread_type = "SLICE"  # the loader's processes are the parallelism
+            stream.codec_context.thread_count = 1  # the loader's processes are the parallelism
             begin, finish = _span(container, stream, start, end)
             count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
             offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
             times = begin + (np.arange(count) + offsets) * (finish - begin) / count
-            return np.stack([square(frame, size) for frame in _at(container, stream, times)])
+            scaler = VideoReformatter()  # kept for all frames: to make one costs more than to use it
+            return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times)])
     except (av.FFmpegError, ValueError, StopIteration) as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
@@ -92,7 +94,7 @@ def resampled(
     try:
         with av.open(io.BytesIO(video), "r") as container:
             stream = container.streams.video[0]
-            stream.thread_type = "SLICE"
+            stream.codec_context.thread_count = 1
             begin, finish = _span(container, stream, start, end)
             count = max(1, round((finish - begin) * rate))
             yield from _at(container, stream, begin + (np.arange(count, dtype=np.float64) + 0.5) / float(rate))
@@ -125,53 +127,83 @@ def _at(
 ) -> Iterator[av.VideoFrame]:
     """The frame shown at each of the rising `times`: the last one that starts no later.
 
-    Between two of them the file is read on, or left for a key frame that lies in between (`_KeyFrames`).
+    The packets up to the last of them are read first, and say when each frame is shown; then only what is needed is
+    decoded (`_chosen`). Where packets do not say it, or cannot be believed (AVI knows no order of showing, though its
+    video may have one), everything is decoded in sequence.
     """
-    keys = _KeyFrames(stream)
-    shown: av.VideoFrame | None = None
-    frames, ahead, position = container.decode(stream), None, 0.0
+    unit = float(stream.time_base or 0)
+    if times[0] > LATE and unit:
+        container.seek(int((times[0] - REORDERED) / unit), stream=stream)
+    packets: list[av.Packet] = []
+    reading = (packet for packet in container.demux(stream) if packet.size)
+    for packet in reading:
+        packets.append(packet)
+        if packet.pts is None or not unit or packet.dts is None or packet.dts * unit > times[-1]:
+            break  # the last: what follows is shown later still
+    if not packets:
+        raise DecodeError("no frame could be decoded")
+    moments = [packet.pts for packet in packets if packet.pts is not None]
+    believed = not stream.codec_context.has_b_frames or moments != sorted(moments)
+    if len(moments) < len(packets) or not unit or not believed:
+        yield from _in_sequence(stream, chain(packets, reading), times)
+    else:
+        yield from _chosen(stream, packets, times)
+
+
+def _in_sequence(
+    stream: av.VideoStream, packets: Iterable[av.Packet], times: NDArray[np.float64]
+) -> Iterator[av.VideoFrame]:
+    frames = (frame for packet in chain(packets, [None]) for frame in stream.codec_context.decode(packet))
+    unit = Fraction(stream.time_base or 0)  # frames at the end know no unit of their own
+    shown, ahead = None, next(frames, None)
     for moment in times:
-        key = keys.worth_a_jump(position, float(moment))
-        if key is not None:
-            container.seek(key, stream=stream)
-            frames, shown, ahead = container.decode(stream), None, None
-        if ahead is None:
-            ahead = next(frames, None)
-        while ahead is not None and (shown is None or _seconds(ahead) <= moment):
+        while ahead is not None and (shown is None or float((ahead.pts or 0) * unit) <= moment):
             shown, ahead = ahead, next(frames, None)
         if shown is None:
             raise DecodeError("no frame could be decoded")
-        position = _seconds(shown)
         yield shown
 
 
-def _seconds(frame: av.VideoFrame) -> float:
-    return frame.time if frame.time is not None else 0.0
+def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.float64]) -> Iterator[av.VideoFrame]:
+    """The frames of `times`. From the key frame before each, frames are decoded that others
+    are made from, and those that are wanted; groups of pictures in between are passed over whole."""
+    decoder = stream.codec_context
+    moments = [int(packet.pts or 0) for packet in packets]  # each packet's, in the stream's unit
+    shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
+    unit = stream.time_base or Fraction(1)
+    seconds = [pts * unit.numerator / unit.denominator for pts in shown]
+    wanted = [shown[max(0, bisect_right(seconds, moment) - 1)] for moment in times]
+    needed = set(wanted)
+    place_of = {pts: place for place, pts in enumerate(moments)}
+    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    frames: dict[int, av.VideoFrame] = {}
+    cursor = 0
+    for pts in wanted:
+        start = next((key for key in reversed(keys) if key <= place_of[pts] and moments[key] <= pts), 0)
+        if pts not in frames and start > cursor:
+            decoder.flush_buffers()
+            cursor = start
+        while pts not in frames and cursor <= len(packets):
+            at_end = cursor == len(packets)
+            decoder.skip_frame = "DEFAULT" if at_end or moments[cursor] in needed else "NONREF"
+            for frame in decoder.decode(None if at_end else packets[cursor]):
+                if frame.pts is not None and frame.pts in needed:
+                    frames[frame.pts] = frame
+            cursor += 1
+        for earlier in [key for key in frames if key < pts]:
+            if pts in frames:
+                del frames[earlier]
+        if not frames:
+            raise DecodeError("a frame could not be decoded")
+        yield frames[max(frames) if pts not in frames else pts]  # at a torn end, the last one there is
 
 
-class _KeyFrames:
-    """Where decoding can start, by the file's own index; in MP4 and AVI it is at its head or tail."""
-
-    def __init__(self, stream: av.VideoStream) -> None:
-        self.unit = float(stream.time_base or 0)
-        self.times = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe] if self.unit else []
-
-    def worth_a_jump(self, position: float, moment: float) -> int | None:
-        """The key frame to read on from, in the stream's unit; None where reading on is no longer way."""
-        if not self.unit:
-            return None
-        if not self.times:  # without an index a jump is a guess, and pays over long ways alone
-            return int((moment - REORDERED) / self.unit) if moment - position > GUESSED else None
-        place = bisect_right(self.times, (moment - REORDERED) / self.unit) - 1
-        if place < 0 or self.times[place] * self.unit < position + JUMP:
-            return None
-        return int(self.times[place])
-
-
-def square(frame: av.VideoFrame, size: int) -> Frames:
+def square(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> Frames:
     """The frame resized to the short side `size` (bicubic) and centre-cropped: (size, size, 3)."""
     scale = size / min(frame.width, frame.height)
     width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    image: Any = frame.reformat(width, height, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+    how: dict[str, Any] = {"interpolation": Interpolation.BICUBIC, "threads": 1}  # threads cost more than they give
+    scaled = scaler.reformat(frame, width, height, format="rgb24", **how)
+    image: Any = scaled.to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
