@@ -20,8 +20,13 @@ train: install
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
 
-bench: install
-	$(BIN)/python benchmarks/layer_and_similarity.py
+# Every benchmark beside its baseline, some 10 minutes: make bench, make bench ARGS='--only loading step'
+bench: $(VENV)/bench
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py $(ARGS)
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[bench]'
+	touch $@
 
 # MSR-VTT's shards are made where they are missing: make ablation MSRVTT=ANNOTATIONS_DIR FRAMES=VIDEOS_TAR
 ablation: install

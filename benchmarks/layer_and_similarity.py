@@ -1,4 +1,4 @@
-"""EMCL beside its formulas written as they stand: `make bench`.
+"""EMCL beside its formulas written as they stand: `python benchmarks/layer_and_similarity.py`.
 
 Each figure comes from a process of its own, so that its peak memory is its own; sides alternate, and medians are
 compared. D = 512, T = 12 frames, K = 32, 9 iterations, fp32. The layer forward, fitting included but for `fitted` (a

@@ -161,17 +161,17 @@ def measure(repeats: int) -> list[Row]:
         for row in shards.rows:
             files.append(root / "files" / f"{row.sample.id}.mp4")
             files[-1].write_bytes(shards.read(row))
-        rows.append(compare("sample clips", files, 112, root, repeats, times=4))
+        rows.append(compare("sample clips", files, 112, root, repeats, times=8))
         real = sorted([*REAL.glob("*.mp4"), *REAL.glob("*.avi")]) if REAL.is_dir() else []
         if real:
-            rows.append(compare("real clips", real, 224, root, repeats, times=6))
+            rows.append(compare("real clips", real, 224, root, repeats, times=3))
         source = real[0] if real else files[0]
         long = [repeated(source, LONG, root / "long.mp4")] * 4
         copies = []
         for number, path in enumerate(long):
             copies.append(root / f"long{number}.mp4")
             copies[-1].write_bytes(path.read_bytes())
-        rows.append(compare("long clips, 60 s", copies, 224, root, repeats, times=10))
+        rows.append(compare("long clips, 60 s", copies, 224, root, repeats, times=6))
     return rows
 
 

@@ -22,7 +22,7 @@ from emcl.prepare.writer import encode_mp4
 from loading import REAL, repeated
 from timing import Row, alternate, compared, script
 
-CLIPS, SECONDS = 24, 20.0
+CLIPS, SECONDS = 60, 20.0
 
 
 def transcode(file: str) -> int:

@@ -31,8 +31,10 @@ def size(tensor: Any, *_: Any, **__: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def second(_: Any, tensor: Any, *__: Any, **___: Any) -> int:
-    return size(tensor)
+def second(*tensors: Any, **named: Any) -> int:
+    """Of the input, which comes second, or by name."""
+    found = named.get("input_tensor", named.get("input", named.get("tensor")))
+    return size(tensors[1] if found is None else found)
 
 
 def count_all() -> None:

@@ -27,7 +27,7 @@ from emcl.train.loop import Trainer
 from emcl.train.optimizer import build_optimizer, build_schedule
 from timing import Row, alternate, compared, script
 
-STEPS = 10
+STEPS = 5
 """A figure is the mean of so many."""
 
 
@@ -54,8 +54,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def step_row(folder: Path, repeats: int) -> Row:
-    trainer = trainer_of(folder)
+def step_row(folder: Path, stage: int, repeats: int) -> Row:
+    trainer = trainer_of(folder, f"deepspeed=deepspeed/zero{stage}.json")
     config, device = trainer.config, trainer.device
     plain = copy.deepcopy(trainer.model)
     optimizer = build_optimizer(plain, config.optim, offload=False, fused=device.type == "cuda")
@@ -88,7 +88,10 @@ def step_row(folder: Path, repeats: int) -> Row:
     ours()
     bare()
     found = alternate({"ours": ours, "bare PyTorch": bare}, repeats)
-    return compared("step", "sample recipe, ZeRO-1, one process", "s", found, targets={"bare PyTorch": "<= 1.03"})
+    trainer.tracker.finish()
+    return compared(
+        "step", f"sample recipe, ZeRO-{stage}, one process", "s", found, targets={"bare PyTorch": "<= 1.03"}
+    )
 
 
 def share_rows(folder: Path) -> list[Row]:
@@ -121,7 +124,7 @@ def measure(repeats: int) -> list[Row]:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         generate(folder / "sample", counts={"train": 1500, "val": 0, "test": 0}, seed=0, progress=False)
-        rows = [step_row(folder, repeats), *share_rows(folder)]
+        rows = [*(step_row(folder, stage, repeats) for stage in (1, 0)), *share_rows(folder)]
         distributed.stop()
     return rows
 

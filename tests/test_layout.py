@@ -24,7 +24,8 @@ FLOORS = (
     {"tracking", "evaluate"},
     {"train"},
     {"inference", "describe", "report"},
-    {"cli"},
+    {"search"},
+    {"cli", "cli_search"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""
 

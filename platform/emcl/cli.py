@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emcl.cli_search import add_commands
 from emcl.errors import UserError
 from emcl.secrets import masked
 from emcl.version import __version__
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, default=Path("report"), help="folder (default: %(default)s)")
     report.set_defaults(act=_report)
 
+    add_commands(commands)
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(act=_tasks)
 

@@ -45,7 +45,7 @@ class ModelConfig:
     cache_features: bool = False
     """With both towers frozen: compute their outputs once, keep them beside the shards, train on those."""
     activation_checkpointing: bool = False
-    """Recompute the towers' activations in the backward pass."""
+    """Recompute the towers' activations in the backward pass, block by block."""
 
     def __post_init__(self) -> None:
         _one_of("model.temporal", self.temporal, ("transformer", "mean"))

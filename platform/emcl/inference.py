@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,19 @@ from emcl.model.pooling import mean_of_frames
 from emcl.model.towers import tokenizer
 from emcl.train.export import find_export, open_export
 
-Video = str | Path | np.ndarray | Tensor
-"""A file, or its frames (time, height, width, 3) uint8."""
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file."""
+
+    path: Path
+    start: float | None = None
+    """Seconds; from the file's start to its end where not given."""
+    end: float | None = None
+
+
+Video = str | Path | Span | np.ndarray | Tensor
+"""A file or a part of one, or its frames (time, height, width, 3) uint8."""
 
 
 class VideoTextModel:
@@ -116,13 +128,16 @@ class VideoTextModel:
 
     def _frames(self, video: Video) -> np.ndarray:
         data = self.config.data
-        if isinstance(video, (str, Path)):
-            if not Path(video).is_file():
-                raise UserError(f"{video}: no such file")
+        if isinstance(video, (str, Path, Span)):
+            span = video if isinstance(video, Span) else Span(Path(video))
+            if not span.path.is_file():
+                raise UserError(f"{span.path}: no such file")
             try:
-                return decode(Path(video), frames=data.frames, size=data.size, fps=data.fps)
+                return decode(
+                    span.path, frames=data.frames, size=data.size, fps=data.fps, start=span.start, end=span.end
+                )
             except DecodeError as error:
-                raise UserError(f"{video} does not decode: {error}") from None
+                raise UserError(f"{span.path} does not decode: {error}") from None
         frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
             raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")

@@ -68,6 +68,22 @@ def decode(
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
+def duration(video: Path) -> float:
+    """Seconds, as the file says.
+
+    Raises:
+        DecodeError: no video, or no duration.
+    """
+    try:
+        with av.open(str(video), "r") as container:
+            if not container.streams.video:
+                raise DecodeError("no video stream")
+            begin, finish = _span(container, container.streams.video[0], None, None)
+            return finish - begin
+    except (av.FFmpegError, ValueError) as error:
+        raise DecodeError(str(error) or type(error).__name__) from None
+
+
 def frame_rate(video: bytes) -> Fraction | None:
     """Frames a second, where the file says.
 

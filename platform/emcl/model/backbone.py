@@ -42,7 +42,7 @@ class Backbone(nn.Module):
             )
         # numbers and not buffers: a cast of the model to bf16 would round them
         self.normalisation = [(255 * mean, 255 * std) for mean, std in zip(towers.mean, towers.std, strict=True)]
-        self.checkpointing = config.activation_checkpointing
+        self.recomputed = _checkpoint_blocks(self) if config.activation_checkpointing else []
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         _freeze(self, config.frozen)
 
@@ -84,13 +84,22 @@ class Backbone(nn.Module):
         return torch.stack(channels, 1).to(_dtype(self.image))
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
-        if self.checkpointing and self.training and torch.is_grad_enabled():
+        if tower in self.recomputed and self.training and torch.is_grad_enabled():
             return checkpoint(tower, inputs, use_reentrant=False)
         return tower(inputs)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
+
+
+def _checkpoint_blocks(backbone: Backbone) -> list[nn.Module]:
+    """Lets each tower keep the inputs of its blocks alone; returns those that cannot, to be recomputed whole."""
+    towers = [getattr(backbone, name) for name in TOWERS]
+    for tower in towers:
+        if hasattr(tower.trunk, "set_grad_checkpointing"):
+            tower.trunk.set_grad_checkpointing(True)
+    return [tower for tower in towers if not hasattr(tower.trunk, "set_grad_checkpointing")]
 
 
 def _freeze(backbone: Backbone, frozen: list[str]) -> None:

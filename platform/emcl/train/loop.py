@@ -75,6 +75,7 @@ class Trainer:
         self.bad = BadClips(ranks, folder, len(self.shards), allowed, self.shards.damaged)
         self.meter = _Meter(ranks, device, self.bad)
         self.stop = StopRequest()
+        self.watch = Watch(ranks, config.patience, at_end=lambda: self.tracker.finish("FAILED"))
 
     @property
     def model(self) -> VideoLanguageModel:
@@ -92,7 +93,6 @@ class Trainer:
             total=self.total, initial=self.start, desc="training", unit="step", disable=not self.ranks.first,
             dynamic_ncols=True,
         )  # fmt: skip
-        self.watch = Watch(self.ranks, self.config.patience, at_end=lambda: tracker.finish("FAILED"))
         steps = self.config.tracking.profile if self.ranks.first else 0
         profile = StepProfile(steps, self.model, self.folder, tracker, self._say)
         with self.stop, bar, self.watch, profile:

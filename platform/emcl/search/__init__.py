@@ -1,0 +1,1 @@
+"""Finding moments of one's own videos with a trained model."""
