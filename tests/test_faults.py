@@ -166,6 +166,7 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
 ) -> None:
     monkeypatch.setattr(loaders, "LOOK", 0.5)
     shards = open_shards(f"{sample_shards}/train-*.tar")
+    next(iter(loaders.evaluation_loader(shards, DATA, {}, batch_size=3, rank=0, world_size=1)))  # PyTorch's handler
     calm = [batch for (batch,) in step_loader(shards, DATA, 12).steps(0)]
     troubled = step_loader(shards, DATA, 12)
     before = {one.pid for one in children()}

@@ -78,12 +78,18 @@ class Ranks:
         if self.world_size > 1:
             dist.barrier()
 
-    def open_store(self, timeout: timedelta) -> dist.Store:
-        """A store of its own for small facts, held by rank 0; called by all ranks. Works while a collective hangs."""
+    def open_store(self, timeout: timedelta) -> dist.Store | None:
+        """A store of its own for small facts, held by rank 0; called by all ranks. Works while a collective hangs.
+
+        None for a rank that does not reach it.
+        """
         host = os.environ["MASTER_ADDR"]
         held = dist.TCPStore(host, 0, is_master=True, timeout=timeout, wait_for_workers=False) if self.first else None
         port = self.gather_objects(held.port if held else None)[0]
-        return held or dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)
+        try:
+            return held or dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)
+        except RuntimeError:  # torch's kinds of network errors
+            return None
 
     def share(self, total: int) -> slice:
         """This rank's rows of `total` gathered ones."""

@@ -108,5 +108,6 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    signal.signal(signal.SIGCHLD, before)
+    of_torch = getattr(before, "__module__", "").startswith("torch.")  # an earlier loader's, of an evaluation
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or before is None else before)
     return iterator

@@ -16,6 +16,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+from tqdm import tqdm
+
 from emcl.distributed import Ranks
 from emcl.errors import OneRankError
 
@@ -49,11 +51,17 @@ class Watch:
         self._lock = threading.Lock()
 
     def __enter__(self) -> Watch:
-        if self.ranks.world_size > 1:
-            self._store = self.ranks.open_store(timedelta(seconds=GRACE))
-            self._write(0)
-            self.ranks.barrier()  # every rank has a line from here on
-            self._thread.start()
+        if self.ranks.world_size == 1:
+            return self
+        store = self.ranks.open_store(timedelta(seconds=GRACE))
+        if not all(self.ranks.gather_objects(store is not None)):  # a firewall between the nodes, perhaps
+            if self.ranks.first:
+                tqdm.write("ranks do not reach rank 0's store: a rank that hangs will not be named")
+            return self
+        self._store = store
+        self._write(0)
+        self.ranks.barrier()  # every rank has a line from here on
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
