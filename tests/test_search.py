@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import emcl
-from conftest import small
+from conftest import TINY, small
 from emcl.cli import main
 from emcl.data.shards import open_shards
 from emcl.errors import UserError
@@ -167,3 +167,30 @@ def test_the_commands(
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["search", index, "--model", model]) == 2
     assert "give a sentence" in capsys.readouterr().err
+
+
+def test_a_plain_clip_ranks_by_the_mean_of_its_frames(videos: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(**json.loads(Path(TINY).read_text())).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    model = emcl.load(TINY, pretrained=tmp_path / "clip.pt", device="cpu")
+    files = [str(path) for path in sorted(videos.rglob("*.mp4"))]
+    queries = ["a red circle", "a green square"]
+    with torch.no_grad():
+        text = torch.nn.functional.normalize(
+            clip.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=32)(queries)), dim=-1
+        )
+        frames = [torch.from_numpy(model._frames(file)) for file in files]
+        images = [clip.encode_image(model.model.backbone.pixels(clip_frames)) for clip_frames in frames]
+        means = torch.stack([torch.nn.functional.normalize(one, dim=-1).mean(0) for one in images])
+    expected = text @ torch.nn.functional.normalize(means, dim=-1).T
+    torch.testing.assert_close(model.similarity(queries, files), expected, atol=2e-3, rtol=0)
+    index = VideoIndex(tmp_path / "index", model, windows=Windows())
+    index.update(videos)
+    assert (
+        index.search(queries[0])[0].path in [str(Path(file).relative_to(videos)) for file in files] or len(index) == 12
+    )
+    with pytest.raises(UserError, match="no such file"):
+        emcl.load(TINY, pretrained=tmp_path / "nowhere.pt")

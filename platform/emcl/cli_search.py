@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emcl.errors import UserError
 
 if TYPE_CHECKING:
+    from emcl.inference import VideoTextModel
     from emcl.search.index import Hit
 
 
@@ -52,11 +53,17 @@ def add_commands(commands: Any) -> None:
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="RUN", help="a run's folder or an export")
+    parser.add_argument("--model", required=True, metavar="RUN", help="a run's folder or an export; or a CLIP's name")
+    parser.add_argument("--pretrained", type=Path, metavar="FILE", help="weights of the CLIP that --model names")
+
+
+def _open(options: argparse.Namespace) -> VideoTextModel:
+    from emcl.inference import load
+
+    return load(options.model, pretrained=options.pretrained)
 
 
 def _index(options: argparse.Namespace) -> None:
-    from emcl.inference import load
     from emcl.search.index import VideoIndex
     from emcl.search.windows import Windows
 
@@ -64,7 +71,7 @@ def _index(options: argparse.Namespace) -> None:
         raise UserError(f"{options.videos}: no such folder")
     if not 0 <= options.overlap < options.window:
         raise UserError(f"--overlap {options.overlap} is not between 0 and --window {options.window}")
-    index = VideoIndex(options.out, load(options.model), windows=Windows(options.window, options.overlap))
+    index = VideoIndex(options.out, _open(options), windows=Windows(options.window, options.overlap))
     changes = index.update(options.videos)
     for path, reason in changes.broken.items():
         print(f"left out: {path}: {reason}")
@@ -75,15 +82,15 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from emcl.inference import load
     from emcl.search.index import VideoIndex
 
     if (options.query is None) == (options.video is None):
         raise UserError("give a sentence, or --video FILE")
-    index = VideoIndex(options.index, load(options.model))
-    hits = (
-        index.search(options.query, options.top) if options.query else index.search_by_video(options.video, options.top)
-    )
+    index = VideoIndex(options.index, _open(options))
+    if options.video is not None:
+        hits = index.search_by_video(options.video, options.top)
+    else:
+        hits = index.search(options.query, options.top)
     for place, hit in enumerate(hits, 1):
         print(json.dumps(asdict(hit), ensure_ascii=False) if options.json else _line(place, hit))
 
@@ -99,15 +106,11 @@ def _clock(seconds: float) -> str:
 def _caption(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from emcl.inference import load
-
-    model = load(options.model)
+    model = _open(options)
     for file in tqdm(options.files, unit="video", disable=len(options.files) < 5):
         tqdm.write(f"{file}: {model.caption(file)[0]}")
 
 
 def _ask(options: argparse.Namespace) -> None:
-    from emcl.inference import load
-
-    for answer, share in load(options.model).answer(options.file, options.question, top=options.top):
+    for answer, share in _open(options).answer(options.file, options.question, top=options.top):
         print(f"{share:6.1%}  {answer}")

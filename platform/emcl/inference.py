@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,16 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from emcl.config import Config, resolve, to_yaml
 from emcl.data.decode import DecodeError, decode, square
 from emcl.distributed import ALONE
 from emcl.distributed import device as default_device
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
 from emcl.model.pooling import mean_of_frames
-from emcl.model.towers import tokenizer
-from emcl.train.export import find_export, open_export
+from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
+from emcl.multitask import VideoLanguageModel
+from emcl.train.export import CONFIG, WEIGHTS, find_export, open_export
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,20 @@ Video = str | Path | Span | np.ndarray | Tensor
 class VideoTextModel:
     """Embeds videos and sentences, and compares them as training did.
 
-    Not thread-safe; nothing is downloaded and no pickle is read.
+    Made by `load`. Not thread-safe; nothing is downloaded and no pickle is run.
     """
 
-    def __init__(self, path: str | Path, *, device: str | torch.device | None = None, batch_size: int = 16) -> None:
-        self.folder = find_export(Path(path))
-        self.model, self.config = open_export(self.folder)
+    def __init__(
+        self,
+        model: VideoLanguageModel,
+        config: Config,
+        files: Sequence[Path],
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        """`files` are what the model was read from."""
+        self.model, self.config, self.files = model.eval(), config, list(files)
         self.device = torch.device(device) if device is not None else default_device()
         self.model.to(self.device)
         self.batch_size = batch_size
@@ -121,9 +133,17 @@ class VideoTextModel:
             (answers[number], value) for number, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
 
+    def fingerprint(self) -> str:
+        """Of weights and settings: what was embedded with one model is compared with no other."""
+        digest = hashlib.sha256(to_yaml(self.config).encode())
+        for file in self.files:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
     def _task(self, name: str, otherwise: str) -> Any:
         if name not in self.model.tasks:
-            raise UserError(f"{self.folder} was not trained for {name}, so {otherwise}")
+            raise UserError(f"{self.files[0].parent} was not trained for {name}, so {otherwise}")
         return self.model.heads[name]
 
     def _frames(self, video: Video) -> np.ndarray:
@@ -163,10 +183,39 @@ class VideoFeatures:
         return mean_of_frames(self.frames, self.mask)
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None) -> VideoTextModel:
-    """Opens a run's folder or an export of it.
+def load(
+    path: str | Path, *, pretrained: str | Path | None = None, device: str | torch.device | None = None
+) -> VideoTextModel:
+    """Opens a run's folder or an export of it; or, with `pretrained`, a plain CLIP for zero-shot retrieval.
+
+    Args:
+        path: a run; or, with `pretrained`, an open_clip name such as ViT-B-32.
+        pretrained: a local checkpoint of OpenAI's or LAION's.
 
     Raises:
-        UserError: no export there, or its weights do not fit its configuration.
+        UserError: no export there, or weights that do not fit.
     """
-    return VideoTextModel(path, device=device)
+    if pretrained is not None:
+        config = _plain_clip(str(path), Path(pretrained))
+        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], device=device)
+    folder = find_export(Path(path))
+    model, config = open_export(folder)
+    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], device=device)
+
+
+def _plain_clip(name: str, weights: Path) -> Config:
+    """A video is the mean of its frames, and nothing was trained on videos."""
+    if not weights.is_file():
+        raise UserError(f"{weights}: no such file; give a checkpoint of {name}")
+    settings = model_json(name)
+    size = settings["vision_cfg"].get("image_size", 224)
+    words = settings["text_cfg"].get("context_length", 77)
+    overrides = [
+        f"model.name={name}", f"model.pretrained={weights}", "model.temporal=mean", "emcl.enabled=false",
+        f"data.size={size}", f"data.words={words}", "data.frames=12",
+        "tasks.retrieval.pooling_temperature=1e6",  # of the pooling by text: so high that it is the mean
+    ]  # fmt: skip
+    config = resolve(["retrieval"], overrides=overrides)
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, quick_gelu=wants_quick_gelu(config.model))
+    )

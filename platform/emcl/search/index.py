@@ -9,7 +9,6 @@ windows the nearest are found exactly; above, by a graph (HNSW).
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -25,7 +24,6 @@ from emcl.data.decode import DecodeError
 from emcl.errors import UserError
 from emcl.inference import Span, VideoFeatures, VideoTextModel
 from emcl.search.windows import Windows, videos_in
-from emcl.train.export import CONFIG, WEIGHTS
 
 FORMAT = 1
 EXACT = 200_000
@@ -78,7 +76,7 @@ class VideoIndex:
         self._base.executescript(_TABLES)
         self.windows = windows or Windows(float(self._fact("length") or 10.0), float(self._fact("overlap") or 5.0))
         facts = {
-            "format": str(FORMAT), "model": fingerprint(model.folder), "length": str(self.windows.length),
+            "format": str(FORMAT), "model": model.fingerprint(), "length": str(self.windows.length),
             "overlap": str(self.windows.overlap),
         }  # fmt: skip
         for name, value in facts.items():
@@ -209,14 +207,6 @@ class VideoIndex:
     def _fact(self, name: str) -> str | None:
         found = self._base.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return str(found[0]) if found else None
-
-
-def fingerprint(export: Path) -> str:
-    """Of a model: its weights and its configuration."""
-    digest = hashlib.sha256()
-    for name in (WEIGHTS, CONFIG):
-        digest.update((export / name).read_bytes())
-    return digest.hexdigest()
 
 
 def faiss_package() -> Any:
