@@ -181,8 +181,8 @@ def _in_sequence(
 
 
 def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.float64]) -> Iterator[av.VideoFrame]:
-    """The frames of `times`. From the key frame before each, frames are decoded that others
-    are made from, and those that are wanted; groups of pictures in between are passed over whole."""
+    """The frames of `times`: from the key frame before each, those are decoded that others are made from, and those that
+    are wanted; groups of pictures in between are passed over whole."""
     decoder = stream.codec_context
     moments = [int(packet.pts or 0) for packet in packets]  # each packet's, in the stream's unit
     shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
@@ -195,7 +195,10 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
     frames: dict[int, av.VideoFrame] = {}
     cursor = 0
     for pts in wanted:
-        start = next((key for key in reversed(keys) if key <= place_of[pts] and moments[key] <= pts), 0)
+        before = bisect_right(keys, place_of[pts])
+        while before and moments[keys[before - 1]] > pts:  # shown later, though decoded earlier
+            before -= 1
+        start = keys[before - 1] if before else 0
         if pts not in frames and start > cursor:
             decoder.flush_buffers()
             cursor = start
