@@ -181,8 +181,8 @@ def _in_sequence(
 
 
 def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.float64]) -> Iterator[av.VideoFrame]:
-    """The frames of `times`: from the key frame before each, those are decoded that others are made from, and those that
-    are wanted; groups of pictures in between are passed over whole."""
+    """The frames of `times`: from the key frame before each, those are decoded that others are made from, and those
+    that are wanted; groups of pictures in between are passed over whole."""
     decoder = stream.codec_context
     moments = [int(packet.pts or 0) for packet in packets]  # each packet's, in the stream's unit
     shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
