@@ -23,7 +23,7 @@ from emcl.data.vocabulary import UsedTokens, Vocabulary, WholeVocabulary
 from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.errors import UserError
-from emcl.metrics.captions import caption_metrics
+from emcl.metrics.captions import COUNTS, caption_metrics
 from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder, Generation
@@ -240,6 +240,7 @@ class _CaptionScorer(Scorer):
                 "id": [rows[row].sample.id for row in scored],
                 "caption": list(scored.values()),
                 "reference": [rows[row].sample.captions[0] for row in scored],
+                COUNTS: found.counts,
                 **{f"{name}{suffix}": [100 * value for value in values] for name, values in found.each.items()},
             },
             files={"captions-{split}.json": json.dumps(predictions, indent=0, ensure_ascii=False)},

@@ -129,3 +129,25 @@ def test_a_run_says_at_its_start_what_its_captions_will_be_scored_without(
     assert done.returncode == 0, output
     assert "note: captions will be scored without METEOR" in output and "Java 6" in output
     assert output.index("note: captions") < output.index("training:")
+
+
+def test_bleu_of_summed_counts_is_that_of_the_corpus_and_has_an_interval() -> None:
+    import numpy as np
+
+    from emcl.metrics.bootstrap import interval_of
+    from emcl.metrics.captions import bleu
+
+    words = ["a", "man", "dog", "woman", "runs", "cooks", "in", "the", "park", "kitchen", "slowly"]
+    rng = np.random.default_rng(0)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(words, rng.integers(4, 9)))
+
+    references = {str(video): [sentence() for _ in range(5)] for video in range(60)}
+    hypotheses = {key: texts[0] if int(key) % 3 else sentence() for key, texts in references.items()}
+    found = caption_metrics(hypotheses, references, tokenizer="given")
+    total = np.array(found.counts, np.float64).sum(0)
+    for n in (1, 2, 3, 4):
+        assert bleu(total, n) == pytest.approx(found.metrics[f"BLEU-{n}"], rel=1e-9)
+    low, high = interval_of(found.counts, lambda counts: bleu(counts, 4))
+    assert low < found.metrics["BLEU-4"] < high and high - low > 0.05

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -28,6 +30,17 @@ def interval(
     rng = np.random.default_rng(seed)
     means = [_mean(total, size, rng.integers(0, count, count)) for _ in range(SAMPLES)]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def interval_of(
+    sums: ArrayLike, measure: Callable[[NDArray[np.float64]], float], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Bounds of a measure of a whole corpus: of the sum of each video's numbers (videos, numbers)."""
+    found = np.asarray(sums, np.float64)
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(0, len(found), len(found)) for _ in range(SAMPLES))
+    low, high = np.quantile([measure(found[rows].sum(0)) for rows in drawn], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

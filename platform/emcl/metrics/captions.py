@@ -6,8 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from emcl.metrics.java import JavaError, find_java, meteor, ptb_tokens
 
+COUNTS = "bleu_counts"
+"""What is kept of each video under this name."""
 TOKENIZERS = ("ptb", "plain", "given")
 
 
@@ -22,6 +27,8 @@ class CaptionScores:
     """What is not among the metrics, and why."""
     each: dict[str, list[float]] = field(default_factory=dict)
     """Of the metrics that are a mean over videos: the values of each, in the order of the hypotheses."""
+    counts: list[list[int]] = field(default_factory=list)
+    """Of each video, what BLEU adds up over all before it divides (`bleu`)."""
 
 
 def plain_tokens(caption: str) -> str:
@@ -49,13 +56,33 @@ def caption_metrics(
     written = {key: list(references[key]) for key in keys}
     tokenizer, missing = _tokenise(spoken, written, tokenizer)
     metrics, each = _without_java(spoken, written)
+    counts = [bleu_counts(spoken[key][0], written[key]) for key in keys]
     if missing is None:
         try:
             metrics["METEOR"] = meteor({key: texts[0] for key, texts in spoken.items()}, written)
         except JavaError as error:
             missing = f"METEOR: {error}"
     order = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-    return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing, each)
+    return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing, each, counts)
+
+
+def bleu_counts(caption: str, references: Sequence[str]) -> list[int]:
+    """Words of the caption, and of the reference nearest in length; its n-grams of 1 to 4 words; those found: (10,)."""
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
+    lengths, most = cook_refs(references)
+    found = cook_test(caption, (lengths, most))
+    words = found["testlen"]
+    nearest = min((abs(length - words), length) for length in lengths)[1]
+    return [words, nearest, *found["guess"], *found["correct"]]
+
+
+def bleu(counts: NDArray[np.floating], n: int) -> float:
+    """BLEU-n (up to 1) of the sum (10,) of videos' `bleu_counts`, as pycocoevalcap computes it of a corpus."""
+    words, nearest, guesses, found = counts[0], counts[1], counts[2 : 2 + n], counts[6 : 6 + n]
+    precision = float(np.prod((found + 1e-15) / (guesses + 1e-9)) ** (1 / n))
+    ratio = (words + 1e-15) / (nearest + 1e-9)
+    return precision if ratio >= 1 else precision * float(np.exp(1 - 1 / ratio))
 
 
 def _tokenise(spoken: dict[str, list[str]], written: dict[str, list[str]], tokenizer: str) -> tuple[str, str | None]:

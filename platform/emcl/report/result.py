@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from emcl.config import Config, from_dict
 from emcl.errors import UserError
-from emcl.metrics.bootstrap import interval
+from emcl.metrics.bootstrap import interval, interval_of
+from emcl.metrics.captions import COUNTS, bleu
 from emcl.metrics.retrieval import RECALLS
 from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
 from emcl.prepare.benchmarks import BENCHMARKS
@@ -30,6 +31,10 @@ COLUMNS = {
 }
 """Of each task, what a table shows; of another's task all that it has."""
 SCORES, OPTIONS = "scores-test.json", "options-test.json"
+
+
+def _bleu_in_per_cent(n: int, counts: NDArray[np.float64]) -> float:
+    return 100 * bleu(counts, n)
 
 
 def short(name: str) -> str:
@@ -95,6 +100,8 @@ class Result:
         for name in self.metrics:
             if name in items:
                 found[name] = interval(items[name], items.get("id"))
+            elif name.startswith("BLEU-") and COUNTS in items:
+                found[name] = interval_of(items[COUNTS], partial(_bleu_in_per_cent, int(name[5])))
         return found
 
     @property
