@@ -25,7 +25,7 @@ ITEMS = ("loading", "step", "captions", "preparing", "evaluation", "scaling", "s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     rows: list[Row] = []
     began = time.perf_counter()

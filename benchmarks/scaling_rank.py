@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 SENT = {"bytes": 0}
-STEPS, WARM = 8, 3
+STEPS, WARM = 5, 2
 
 
 def counted(name: str, bytes_of: Callable[..., int]) -> None:
