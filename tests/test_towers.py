@@ -11,6 +11,7 @@ import torch
 
 from conftest import TINY
 from emcl.config import ModelConfig, resolve
+from emcl.data.samples import Sample
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
 from emcl.model.towers import OPENAI_KEYS, build_towers, tokenizer
@@ -74,7 +75,7 @@ def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, 
     config = resolve(
         ["retrieval"], overrides=["model.name=ViT-B-32", f"model.pretrained={openai_file}", "data.size=224"]
     )
-    shards = SimpleNamespace(rows=[])
+    shards = SimpleNamespace(rows=[SimpleNamespace(sample=Sample(id="a", captions=["a dog runs"]))])
     config = learn_settings(config, shards)  # type: ignore[arg-type]
     assert config.model.quick_gelu is True
     model = VideoLanguageModel(config).eval()
