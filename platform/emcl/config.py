@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 from emcl.registry import expand, nearest, task_class, task_entry
 
 DEFAULT_RECIPE = "sample"
@@ -315,7 +315,7 @@ def _checked(base: DictConfig, merged: DictConfig, source: str) -> Config:
         raise UserError(_unknown_key(error, base)) from None
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
-        raise UserError(f"{key}: {str(error).splitlines()[0]} ({source} and overrides)") from None
+        raise UserError(f"{key}: {first_line(error)} ({source} and overrides)") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     assert isinstance(config, Config)
@@ -344,7 +344,7 @@ def _load_yaml(path: Path) -> DictConfig:
     try:
         content = OmegaConf.load(path)
     except Exception as error:  # yaml's errors span several lines
-        raise UserError(f"{path} is not readable YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not readable YAML: {first_line(error)}") from None
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} holds no `key: value` settings")
     merged: Any = OmegaConf.create({})
@@ -369,7 +369,7 @@ def parse_overrides(overrides: Iterable[str]) -> DictConfig:
             try:
                 nodes = OmegaConf.merge(nodes, OmegaConf.from_dotlist([item]))
             except Exception as error:
-                raise UserError(f"override {item!r} is not readable: {str(error).splitlines()[0]}") from None
+                raise UserError(f"override {item!r} is not readable: {first_line(error)}") from None
     return nodes
 
 

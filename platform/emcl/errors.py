@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class OneRankError(UserError):
     """What one rank alone has found: that rank says it, where others leave it to the first."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line; its kind, where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from emcl.errors import first_line
+
 PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds before the second try, doubled each time up to the longest."""
 
@@ -66,10 +68,10 @@ class Outbox:
                 if not self._refused(error):
                     tries += 1
                     if tries == 1:
-                        self._say(f"does not answer ({_first_line(error)}); what is recorded is kept and sent later")
+                        self._say(f"does not answer ({first_line(error)}); what is recorded is kept and sent later")
                     self._rest(min(LONGEST_PAUSE, PAUSE * 2 ** (tries - 1)))
                     continue
-                self._say(f"refused a record: {_first_line(error)}")
+                self._say(f"refused a record: {first_line(error)}")
             else:
                 if tries:
                     self._say(f"answers again, after {tries} tries")
@@ -83,7 +85,3 @@ class Outbox:
         until = time.monotonic() + seconds
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, timeout=max(0.0, until - time.monotonic()))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

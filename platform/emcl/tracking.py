@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config, flatten
+from emcl.errors import first_line
 from emcl.outbox import Message, Outbox
 from emcl.secrets import masked
 
@@ -133,7 +134,7 @@ class MLflowTracker(Tracker):
         try:
             self._mlflow.end_run(status)
         except Exception as error:
-            log.warning("MLflow at %s did not take the run's end (%s)", masked(self.uri or ""), _first_line(error))
+            log.warning("MLflow at %s did not take the run's end (%s)", masked(self.uri or ""), first_line(error))
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -168,7 +169,7 @@ def open_tracker(
         return MLflowTracker(chosen, config, name, local_artifacts=kept, continued=continued, folder=folder)
     except Exception as error:
         log.warning(
-            "MLflow at %s cannot be used (%s); training goes on without it", masked(chosen), masked(_first_line(error))
+            "MLflow at %s cannot be used (%s); training goes on without it", masked(chosen), masked(first_line(error))
         )
         return Tracker()
 
@@ -214,7 +215,3 @@ def _parameter(key: str) -> str:
 def _allowed(key: str) -> str:
     """MLflow's names have no @: `text_to_video/R@1` is `text_to_video/R1` there."""
     return key.replace("@", "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 from webdataset.shardlists import expand_urls
 
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 
 STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "file")
 """What fsspec writes to; each but `file` wants its package (s3fs, gcsfs, adlfs)."""
@@ -101,7 +101,7 @@ def publish(folder: Path, url: str) -> int:
         for name in tqdm([*wanted, *others], desc=f"copying to {url}", unit="file"):
             store.put_file(str(folder / name), f"{root}/{name}")
     except Exception as error:  # each store has its own kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise UserError(f"{url}: not to be written ({reason}); the shards are whole in {folder}") from None
     return len(wanted)
 
@@ -147,7 +147,7 @@ def _fetch(url: str, path: Path, known: Mapping[str, Any] | None) -> None:
         except Exception as error:  # each file system has its own kinds
             part.unlink(missing_ok=True)
             if attempt + 1 == TRIES:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 raise UserError(f"{url}: not to be had in {TRIES} tries ({reason})") from None
             time.sleep(PATIENCE * 2**attempt)
 

@@ -20,7 +20,7 @@ from emcl.data.features import FeatureStore
 from emcl.data.loader import Collator, training_loader
 from emcl.data.order import RankBatches
 from emcl.data.shards import ShardSet
-from emcl.errors import OneRankError
+from emcl.errors import OneRankError, first_line
 
 RESTARTS = 3
 """How often loaders are started again for one step."""
@@ -77,7 +77,7 @@ class StepLoader:
                 return next(loader)
             except RuntimeError as error:  # torch has no finer kinds
                 if "exited unexpectedly" in str(error):
-                    raise _WorkerDied(str(error).splitlines()[0]) from None
+                    raise _WorkerDied(first_line(error)) from None
                 if "timed out after" not in str(error):
                     raise
                 if time.monotonic() - began > self.data.patience:

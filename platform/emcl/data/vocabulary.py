@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 
 PADDING, START, END = 0, 1, 2
 
@@ -123,7 +123,7 @@ class _HuggingFace:
         try:
             self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{folder} holds no tokenizer: {first_line(error)}") from None
 
     def encode(self, caption: str) -> list[int]:
         return self.inner.encode(" ".join(caption.split()), add_special_tokens=False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from emcl.em import EMCL
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 from emcl.evaluate.report import lines_of
 from emcl.metrics.retrieval import retrieval_metrics
 
@@ -128,7 +128,7 @@ def _read(path: Path) -> NDArray[Any]:
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a NumPy array file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a NumPy array file: {first_line(error)}") from None
     if not isinstance(rows, np.ndarray):
         raise UserError(f"{path} is an archive of several arrays: write one array with numpy.save")
     return rows

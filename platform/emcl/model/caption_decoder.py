@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,4 +116,4 @@ def _pretrained(folder: str, settings: dict[str, Any]) -> GPT2LMHeadModel:
         config = GPT2Config.from_pretrained(folder, local_files_only=True, **settings)
         return GPT2LMHeadModel.from_pretrained(folder, config=config, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} holds no GPT-2: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder} holds no GPT-2: {first_line(error)}") from None

@@ -22,7 +22,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from emcl.config import ModelConfig
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 from emcl.model.conv import ConvTower
 from emcl.registry import nearest
 
@@ -125,7 +125,7 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
                 device=torch.get_default_device(),
             )
         except RuntimeError as error:
-            raise UserError(f"model {config.name}, pretrained {tag}: {str(error).splitlines()[0]}") from None
+            raise UserError(f"model {config.name}, pretrained {tag}: {first_line(error)}") from None
     if widths:
         clip.visual = ConvTower(widths, size, settings["embed_dim"])
     if state is not None:
@@ -212,7 +212,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
             except RuntimeError:  # not TorchScript
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} is no readable checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is no readable checkpoint: {first_line(error)}") from None
     state = state.get("state_dict", state)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     is_openai = all(key in state for key in OPENAI_KEYS)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from emcl.config import Config, from_dict
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 from emcl.metrics.bootstrap import interval, interval_of
 from emcl.metrics.captions import COUNTS, bleu
 from emcl.metrics.retrieval import RECALLS
@@ -150,7 +150,7 @@ def open_results(folder: Path) -> list[Result]:
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         tasks = scores["tasks"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: {SCORES} or config.yaml is not readable ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder}: {SCORES} or config.yaml is not readable ({first_line(error)})") from None
     config = from_dict([saved], source=str(folder / "config.yaml"))
     return [
         Result(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emcl.distributed import Ranks
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 
 PREFIX, PART = "step-", ".part"
 UNIVERSAL, BUFFERS = ".universal", "buffers.safetensors"
@@ -55,7 +55,7 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ran
             exclude_frozen_parameters=False,
         )
     except (OSError, RuntimeError) as found:  # torch.save raises the latter where the disk is full
-        error = _not_written(folder, tag, _needed(engine, folder), str(found).splitlines()[0])
+        error = _not_written(folder, tag, _needed(engine, folder), first_line(found))
         shutil.rmtree(part, ignore_errors=True)
     ranks.agree(error)
     if ranks.first:

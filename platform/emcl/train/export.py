@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emcl.config import Config, from_dict, to_yaml
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
 from emcl.multitask import VideoLanguageModel
 from emcl.secrets import masked
 
@@ -57,7 +57,7 @@ def exported_config(folder: Path) -> Config:
     try:
         return from_dict([yaml.safe_load((folder / CONFIG).read_text())], source=str(folder / CONFIG))
     except yaml.YAMLError as error:
-        raise UserError(f"{folder / CONFIG} is not readable: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder / CONFIG} is not readable: {first_line(error)}") from None
 
 
 def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:

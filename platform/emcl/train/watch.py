@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from emcl.distributed import Ranks
-from emcl.errors import OneRankError
+from emcl.errors import OneRankError, first_line
 
 BEAT = 2.0
 """Seconds between two beats."""
@@ -68,7 +68,7 @@ class Watch:
         if self._store is None:
             return
         try:
-            if kind is not None and issubclass(kind, RuntimeError):
+            if isinstance(error, RuntimeError):
                 self._explain(error)  # while the beats go on: the others look too
         finally:
             self._over.set()
@@ -100,7 +100,7 @@ class Watch:
         closing.join(GRACE)
         os._exit(GONE)  # the main thread waits within a collective, and cannot be woken
 
-    def _explain(self, error: BaseException | None) -> None:
+    def _explain(self, error: BaseException) -> None:
         """A collective that failed: because of a rank that has gone, perhaps."""
         try:
             before = self._read()
@@ -111,7 +111,7 @@ class Watch:
             gone = {0: None}  # who held the store
         gone.pop(self.ranks.rank, None)
         if gone:
-            raise OneRankError(f"{_named(gone)} has ended; this rank ends too ({_first_line(error)})") from None
+            raise OneRankError(f"{_named(gone)} has ended; this rank ends too ({first_line(error)[:200]})") from None
 
     def _whom(self) -> str:
         try:
@@ -178,7 +178,3 @@ def _named(ranks: dict[int, Any]) -> str:
         f"rank {rank}" + (f" ({line['doing']} at step {line['step']})" if line else "")
         for rank, line in sorted(ranks.items())
     )
-
-
-def _first_line(error: BaseException | None) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
