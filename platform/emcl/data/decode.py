@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -52,20 +53,13 @@ def decode(
     Raises:
         DecodeError: nothing could be decoded.
     """
-    try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video), "r") as container:
-            if not container.streams.video:
-                raise DecodeError("no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # the loader's processes are the parallelism
-            begin, finish = _span(container, stream, start, end)
-            count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
-            offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
-            times = begin + (np.arange(count) + offsets) * (finish - begin) / count
-            scaler = VideoReformatter()  # kept for all frames: to make one costs more than to use it
-            return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times)])
-    except (av.FFmpegError, ValueError, StopIteration) as error:
-        raise DecodeError(str(error) or type(error).__name__) from None
+    with _opened(video) as (container, stream):
+        begin, finish = _span(container, stream, start, end)
+        count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
+        offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
+        times = begin + (np.arange(count) + offsets) * (finish - begin) / count
+        scaler = VideoReformatter()  # kept for all frames: to make one costs more than to use it
+        return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times)])
 
 
 def duration(video: Path) -> float:
@@ -74,14 +68,9 @@ def duration(video: Path) -> float:
     Raises:
         DecodeError: no video, or no duration.
     """
-    try:
-        with av.open(str(video), "r") as container:
-            if not container.streams.video:
-                raise DecodeError("no video stream")
-            begin, finish = _span(container, container.streams.video[0], None, None)
-            return finish - begin
-    except (av.FFmpegError, ValueError) as error:
-        raise DecodeError(str(error) or type(error).__name__) from None
+    with _opened(video) as (container, stream):
+        begin, finish = _span(container, stream, None, None)
+        return finish - begin
 
 
 def frame_rate(video: bytes) -> Fraction | None:
@@ -90,13 +79,8 @@ def frame_rate(video: bytes) -> Fraction | None:
     Raises:
         DecodeError: no video.
     """
-    try:
-        with av.open(io.BytesIO(video), "r") as container:
-            if not container.streams.video:
-                raise DecodeError("no video stream")
-            return container.streams.video[0].average_rate
-    except (av.FFmpegError, ValueError) as error:
-        raise DecodeError(str(error) or type(error).__name__) from None
+    with _opened(video) as (_, stream):
+        return stream.average_rate
 
 
 def resampled(
@@ -107,13 +91,26 @@ def resampled(
     Raises:
         DecodeError: while going through them.
     """
+    with _opened(video) as (container, stream):
+        begin, finish = _span(container, stream, start, end)
+        count = max(1, round((finish - begin) * rate))
+        yield from _at(container, stream, begin + (np.arange(count, dtype=np.float64) + 0.5) / float(rate))
+
+
+@contextmanager
+def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The file and its video, decoded by one thread: the loader's processes are the parallelism.
+
+    Raises:
+        DecodeError: no video, or anything that FFmpeg does not like of it while it is open.
+    """
     try:
-        with av.open(io.BytesIO(video), "r") as container:
+        with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video), "r") as container:
+            if not container.streams.video:
+                raise DecodeError("no video stream")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            begin, finish = _span(container, stream, start, end)
-            count = max(1, round((finish - begin) * rate))
-            yield from _at(container, stream, begin + (np.arange(count, dtype=np.float64) + 0.5) / float(rate))
+            yield container, stream
     except (av.FFmpegError, ValueError) as error:
         raise DecodeError(str(error) or type(error).__name__) from None
 
@@ -170,10 +167,9 @@ def _in_sequence(
     stream: av.VideoStream, packets: Iterable[av.Packet], times: NDArray[np.float64]
 ) -> Iterator[av.VideoFrame]:
     frames = (frame for packet in chain(packets, [None]) for frame in stream.codec_context.decode(packet))
-    unit = Fraction(stream.time_base or 0)  # frames at the end know no unit of their own
     shown, ahead = None, next(frames, None)
     for moment in times:
-        while ahead is not None and (shown is None or float((ahead.pts or 0) * unit) <= moment):
+        while ahead is not None and (shown is None or _seconds(ahead.pts or 0, stream) <= moment):
             shown, ahead = ahead, next(frames, None)
         if shown is None:
             raise DecodeError("no frame could be decoded")
@@ -186,8 +182,7 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
     decoder = stream.codec_context
     moments = [int(packet.pts or 0) for packet in packets]  # each packet's, in the stream's unit
     shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
-    unit = stream.time_base or Fraction(1)
-    seconds = [pts * unit.numerator / unit.denominator for pts in shown]
+    seconds = [_seconds(pts, stream) for pts in shown]
     wanted = [shown[max(0, bisect_right(seconds, moment) - 1)] for moment in times]
     needed = set(wanted)
     place_of = {pts: place for place, pts in enumerate(moments)}
@@ -209,12 +204,17 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
                 if frame.pts is not None and frame.pts in needed:
                     frames[frame.pts] = frame
             cursor += 1
-        for earlier in [key for key in frames if key < pts]:
-            if pts in frames:
-                del frames[earlier]
+        if pts in frames:
+            frames = {later: frame for later, frame in frames.items() if later >= pts}
         if not frames:
             raise DecodeError("a frame could not be decoded")
-        yield frames[max(frames) if pts not in frames else pts]  # at a torn end, the last one there is
+        yield frames.get(pts, frames[max(frames)])  # at a torn end, the last one there is
+
+
+def _seconds(pts: int, stream: av.VideoStream) -> float:
+    """A packet's or a frame's moment; frames from a decoder's end know no unit of their own."""
+    unit = stream.time_base or Fraction(0)
+    return pts * unit.numerator / unit.denominator
 
 
 def square(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> Frames:

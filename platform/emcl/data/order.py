@@ -146,11 +146,11 @@ class RankBatches:
 
     def __iter__(self) -> Iterator[Sequence[Draw]]:
         for step in range(self.start, self.stop):
-            for micro in range(self.accumulation):
-                yield self.part(step, micro)
+            yield from self.parts(step)
 
-    def part(self, step: int, micro: int) -> Sequence[Draw]:
-        """This rank's samples of one micro-batch."""
+    def parts(self, step: int) -> list[Sequence[Draw]]:
+        """This rank's samples of each micro-batch."""
+        batch = self.order.batch(step)
         share = self.order.batch_size // (self.world_size * self.accumulation)
-        first = (micro * self.world_size + self.rank) * share
-        return self.order.batch(step)[first : first + share]
+        firsts = [(micro * self.world_size + self.rank) * share for micro in range(self.accumulation)]
+        return [batch[first : first + share] for first in firsts]

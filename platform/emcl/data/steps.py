@@ -85,7 +85,7 @@ class StepLoader:
 
     def _waiting_for(self, step: int, micro: int) -> str:
         number = (step - self.batches.start) * self.batches.accumulation + micro
-        draws = self.batches.part(step, micro)
+        draws = self.batches.parts(step)[micro]
         shards = sorted({str(self.shards.paths[self.shards.rows[draw.row].shard]) for draw in draws})
         return (
             f"rank {self.batches.rank} has waited {self.data.patience:.0f} s (data.patience) for its batch of step "
