@@ -19,6 +19,7 @@ from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from emcl.data.bad import check_bad_fraction
 from emcl.data.remote import is_remote, localise
 from emcl.data.samples import VIDEO_ENDINGS, Sample
 from emcl.errors import UserError
@@ -89,9 +90,10 @@ class ShardSet:
         self.lengths = [len(part.rows) for part in parts]
         self.damaged = [line for part in parts for line in part.damaged]
         self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
+        if self.damaged and not max_bad_fraction:
+            raise UserError(self.damaged[0])
         lost = sum(part.lost for part in parts)
-        if lost > max_bad_fraction * (len(self.rows) + lost):
-            raise UserError(_too_many(self.damaged, lost, len(self.rows) + lost, max_bad_fraction))
+        check_bad_fraction(self.damaged, len(self.rows) + lost, max_bad_fraction, "samples are lost", count=lost)
         if not self.rows:
             raise UserError(f"no sample in {len(self.paths)} shard(s), the first {self.paths[0]}")
 
@@ -100,12 +102,7 @@ class ShardSet:
 
     def origin(self) -> tuple[str, str]:
         """The benchmark that the first sample is of, and its protocol as `emcl prepare` noted it; empty if unknown."""
-        sample, index = self.rows[0].sample, self.paths[0].parent / "index.json"
-        try:
-            protocol = json.loads(index.read_text())["protocol"] if index.is_file() else ""
-        except (ValueError, KeyError, TypeError):
-            protocol = ""
-        return sample.source, str(protocol)
+        return self.rows[0].sample.source, str(_prepared(self.paths[0].parent, "protocol") or "")
 
     def read(self, row: Row) -> bytes:
         """The video's bytes. At most OPEN_FILES tars are open in a process."""
@@ -133,14 +130,6 @@ def open_shards(pattern: str) -> ShardSet:
     return ShardSet(find_shards(pattern))
 
 
-def _too_many(damaged: list[str], lost: int, total: int, allowed: float) -> str:
-    if not allowed:
-        return damaged[0]
-    more = f" (and {len(damaged) - 5} more)" if len(damaged) > 5 else ""
-    listed = "; ".join(damaged[:5])
-    return f"{lost} of {total} samples are lost, more than data.max_bad_fraction={allowed} allows: {listed}{more}"
-
-
 @dataclass
 class _Indexed:
     """What one shard holds."""
@@ -153,9 +142,7 @@ class _Indexed:
 
 def _index(number: int, path: Path) -> _Indexed:
     """All of a shard that can be read."""
-    videos: dict[str, tuple[int, int]] = {}
-    texts: dict[str, Sample] = {}
-    bad: dict[str, str] = {}
+    found = _Members(path)
     torn = None
     try:
         if not _ends_as_a_tar(path):
@@ -163,57 +150,73 @@ def _index(number: int, path: Path) -> _Indexed:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile():
-                    _take(tar, member, path, videos, texts, bad)
+                    found.take(tar, member)
     except (tarfile.TarError, OSError) as error:
         torn = torn or f"{path} is not a whole tar ({error}): copy or prepare the shard again"
-    for one, other, what in ((videos, texts, "JSON"), (texts, videos, "video")):
-        for key in one:
-            if key not in other and key not in bad and not torn:
-                pair = "a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
-                bad[key] = f"{path}: {key.lstrip('/')} has no {what}; {pair}"
-    rows = [Row(number, *place, texts[key]) for key, place in videos.items() if key in texts and key not in bad]
-    lost = len(bad)
+    if not torn:
+        found.check_pairs()
+    whole = found.videos.keys() & found.texts.keys() - found.bad.keys()
+    rows = [Row(number, *place, found.texts[key]) for key, place in found.videos.items() if key in whole]
+    lost = len(found.bad)
     if torn:
-        lost = max(1, len(bad), _promised(path) - len(rows))
-    return _Indexed(rows, [*([torn] if torn else []), *bad.values()], lost)
+        promised = _prepared(path.parent, "shards", path.name, "samples")
+        lost = max(1, lost, (promised if isinstance(promised, int) else 0) - len(rows))
+    return _Indexed(rows, [*([torn] if torn else []), *found.bad.values()], lost)
 
 
-def _take(
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    path: Path,
-    videos: dict[str, tuple[int, int]],
-    texts: dict[str, Sample],
-    bad: dict[str, str],
-) -> None:
-    """Sorts one member in. Names are never used as paths, so that `..` or a leading / do nothing."""
-    folder, _, name = member.name.rpartition("/")
-    stem, _, ending = name.partition(".")
-    key = f"{folder}/{stem}"
-    if ending == "json":
-        if member.size > LARGEST_JSON:
-            bad[key] = f"{path}:{member.name}: {member.size} bytes are no sample's JSON"
-            return
-        stream = tar.extractfile(member)
-        assert stream is not None
-        try:
-            texts[key] = Sample.from_json(stream.read(), f"{path}:{member.name}")
-        except UserError as error:
-            bad[key] = str(error)
-    elif ending.lower() in VIDEO_ENDINGS:
-        if key in videos:
-            bad[key] = f"{path}: two videos for the key {key.lstrip('/')!r}"
-        if member.offset_data + member.size > path.stat().st_size:
-            raise tarfile.ReadError(f"cut short at {member.name}")
-        videos[key] = (member.offset_data, member.size)
+class _Members:
+    """A tar's videos and JSON by key, and what is bad of them. Names are never used as paths: `..` does nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.videos: dict[str, tuple[int, int]] = {}
+        self.texts: dict[str, Sample] = {}
+        self.bad: dict[str, str] = {}
+        self._size = path.stat().st_size if path.is_file() else 0
+
+    def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        """Sorts one member in.
+
+        Raises:
+            tarfile.ReadError: its content is not all there.
+        """
+        folder, _, name = member.name.rpartition("/")
+        stem, _, ending = name.partition(".")
+        key = f"{folder}/{stem}"
+        where = f"{self.path}:{member.name}"
+        if ending == "json" and member.size > LARGEST_JSON:
+            self.bad[key] = f"{where}: {member.size} bytes are no sample's JSON"
+        elif ending == "json":
+            stream = tar.extractfile(member)
+            assert stream is not None
+            try:
+                self.texts[key] = Sample.from_json(stream.read(), where)
+            except UserError as error:
+                self.bad[key] = str(error)
+        elif ending.lower() in VIDEO_ENDINGS:
+            if key in self.videos:
+                self.bad[key] = f"{self.path}: two videos for the key {key.lstrip('/')!r}"
+            if member.offset_data + member.size > self._size:
+                raise tarfile.ReadError(f"cut short at {member.name}")
+            self.videos[key] = (member.offset_data, member.size)
+
+    def check_pairs(self) -> None:
+        for one, other, what in ((self.videos, self.texts, "JSON"), (self.texts, self.videos, "video")):
+            for key in one:
+                if key not in other and key not in self.bad:
+                    pair = "a shard pairs KEY.mp4 with KEY.json (write it with `emcl prepare`)"
+                    self.bad[key] = f"{self.path}: {key.lstrip('/')} has no {what}; {pair}"
 
 
-def _promised(path: Path) -> int:
-    """How many samples a shard should hold, by the `index.json` that `emcl prepare` left beside it; 0 if unknown."""
+def _prepared(folder: Path, *keys: str) -> object:
+    """An entry of the `index.json` that `emcl prepare` left beside its shards; None where there is none."""
     try:
-        return int(json.loads((path.parent / "index.json").read_text())["shards"][path.name]["samples"])
+        found = json.loads((folder / "index.json").read_text())
+        for key in keys:
+            found = found[key]
+        return found
     except (OSError, ValueError, KeyError, TypeError):
-        return 0
+        return None
 
 
 def _ends_as_a_tar(path: Path) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emcl.config import Config
+from emcl.data.bad import check_bad_fraction
 from emcl.data.loader import evaluation_loader
 from emcl.data.source import Source
 from emcl.distributed import Ranks
-from emcl.errors import UserError
 from emcl.model.backbone import Encoded
 from emcl.multitask import VideoLanguageModel
 from emcl.task import Evaluation, Lockstep, Scorer, Scores, to_device
@@ -29,7 +29,7 @@ def evaluate(
     All ranks make the same number of forward passes, since each of them is a collective under ZeRO-3.
 
     Raises:
-        UserError: more samples than `data.max_bad_fraction` allows do not decode; names the first.
+        UserError: more samples than `data.max_bad_fraction` allows do not decode; lists them.
     """
     scorers, evaluation = collect(model, source, config, ranks, device, name=name)
     scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
@@ -114,10 +114,6 @@ def _nothing(source: Source, config: Config) -> dict[str, Tensor]:
 
 
 def _check_bad(bad: list[str], total: int, config: Config) -> None:
-    if len(bad) > config.data.max_bad_fraction * total:
-        raise UserError(
-            f"{len(bad)} of {total} videos do not decode, more than "
-            f"data.max_bad_fraction={config.data.max_bad_fraction} allows; the first: {bad[0]}"
-        )
+    check_bad_fraction(bad, total, config.data.max_bad_fraction, "videos do not decode")
     for item in bad:
         tqdm.write(f"left out of the evaluation: {item}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from emcl.data.bad import check_bad_fraction
 from emcl.distributed import Ranks
-from emcl.errors import UserError
 
 FILE = "bad_clips.txt"
 """In the run's folder: all of them, a line each."""
@@ -23,8 +23,8 @@ class BadClips:
         self.total = samples + len(damaged)
         kept = self.path.read_text().splitlines() if ranks.first and self.path.is_file() else []
         self.names = {*damaged, *ranks.gather_objects(kept)[0]}
-        self.mine: set[str] = set(self.names)
         self.new: list[str] = []
+        """Of this rank, and not yet told to others."""
         if ranks.first:
             for item in damaged:
                 tqdm.write(f"left out: {item}")
@@ -35,8 +35,7 @@ class BadClips:
     def add(self, names: Iterable[str]) -> None:
         """What this rank has found; no communication."""
         for name in names:
-            if name not in self.mine:
-                self.mine.add(name)
+            if name not in self.names and name not in self.new:
                 self.new.append(name)
                 tqdm.write(f"does not decode, another clip is taken: {name}")
 
@@ -46,16 +45,10 @@ class BadClips:
         Raises:
             UserError: more than are allowed.
         """
-        found = {name for names in self.ranks.gather_objects(self.new) for name in names}
-        self.names |= found
-        self.mine |= found
+        self.names |= {name for names in self.ranks.gather_objects(self.new) for name in names}
         self.new = []
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)))
-        if len(self.names) > self.allowed * self.total:
-            listed = "; ".join(sorted(self.names)[:5])
-            raise UserError(
-                f"{len(self.names)} of {self.total} clips are damaged or do not decode, more than "
-                f"data.max_bad_fraction={self.allowed} allows: {listed} (all of them in {self.path})"
-            )
+        what, where = "clips are damaged or do not decode", f" (all of them in {self.path})"
+        check_bad_fraction(sorted(self.names), self.total, self.allowed, what, where=where)
