@@ -173,3 +173,13 @@ def test_what_arrived_though_its_answer_was_lost_is_not_sent_twice(
     tracker.finish()
     assert not lost
     assert len(MlflowClient().get_metric_history(tracker.run_id, "train/loss")) == 1
+
+
+def test_a_later_run_elsewhere_has_a_store_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        tracker = open_tracker(resolve(["retrieval"]), "run", first_rank=True)
+        tracker.finish()
+        assert tracker.uri == f"sqlite:///{folder}/mlflow.db"

@@ -21,6 +21,7 @@ from emcl.secrets import masked
 
 log = logging.getLogger(__name__)
 
+VARIABLE = "MLFLOW_TRACKING_URI"
 TIMEOUT = 5.0
 PARAM_LENGTH = 6000
 DRAIN = 60.0
@@ -69,7 +70,8 @@ class MLflowTracker(Tracker):
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self.uri = uri
         self._mlflow, self._unsent = mlflow, folder / UNSENT if folder else None
-        mlflow.set_tracking_uri(uri)
+        self._asked_for = os.environ.get(VARIABLE)
+        mlflow.set_tracking_uri(uri)  # which sets the variable, too
         self._client = mlflow.MlflowClient(tracking_uri=uri)
         self._last: dict[str, int] | None = None
         if continued is not None:
@@ -135,6 +137,8 @@ class MLflowTracker(Tracker):
             self._mlflow.end_run(status)
         except Exception as error:
             log.warning("MLflow at %s did not take the run's end (%s)", masked(self.uri or ""), first_line(error))
+        if self._asked_for is None:  # a later run of this process is to choose by itself
+            os.environ.pop(VARIABLE, None)
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -151,7 +155,7 @@ def open_tracker(
     """
     if not (first_rank and config.tracking.enabled):
         return Tracker()
-    wanted = os.environ.get("MLFLOW_TRACKING_URI")
+    wanted = os.environ.get(VARIABLE)
     local = f"sqlite:///{Path('mlflow.db').resolve()}"
     artifacts = Path("mlartifacts")
     if wanted and wanted.startswith("http") and not _answers(wanted):
