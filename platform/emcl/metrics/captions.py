@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,7 @@ def caption_metrics(
     spoken = {key: [hypotheses[key]] for key in keys}
     written = {key: list(references[key]) for key in keys}
     tokenizer, missing = _tokenise(spoken, written, tokenizer)
-    metrics, each = _without_java(spoken, written)
-    counts = [bleu_counts(spoken[key][0], written[key]) for key in keys]
+    metrics, each, counts = _without_java(spoken, written)
     if missing is None:
         try:
             metrics["METEOR"] = meteor({key: texts[0] for key, texts in spoken.items()}, written)
@@ -66,19 +66,8 @@ def caption_metrics(
     return CaptionScores({name: metrics[name] for name in order if name in metrics}, tokenizer, missing, each, counts)
 
 
-def bleu_counts(caption: str, references: Sequence[str]) -> list[int]:
-    """Words of the caption, and of the reference nearest in length; its n-grams of 1 to 4 words; those found: (10,)."""
-    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-
-    lengths, most = cook_refs(references)
-    found = cook_test(caption, (lengths, most))
-    words = found["testlen"]
-    nearest = min((abs(length - words), length) for length in lengths)[1]
-    return [words, nearest, *found["guess"], *found["correct"]]
-
-
 def bleu(counts: NDArray[np.floating], n: int) -> float:
-    """BLEU-n (up to 1) of the sum (10,) of videos' `bleu_counts`, as pycocoevalcap computes it of a corpus."""
+    """BLEU-n (up to 1) of the sum (10,) of videos' `counts`, as pycocoevalcap computes it of a corpus."""
     words, nearest, guesses, found = counts[0], counts[1], counts[2 : 2 + n], counts[6 : 6 + n]
     precision = float(np.prod((found + 1e-15) / (guesses + 1e-9)) ** (1 / n))
     ratio = (words + 1e-15) / (nearest + 1e-9)
@@ -114,17 +103,29 @@ def _tokenise(spoken: dict[str, list[str]], written: dict[str, list[str]], token
 
 def _without_java(
     spoken: dict[str, list[str]], written: dict[str, list[str]]
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    from pycocoevalcap.bleu.bleu import Bleu
+) -> tuple[dict[str, float], dict[str, list[float]], list[list[int]]]:
+    """Metrics, the values of each video where they are a mean, and its counts for BLEU."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    bleu, _ = Bleu(4).compute_score(written, spoken, verbose=0)
+    scorer = BleuScorer(n=4)
+    for key, texts in spoken.items():
+        scorer += (texts[0], written[key])
+    scores, _ = scorer.compute_score(option="closest", verbose=0)
     rouge, rouge_each = Rouge().compute_score(written, spoken)
     cider, cider_each = Cider().compute_score(written, spoken)
     metrics = {
-        **{f"BLEU-{n}": float(score) for n, score in enumerate(bleu, 1)},
+        **{f"BLEU-{n}": float(score) for n, score in enumerate(scores, 1)},
         "ROUGE-L": float(rouge),
         "CIDEr": float(cider),
     }
-    return metrics, {"ROUGE-L": [float(x) for x in rouge_each], "CIDEr": [float(x) for x in cider_each]}
+    each = {"ROUGE-L": [float(x) for x in rouge_each], "CIDEr": [float(x) for x in cider_each]}
+    return metrics, each, [_bleu_counts(found) for found in scorer.ctest]
+
+
+def _bleu_counts(found: Mapping[str, Any]) -> list[int]:
+    """Words of a caption, and of the reference nearest in length; its n-grams of 1 to 4 words; those found: (10,)."""
+    words = found["testlen"]
+    nearest = min((abs(length - words), length) for length in found["reflen"])[1]
+    return [words, nearest, *found["guess"], *found["correct"]]
