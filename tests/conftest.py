@@ -45,6 +45,30 @@ def small(shards: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def short_run(shards: Path, folder: Path) -> Path:
+    """A run of two steps of all tasks in `folder`; what it has learnt does not matter."""
+    from emcl.train.run import run
+
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        quick = ["optim.max_steps=2", "tracking.enabled=false", "name=one", "data.test=null", "emcl.variant=compact"]
+        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8"])
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "one"
+
+
+def write_clips(shards: Path, folder: Path) -> None:
+    """The twelve clips of the test split as files."""
+    from emcl.data.shards import open_shards
+
+    folder.mkdir(parents=True)
+    found = open_shards(f"{shards}/test-000000.tar")
+    for row in found.rows:
+        (folder / f"{row.sample.id}.mp4").write_bytes(found.read(row))
+
+
 def launch_command(
     *arguments: str, ranks: int = 1, env: dict[str, str] | None = None, script: Path = ROOT / "platform" / "launch.py"
 ) -> tuple[list[str], dict[str, str]]:

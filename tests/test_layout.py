@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
-    {"errors", "version", "secrets", "outbox"},
+    {"errors", "version", "secrets", "outbox", "ahead"},
     {"em", "registry", "metrics"},
     {"config", "distributed"},
     {"data"},
@@ -23,8 +23,9 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "describe", "report"},
+    {"inference", "placement", "describe", "report"},
     {"search"},
+    {"serve"},
     {"cli", "cli_search"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""

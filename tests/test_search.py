@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,28 @@ import pytest
 import torch
 
 import emcl
-from conftest import TINY, small
+from conftest import TINY, short_run, write_clips
 from emcl.cli import main
-from emcl.data.shards import open_shards
 from emcl.errors import UserError
 from emcl.inference import VideoTextModel
 from emcl.prepare.writer import encode_mp4
 from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows
-from emcl.train.run import run
 
 
 @pytest.fixture(scope="module")
 def trained(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps of all tasks; what it has learnt does not matter here."""
-    folder = tmp_path_factory.mktemp("trained")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        quick = ["optim.max_steps=2", "tracking.enabled=false", "name=one", "data.test=null", "emcl.variant=compact"]
-        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(sample_shards), *quick, "emcl.k=8"])
-    finally:
-        os.chdir(before)
-    return folder / "runs" / "one"
+    return short_run(sample_shards, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture
 def videos(sample_shards: Path, tmp_path: Path) -> Path:
     """Twelve clips as files, two of them in a folder below."""
     folder = tmp_path / "videos"
-    (folder / "below").mkdir(parents=True)
-    shards = open_shards(f"{sample_shards}/test-000000.tar")
-    for number, row in enumerate(shards.rows):
-        name = f"{row.sample.id}.mp4" if number > 1 else f"below/{row.sample.id}.mp4"
-        (folder / name).write_bytes(shards.read(row))
+    write_clips(sample_shards, folder)
+    (folder / "below").mkdir()
+    for path in sorted(folder.glob("*.mp4"))[:2]:
+        path.rename(folder / "below" / path.name)
     return folder
 
 
@@ -77,9 +64,9 @@ def test_only_what_changed_is_encoded_and_what_went_is_forgotten(
     encoded: list[str] = []
     encode = VideoTextModel.encode_video
 
-    def noted(self: VideoTextModel, spans: list[Any]) -> Any:
+    def noted(self: VideoTextModel, spans: list[Any], **how: Any) -> Any:
         encoded.append(str(spans[0].path))
-        return encode(self, spans)
+        return encode(self, spans, **how)
 
     monkeypatch.setattr(VideoTextModel, "encode_video", noted)
     first, second, third, *_ = sorted(videos.glob("*.mp4"))
@@ -99,11 +86,11 @@ def test_a_killed_update_goes_on_where_it_was(
 ) -> None:
     encode, left = VideoTextModel.encode_video, [5]
 
-    def dies(self: VideoTextModel, spans: list[object]) -> object:
+    def dies(self: VideoTextModel, spans: list[Any], **how: Any) -> Any:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        return encode(self, spans)  # type: ignore[arg-type]
+        return encode(self, spans, **how)
 
     monkeypatch.setattr(VideoTextModel, "encode_video", dies)
     index = VideoIndex(tmp_path / "index", model, windows=Windows())
@@ -127,7 +114,7 @@ def test_a_moment_of_a_long_video_is_found_with_its_time(model: VideoTextModel, 
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "long.mp4").write_bytes(encode_mp4(np.concatenate([black, noise, black]), 10))  # 16 to 20 s
     (tmp_path / "noise.mp4").write_bytes(encode_mp4(noise, 10))
-    index = VideoIndex(tmp_path / "index", model, windows=Windows(4, 2))
+    index = VideoIndex(tmp_path / "index", model, windows=Windows(4, 2, "windows"))
     index.update(tmp_path / "videos")
     (hit, *_) = index.search_by_video(tmp_path / "noise.mp4")
     assert (hit.start, hit.end) == (16.0, 20.0)
@@ -158,7 +145,7 @@ def test_the_commands(
     assert "12 windows; 12 files encoded" in capsys.readouterr().out
     assert main(["search", index, "a red circle", "--model", model, "--top", "3", "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 3 and set(lines[0]) == {"path", "start", "end", "score"}
+    assert len(lines) == 3 and set(lines[0]) == {"path", "start", "end", "score", "window"}
     assert main(["search", index, "--video", file, "--model", model, "--top", "1"]) == 0
     assert Path(file).name in capsys.readouterr().out
     assert main(["caption", file, "--model", model]) == 0

@@ -1,4 +1,4 @@
-"""The commands for people with videos: index, search, caption, ask."""
+"""The commands for people with videos: index, search, caption, ask, serve."""
 
 from __future__ import annotations
 
@@ -20,20 +20,28 @@ def add_commands(commands: Any) -> None:
     index = commands.add_parser(
         "index",
         help="make a folder of videos searchable; again, to take in what changed",
-        description="Cuts long videos into overlapping windows and embeds each. Only new and changed files are "
-        "encoded; those that have gone leave the index. A killed call goes on where it was.",
+        description="Cuts videos into scenes, and long ones of those into overlapping windows, and embeds each. Only "
+        "new and changed files are encoded; those that have gone leave the index. A killed call goes on where it was.",
     )
     index.add_argument("videos", type=Path, metavar="DIR")
     _model(index)
     index.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder of the index")
     index.add_argument("--window", type=float, default=10.0, help="seconds of a window (default: %(default)s)")
     index.add_argument("--overlap", type=float, default=5.0, help="seconds it shares with the next (%(default)s)")
+    index.add_argument(
+        "--cut", choices=("scenes", "windows"), default="scenes",
+        help="at hard cuts and then by time, or by time alone, which is faster (default: %(default)s)",
+    )  # fmt: skip
+    index.add_argument(
+        "--emcl", action="store_true", help="fit the compact EMCL to the collection, for a model that has none"
+    )
     index.set_defaults(act=_index)
 
     search = commands.add_parser("search", help="find moments by a sentence, or by a video")
     search.add_argument("index", type=Path, metavar="INDEX")
     search.add_argument("query", nargs="?", help='such as "a red circle moves left"')
     search.add_argument("--video", type=Path, help="search by what this video looks like")
+    search.add_argument("--queries", type=Path, metavar="FILE", help="search for every line of a text file")
     _model(search)
     search.add_argument("--top", type=int, default=10, help="hits (default: %(default)s)")
     search.add_argument("--json", action="store_true", help="one JSON object a line")
@@ -51,16 +59,33 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("--top", type=int, default=3, help="answers (default: %(default)s)")
     ask.set_defaults(act=_ask)
 
+    serve = commands.add_parser(
+        "serve",
+        help="a page to search in, and an HTTP API beside it",
+        description="The page is at /, the API's description at /docs and /openapi.json, Prometheus' figures at "
+        "/metrics. Whoever reaches the port sees the indexed videos: there is no password.",
+    )
+    serve.add_argument("index", type=Path, metavar="INDEX")
+    _model(serve)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
+    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 takes a free one)")
+    serve.add_argument("--queue", type=int, default=128, help="requests that may wait (default: %(default)s)")
+    serve.add_argument("--max-upload", type=float, default=200, help="MiB of a video that is sent (%(default)s)")
+    serve.add_argument("--open", action="store_true", help="open the page in a browser")
+    serve.set_defaults(act=_serve)
+
 
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="RUN", help="a run's folder or an export; or a CLIP's name")
     parser.add_argument("--pretrained", type=Path, metavar="FILE", help="weights of the CLIP that --model names")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: all GPUs, the CPU where there is none)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="(default: the run's own; fp32 on a CPU)")
 
 
 def _open(options: argparse.Namespace) -> VideoTextModel:
     from emcl.inference import load
 
-    return load(options.model, pretrained=options.pretrained)
+    return load(options.model, pretrained=options.pretrained, device=options.device, precision=options.precision)
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -71,8 +96,8 @@ def _index(options: argparse.Namespace) -> None:
         raise UserError(f"{options.videos}: no such folder")
     if not 0 <= options.overlap < options.window:
         raise UserError(f"--overlap {options.overlap} is not between 0 and --window {options.window}")
-    index = VideoIndex(options.out, _open(options), windows=Windows(options.window, options.overlap))
-    changes = index.update(options.videos)
+    index = VideoIndex(options.out, _open(options), windows=Windows(options.window, options.overlap, options.cut))
+    changes = index.update(options.videos, emcl=options.emcl)
     for path, reason in changes.broken.items():
         print(f"left out: {path}: {reason}")
     print(
@@ -84,15 +109,29 @@ def _index(options: argparse.Namespace) -> None:
 def _search(options: argparse.Namespace) -> None:
     from emcl.search.index import VideoIndex
 
-    if (options.query is None) == (options.video is None):
-        raise UserError("give a sentence, or --video FILE")
+    if sum(given is not None for given in (options.query, options.video, options.queries)) != 1:
+        raise UserError("give a sentence, or --video FILE, or --queries FILE")
+    if options.top < 1:
+        raise UserError(f"--top {options.top}: at least 1")
     index = VideoIndex(options.index, _open(options))
     if options.video is not None:
-        hits = index.search_by_video(options.video, options.top)
+        found = [(str(options.video), index.search_by_video(options.video, options.top))]
     else:
-        hits = index.search(options.query, options.top)
-    for place, hit in enumerate(hits, 1):
-        print(json.dumps(asdict(hit), ensure_ascii=False) if options.json else _line(place, hit))
+        texts = [options.query] if options.queries is None else _lines(options.queries)
+        found = list(zip(texts, index.search_all(texts, options.top), strict=True))
+    for query, hits in found:
+        if options.queries is not None and not options.json:
+            print(f"\n{query}")
+        for place, hit in enumerate(hits, 1):
+            asked = {"query": query} if options.queries is not None else {}
+            print(json.dumps({**asked, **asdict(hit)}, ensure_ascii=False) if options.json else _line(place, hit))
+
+
+def _lines(file: Path) -> list[str]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    lines = [line.strip() for line in file.read_text().splitlines()]
+    return [line for line in lines if line]
 
 
 def _line(place: int, hit: Hit) -> str:
@@ -114,3 +153,13 @@ def _caption(options: argparse.Namespace) -> None:
 def _ask(options: argparse.Namespace) -> None:
     for answer, share in _open(options).answer(options.file, options.question, top=options.top):
         print(f"{share:6.1%}  {answer}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from emcl.search.index import VideoIndex
+    from emcl.serve.limits import Limits
+    from emcl.serve.server import serve
+
+    limits = Limits(waiting=options.queue, upload_mib=options.max_upload)
+    index = VideoIndex(options.index, _open(options))
+    serve(index, limits, host=options.host, port=options.port, browser=options.open)

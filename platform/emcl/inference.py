@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,29 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
+from tqdm import tqdm
 
+from emcl.ahead import in_order
 from emcl.config import Config, resolve, to_yaml
 from emcl.data.decode import DecodeError, decode, square
 from emcl.distributed import ALONE
-from emcl.distributed import device as default_device
+from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
+from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import mean_of_frames
 from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
 from emcl.multitask import VideoLanguageModel
+from emcl.placement import Placement, placement
 from emcl.train.export import CONFIG, WEIGHTS, find_export, open_export
+
+
+class VideoError(UserError):
+    """A file that does not decode."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} does not decode: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -53,38 +69,76 @@ class VideoTextModel:
         config: Config,
         files: Sequence[Path],
         *,
-        device: str | torch.device | None = None,
+        where: Placement | None = None,
         batch_size: int = 16,
     ) -> None:
         """`files` are what the model was read from."""
-        self.model, self.config, self.files = model.eval(), config, list(files)
-        self.device = torch.device(device) if device is not None else default_device()
-        self.model.to(self.device)
-        self.batch_size = batch_size
+        self.config, self.files, self.batch_size = config, list(files), batch_size
+        self.where = where or placement()
+        self.replicas = self.where.replicas(model.eval())
+        self.model, self.device = self.replicas[0], self.where.devices[0]
+        self.module: EMCL | None = None
+        """The compact EMCL as an inference module, see `fit_emcl`."""
         self._tokenize = tokenizer(self.config.model.name, self.config.data.words)
 
-    @torch.no_grad()
-    def encode_video(self, videos: Video | list[Video] | tuple[Video, ...]) -> VideoFeatures:
-        """One video or several, each a file or its frames.
+    def encode_video(
+        self, videos: Video | list[Video] | tuple[Video, ...], *, progress: bool | None = None
+    ) -> VideoFeatures:
+        """One video or several, each a file or its frames: decoded by threads while the batches before are encoded,
+        on every GPU that is there.
+
+        Args:
+            progress: whether a bar is shown; where not given, for more videos than two batches.
 
         Raises:
             UserError: a file that does not decode, or frames of another shape or type.
         """
-        clips = [self._frames(video) for video in (videos if isinstance(videos, list | tuple) else [videos])]
-        frames, masks = [], []
-        for first in range(0, len(clips), self.batch_size):
-            part = clips[first : first + self.batch_size]
-            mask = torch.zeros(len(part), self.config.data.frames, dtype=torch.bool)
-            for row, clip in enumerate(part):
-                mask[row, : len(clip)] = True
-            batch = {
-                "frames": torch.from_numpy(np.concatenate(part)).to(self.device),
-                "frame_slot": mask.flatten().nonzero().squeeze(1).to(self.device),
-                "video_mask": mask.to(self.device),
-            }
-            frames.append(self.model(batch, part="video").cpu())
-            masks.append(mask)
-        return VideoFeatures(torch.cat(frames), torch.cat(masks))
+        listed = list(videos) if isinstance(videos, list | tuple) else [videos]
+        hidden = not progress if progress is not None else len(listed) <= 2 * self.batch_size
+        encoded = []
+        with tqdm(total=len(listed), desc="encoding", unit="video", disable=hidden, leave=False) as bar:
+            for part in self._encoded(listed):
+                encoded.append(part)
+                bar.update(len(part))
+        if not encoded:
+            empty = torch.zeros(0, self.config.data.frames, self.model.backbone.embed_dim)
+            return VideoFeatures(empty, torch.zeros(empty.shape[:2], dtype=torch.bool))
+        return VideoFeatures(torch.cat([part.frames for part in encoded]), torch.cat([part.mask for part in encoded]))
+
+    def _encoded(self, videos: Sequence[Video]) -> Iterator[VideoFeatures]:
+        """Batch by batch; no more of them are in memory than are under way."""
+        with (
+            ThreadPoolExecutor(os.cpu_count() or 1) as decoders,
+            ThreadPoolExecutor(len(self.replicas)) as encoders,
+        ):
+            clips = in_order((decoders.submit(self._frames, video) for video in videos), 2 * self.batch_size)
+            batches = iter(lambda: list(islice(clips, self.batch_size)), [])
+            if len(self.replicas) == 1:
+                yield from (self._encode(self.model, batch) for batch in batches)
+                return
+            work = (
+                encoders.submit(self._encode, replica, batch)
+                for replica, batch in zip(cycle(self.replicas), batches, strict=False)
+            )
+            yield from in_order(work, len(self.replicas))
+
+    @torch.no_grad()
+    def _encode(self, model: VideoLanguageModel, clips: list[np.ndarray]) -> VideoFeatures:
+        device = next(model.parameters()).device
+        mask = torch.zeros(len(clips), self.config.data.frames, dtype=torch.bool)
+        for row, clip in enumerate(clips):
+            mask[row, : len(clip)] = True
+        batch = {
+            "frames": torch.from_numpy(np.concatenate(clips)).to(device),
+            "frame_slot": mask.flatten().nonzero().squeeze(1).to(device),
+            "video_mask": mask.to(device),
+        }
+        with self._precision():
+            return VideoFeatures(model(batch, part="video").float().cpu(), mask)
+
+    def _precision(self) -> Any:
+        kind = self.where.dtype
+        return nullcontext() if kind == torch.float32 else torch.autocast(self.device.type, kind)
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -92,8 +146,30 @@ class VideoTextModel:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return torch.zeros(0, self.model.backbone.embed_dim)
-        tokens = self._tokenize(texts).split(4 * self.batch_size)
-        return torch.cat([self.model({"text": part.to(self.device)}, part="text").cpu() for part in tokens])
+        parts = self._tokenize(texts).split(4 * self.batch_size)
+        with self._precision():
+            found = [self.model({"text": tokens.to(self.device)}, part="text").float().cpu() for tokens in parts]
+        return torch.cat(found)
+
+    def fit_emcl(self, videos: VideoFeatures, texts: Tensor | None = None, **settings: Any) -> VideoTextModel:
+        """Fits the compact EMCL to a collection; `similarity` compares corrected features from then on.
+
+        For a model that has no EMCL of its own, such as a plain CLIP. Each query is still judged by itself.
+
+        Args:
+            videos: of the collection.
+            texts: sentences of its kind (n, D), where there are any.
+            settings: of the layer, in place of those of `emcl options`.
+
+        Raises:
+            UserError: the model has an EMCL layer.
+        """
+        if self._task("retrieval", "it has no similarity").emcl is not None:
+            raise UserError(f"{self.files[0].parent} was trained with an EMCL layer of its own")
+        width = self.model.backbone.embed_dim
+        chosen = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], width), **settings}
+        self.module = EMCL(variant="compact", **chosen).fit(videos.mean(), texts).eval().to(self.device)
+        return self
 
     def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
         """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them."""
@@ -102,7 +178,7 @@ class VideoTextModel:
         embedded = text if isinstance(text, Tensor) else self.encode_text(text)
         scores = task.similarity_in_tiles(
             embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
-            self.config.evaluate.tile, ALONE, task.emcl,
+            self.config.evaluate.tile, ALONE, task.emcl if self.module is None else self.module,
         )  # fmt: skip
         return torch.from_numpy(scores)
 
@@ -112,11 +188,12 @@ class VideoTextModel:
         task = self._task("captioning", "it writes no captions")
         features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
         parts = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
-        return [
-            text
-            for frames, mask in parts
-            for text in task.generate(Encoded(frames.to(self.device), mask.to(self.device)))
-        ]
+        with self._precision():
+            return [
+                text
+                for frames, mask in parts
+                for text in task.generate(Encoded(frames.to(self.device), mask.to(self.device)))
+            ]
 
     @torch.no_grad()
     def answer(self, video: VideoFeatures | Video, question: str, *, top: int = 1) -> list[tuple[str, float]]:
@@ -124,9 +201,10 @@ class VideoTextModel:
         task = self._task("msrvtt_qa", "it answers no questions")
         features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
         encoded = Encoded(features.frames[:1].to(self.device), features.mask[:1].to(self.device))
-        tokens = self.model.backbone.encode_tokens(self._tokenize([question]).to(self.device))
         only = torch.zeros(1, dtype=torch.long, device=self.device)
-        share = task.head_of_all(encoded, *tokens, only, only)[2].softmax(1)
+        with self._precision():
+            tokens = self.model.backbone.encode_tokens(self._tokenize([question]).to(self.device))
+            share = task.head_of_all(encoded, *tokens, only, only)[2].float().softmax(1)
         best = share[0].topk(min(top, share.shape[1]))
         answers = task.settings.answers
         return [
@@ -157,7 +235,7 @@ class VideoTextModel:
                     span.path, frames=data.frames, size=data.size, fps=data.fps, start=span.start, end=span.end
                 )
             except DecodeError as error:
-                raise UserError(f"{span.path} does not decode: {error}") from None
+                raise VideoError(span.path, str(error)) from None
         frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
             raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")
@@ -184,23 +262,30 @@ class VideoFeatures:
 
 
 def load(
-    path: str | Path, *, pretrained: str | Path | None = None, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    pretrained: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
 ) -> VideoTextModel:
     """Opens a run's folder or an export of it; or, with `pretrained`, a plain CLIP for zero-shot retrieval.
 
     Args:
         path: a run; or, with `pretrained`, an open_clip name such as ViT-B-32.
         pretrained: a local checkpoint of OpenAI's or LAION's.
+        device: one device; all GPUs where not given, the CPU where there is none.
+        precision: `fp32`, `bf16` or `fp16`; where not given, fp32 on a CPU and elsewhere what the run was trained in.
 
     Raises:
         UserError: no export there, or weights that do not fit.
     """
     if pretrained is not None:
-        config = _plain_clip(str(path), Path(pretrained))
-        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], device=device)
+        where, config = placement(device, precision), _plain_clip(str(path), Path(pretrained))
+        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], where=where)
     folder = find_export(Path(path))
     model, config = open_export(folder)
-    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], device=device)
+    where = placement(device, precision, trained=config.precision)
+    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], where=where)
 
 
 def _plain_clip(name: str, weights: Path) -> Config:

@@ -26,6 +26,8 @@ REORDERED = 0.5
 """Seconds: a seek may go by the order of decoding, which differs from that of showing by less."""
 LONGEST = 24 * 3600.0
 """Seconds; a file that says more is damaged."""
+CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf,flv", "protocol_whitelist": "file"}
+"""What FFmpeg may take a file for, whatever its name: a playlist would make it open other files, and URLs."""
 
 
 class DecodeError(Exception):
@@ -73,7 +75,17 @@ def duration(video: Path) -> float:
         return finish - begin
 
 
-def frame_rate(video: bytes) -> Fraction | None:
+def codec(video: Path) -> str:
+    """FFmpeg's name of the video's coding, such as `h264`.
+
+    Raises:
+        DecodeError: no video.
+    """
+    with _opened(video) as (_, stream):
+        return stream.codec_context.name
+
+
+def frame_rate(video: bytes | Path) -> Fraction | None:
     """Frames a second, where the file says.
 
     Raises:
@@ -84,7 +96,7 @@ def frame_rate(video: bytes) -> Fraction | None:
 
 
 def resampled(
-    video: bytes, rate: Fraction, *, start: float | None = None, end: float | None = None
+    video: bytes | Path, rate: Fraction, *, start: float | None = None, end: float | None = None
 ) -> Iterator[av.VideoFrame]:
     """The frames of [start, end] at `rate` a second, in full size, one at a time.
 
@@ -97,6 +109,32 @@ def resampled(
         yield from _at(container, stream, begin + (np.arange(count, dtype=np.float64) + 0.5) / float(rate))
 
 
+def picture(video: Path, start: float, end: float, short_side: int) -> Frames:
+    """The frame in the middle of a part, made smaller and uncropped: (height, width, 3).
+
+    Raises:
+        DecodeError: nothing could be decoded.
+    """
+    with _opened(video) as (container, stream):
+        begin, finish = _span(container, stream, start, end)
+        (frame,) = _at(container, stream, np.array([(begin + finish) / 2]))
+        return _small(frame, short_side, VideoReformatter())
+
+
+def moving_pictures(video: Path, short_side: int) -> Iterator[tuple[float, Frames]]:
+    """Every frame in order, small and uncropped, with its moment in seconds from the video's first.
+
+    Raises:
+        DecodeError: while going through them.
+    """
+    with _opened(video) as (container, stream):
+        origin = _span(container, stream, None, None)[0]
+        scaler = VideoReformatter()
+        for number, frame in enumerate(container.decode(stream)):
+            moment = number / float(stream.average_rate or 25) if frame.pts is None else _seconds(frame.pts, stream)
+            yield moment - origin, _small(frame, short_side, scaler)
+
+
 @contextmanager
 def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The file and its video, decoded by one thread: the loader's processes are the parallelism.
@@ -105,14 +143,17 @@ def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, 
         DecodeError: no video, or anything that FFmpeg does not like of it while it is open.
     """
     try:
-        with av.open(io.BytesIO(video) if isinstance(video, bytes) else str(video), "r") as container:
+        with av.open(
+            io.BytesIO(video) if isinstance(video, bytes) else str(video), "r", options=CONTAINERS
+        ) as container:
             if not container.streams.video:
                 raise DecodeError("no video stream")
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, ValueError) as error:
-        raise DecodeError(str(error) or type(error).__name__) from None
+        # FFmpeg's own words: the whole text would name the file, which may be a temporary one
+        raise DecodeError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
 
 
 def _span(
@@ -215,6 +256,14 @@ def _seconds(pts: int, stream: av.VideoStream) -> float:
     """A packet's or a frame's moment; frames from a decoder's end know no unit of their own."""
     unit = stream.time_base or Fraction(0)
     return pts * unit.numerator / unit.denominator
+
+
+def _small(frame: av.VideoFrame, short_side: int, scaler: VideoReformatter) -> Frames:
+    scale = min(1.0, short_side / min(frame.width, frame.height))
+    width, height = (max(2, round(side * scale)) for side in (frame.width, frame.height))
+    how: dict[str, Any] = {"interpolation": Interpolation.AREA, "threads": 1}
+    image: Any = scaler.reformat(frame, width, height, format="rgb24", **how).to_ndarray()
+    return image
 
 
 def square(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> Frames:

@@ -8,6 +8,9 @@ from emcl.config import Config
 from emcl.em import EMCL
 from emcl.errors import UserError
 
+INFERENCE_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
+"""The compact variant on features of a model that was trained without it."""
+
 
 def emcl_layer(config: Config, width: int, **changes: Any) -> EMCL | None:
     """A layer for rows of `width` by `emcl.*` of the configuration, with `changes` of its arguments; None where off.

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from os import cpu_count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
+from emcl.ahead import in_order
 from emcl.data.decode import DecodeError, decode
 from emcl.data.samples import Sample
 from emcl.errors import UserError
@@ -33,9 +34,6 @@ NOTES = ".prepare"
 INDEX, REPORT = "index.json", "report.json"
 AHEAD = 4
 """Clips that wait for their turn, a process."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +155,8 @@ def _write(shards: list[Shard], out: Path, options: Options, source: str) -> Non
         tqdm(total=total, desc="writing shards", unit="clip", disable=not options.progress) as bar,
     ):
         # one queue over all shards, so that processes do not wait at a shard's end
-        made = _in_order(pool, work, (item for shard in shards for item in shard.clips), AHEAD * processes)
+        items = (item for shard in shards for item in shard.clips)
+        made = in_order((pool.submit(work, item) for item in items), AHEAD * processes)
         for shard in shards:
             broken: dict[int, str] = {}
             path = out / shard.name
@@ -165,19 +164,6 @@ def _write(shards: list[Shard], out: Path, options: Options, source: str) -> Non
             if not note["samples"]:
                 path.unlink()
             _write_whole(_note(out, shard), json.dumps(note))
-
-
-def _in_order(
-    pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[Result]:
-    """`pool.map` that holds no more than `ahead` results."""
-    waiting: deque[Future[Result]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def _good(

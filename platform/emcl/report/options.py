@@ -28,6 +28,7 @@ from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
 from emcl.model.embeddings import EMBEDDINGS, Embeddings
+from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.report.result import OPTION_COLUMNS, OPTIONS, Option
@@ -36,7 +37,6 @@ from emcl.train.features import open_source
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
-COMPACT_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
 
 Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 """texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
@@ -113,7 +113,7 @@ def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bo
     found: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
     if task.emcl is not None:
         found[f"its own ({task.emcl.variant})"] = (through(task.emcl), task.emcl.variant == "reference")
-    settings = {**COMPACT_MODULE, "bases": min(COMPACT_MODULE["bases"], bank.text.shape[1])}
+    settings = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], bank.text.shape[1])}
     fitted = EMCL(variant="compact", **settings).fit(bank.video_means, bank.text).eval()
     found["compact at inference, bases of the bank"] = (through(fitted.to(task.logit_scale.device)), False)
     found["reference at inference"] = (published, True)

@@ -2,15 +2,19 @@
 
     INDEX/clips.sqlite     files, windows, frame embeddings, and what they were made with
     INDEX/vectors.faiss    a unit vector a window, memory-mapped
+    INDEX/emcl.pt          the compact EMCL of the collection, where `--emcl` asked for it
 
 A search takes the nearest means first and ranks those by the model's own similarity to their frames. Up to EXACT
-windows the nearest are found exactly; above, by a graph (HNSW).
+windows the nearest are found exactly; above, among vectors of 8 bits a number, a quarter of the memory and of what a
+search reads. What those round off matters little: the 1,000 nearest are ranked again, by what is exact
+(benchmarks/index.py measures it on the hardest case, random vectors, where graphs and cells lose most neighbours).
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +25,19 @@ import torch
 from tqdm import tqdm
 
 from emcl.data.decode import DecodeError
+from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.inference import Span, VideoFeatures, VideoTextModel
 from emcl.search.windows import Windows, videos_in
 
-FORMAT = 1
+FORMAT = 2
 EXACT = 200_000
 """Windows up to which the nearest are found exactly."""
 CANDIDATES = 1000
 """Nearest means that are ranked by the model's own similarity."""
+FITTED = 10_000
+"""Windows that the EMCL of a collection is fitted to, about."""
+_BY_PATH = "SELECT windows.id FROM windows JOIN files ON files.id = windows.file ORDER BY path, start, windows.id"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (id INTEGER PRIMARY KEY, path TEXT UNIQUE, size INTEGER, changed INTEGER);
@@ -37,6 +45,9 @@ CREATE TABLE IF NOT EXISTS windows (
     id INTEGER PRIMARY KEY, file INTEGER REFERENCES files(id) ON DELETE CASCADE, start REAL, stop REAL, frames BLOB
 );
 """
+
+
+LAYER = "emcl.pt"
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,20 @@ class Hit:
     start: float
     end: float
     score: float
+    window: int
+    """Its number in this index."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the index knows of one."""
+
+    number: int
+    file: Path
+    path: str
+    """As the index names the file: below its folder."""
+    start: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -60,7 +85,7 @@ class Changes:
 
 
 class VideoIndex:
-    """Opened for a model; made where there is none.
+    """Opened for a model; made where there is none. Reading is safe from several threads.
 
     Raises:
         UserError: the index was made with another model, windows or version.
@@ -71,13 +96,13 @@ class VideoIndex:
         if windows is None and not (folder / "clips.sqlite").is_file():
             raise UserError(f"{folder}: no index there; make one with `emcl index DIR --model RUN --out {folder}`")
         folder.mkdir(parents=True, exist_ok=True)
-        self._base = sqlite3.connect(folder / "clips.sqlite")
+        self._base = sqlite3.connect(folder / "clips.sqlite", check_same_thread=False)
         self._base.execute("PRAGMA foreign_keys = ON")
         self._base.executescript(_TABLES)
-        self.windows = windows or Windows(float(self._fact("length") or 10.0), float(self._fact("overlap") or 5.0))
+        self.windows = windows or self._kept_windows()
         facts = {
             "format": str(FORMAT), "model": model.fingerprint(), "length": str(self.windows.length),
-            "overlap": str(self.windows.overlap),
+            "overlap": str(self.windows.overlap), "cut": self.windows.cut,
         }  # fmt: skip
         for name, value in facts.items():
             if (found := self._fact(name)) not in (None, value):
@@ -86,7 +111,9 @@ class VideoIndex:
                 raise UserError(f"{was}: give another --out, or that {name}")
         with self._base:
             self._base.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", list(facts.items()))
-        self._vectors: Any = None
+        self._vectors: tuple[int, Any] | None = None
+        if (folder / LAYER).is_file():
+            model.module = EMCL.load(folder / LAYER).to(model.device)
 
     def close(self) -> None:
         self._base.close()
@@ -94,10 +121,13 @@ class VideoIndex:
     def __len__(self) -> int:
         return int(self._base.execute("SELECT count(*) FROM windows").fetchone()[0])
 
-    def update(self, videos: Path) -> Changes:
+    def update(self, videos: Path, *, emcl: bool = False) -> Changes:
         """Encodes new and changed files of a folder, forgets those that have gone.
 
         Files are named by their path below `videos`. A killed update goes on where it was.
+
+        Args:
+            emcl: fit the compact EMCL to the collection, for a model without one.
         """
         there = {str(path.relative_to(videos)): path for path in videos_in(videos)}
         known = {
@@ -106,20 +136,25 @@ class VideoIndex:
         gone = [path for path in known if path not in there]
         new = [path for path, file in there.items() if known.get(path) != _state(file)]
         with self._base:
+            self._base.execute("INSERT OR REPLACE INTO facts VALUES ('root', ?)", (str(videos.resolve()),))
             self._base.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in gone])
         broken = {}
-        for path in tqdm(new, desc="indexing", unit="video", disable=len(new) < 2):
+        parts = self.windows.of_files(there[path] for path in new)
+        for path, spans in zip(tqdm(new, desc="indexing", unit="video", disable=len(new) < 2), parts, strict=True):
             try:
-                self._add(path, there[path])
+                if isinstance(spans, DecodeError):
+                    raise spans
+                self._add(path, there[path], spans)
             except (DecodeError, UserError) as error:
                 broken[path] = str(error)
         if new or gone or not (self.folder / "vectors.faiss").is_file():
             self._write_vectors()
+        if emcl and len(self):
+            self._fit_layer()
         return Changes(len(new) - len(broken), len(there) - len(new), len(gone), broken)
 
-    def _add(self, path: str, file: Path) -> None:
-        spans = self.windows.of_file(file)
-        features = self.model.encode_video([Span(file, start, end) for start, end in spans])
+    def _add(self, path: str, file: Path, spans: Sequence[tuple[float, float]]) -> None:
+        features = self.model.encode_video([Span(file, start, end) for start, end in spans], progress=False)
         with self._base:  # a file is in the index whole or not at all
             self._base.execute("DELETE FROM files WHERE path = ?", (path,))
             (number,) = self._base.execute(
@@ -131,52 +166,110 @@ class VideoIndex:
                     "INSERT INTO windows (file, start, stop, frames) VALUES (?, ?, ?, ?)", (number, start, end, content)
                 )
 
+    def _fit_layer(self) -> None:
+        """To at most as many windows as say where the collection lies."""
+        step = max(1, len(self) // FITTED)
+        rows = self._base.execute("SELECT id FROM windows WHERE id % ? = 0 ORDER BY id LIMIT ?", (step, 2 * FITTED))
+        self.model.fit_emcl(self.features([number for (number,) in rows]))
+        assert self.model.module is not None
+        self.model.module.save(self.folder / LAYER)
+
     def search(self, text: str, top: int = 10) -> list[Hit]:
         """Windows that a sentence fits best, by the model's own similarity."""
-        query = self.model.encode_text(text)
-        numbers = self._nearest(query, max(CANDIDATES, top))
-        if not numbers:
-            return []
-        scores = self.model.similarity(query, self._features(numbers))[0]
-        best = scores.topk(min(top, len(numbers)))
-        chosen = [
-            (numbers[place], score) for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return self.search_all([text], top)[0]
+
+    def search_all(self, texts: Sequence[str], top: int = 10) -> list[list[Hit]]:
+        """Of each sentence, the windows that it fits best.
+
+        In an index of no more windows than are ranked at once, they are compared in the order and the tiles of an
+        evaluation, so that the ranking is that of an evaluation of these sentences, whatever the variant of EMCL.
+        """
+        queries = self.model.encode_text(texts)
+        if len(self) <= max(CANDIDATES, top):
+            everything = [number for (number,) in self._base.execute(_BY_PATH)]
+            return self._ranked(queries, everything, top)
+        return [
+            self._ranked(query[None], self._nearest(query[None], max(CANDIDATES, top)), top)[0] for query in queries
         ]
-        return [self._hit(number, score) for number, score in chosen]
+
+    def _ranked(self, queries: torch.Tensor, numbers: list[int], top: int) -> list[list[Hit]]:
+        if not numbers:
+            return [[] for _ in queries]
+        windows = self._windows(numbers)
+        numbers = [number for number in numbers if number in windows]
+        best = self.model.similarity(queries, self.features(numbers)).topk(min(top, len(numbers)))
+        return [
+            [self._hit(windows[numbers[place]], score) for score, place in zip(scores, places, strict=True)]
+            for scores, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
 
     def search_by_video(self, video: Path, top: int = 10) -> list[Hit]:
-        """Windows that look most like a video: the cosine of their frames' means."""
-        mean = self.model.encode_video(video).mean()
-        found = self._nearest(mean, top)
-        means = torch.nn.functional.normalize(self._features(found).mean(), dim=-1)
-        scores = (means @ torch.nn.functional.normalize(mean, dim=-1)[0]).tolist()
-        return [self._hit(number, score) for number, score in zip(found, scores, strict=True)]
+        """Windows that look most like a video."""
+        return self.search_by_features(self.model.encode_video(video), top)
+
+    def search_by_features(self, video: VideoFeatures, top: int = 10) -> list[Hit]:
+        """Windows that look most like an encoded video: the cosine of their frames' means."""
+        mean = video.mean()
+        windows = self._windows(self._nearest(mean, max(CANDIDATES, top)))
+        if not windows:
+            return []
+        means = torch.nn.functional.normalize(self.features(list(windows)).mean(), dim=-1)
+        best = (means @ torch.nn.functional.normalize(mean, dim=-1)[0]).topk(min(top, len(windows)))
+        found = list(windows.values())
+        return [
+            self._hit(found[place], score)
+            for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    def window(self, number: int) -> Window | None:
+        """None where the index has no such window (any more), or its file has left the folder."""
+        found = self._windows([number]).get(number)
+        root = Path(self._fact("root") or ".")
+        if found is None or not found.file.is_file() or not found.file.resolve().is_relative_to(root):
+            return None
+        return found
+
+    def neighbours(self, number: int) -> list[Window]:
+        """All windows of that window's file, in order."""
+        rows = self._base.execute(
+            "SELECT id FROM windows WHERE file = (SELECT file FROM windows WHERE id = ?) ORDER BY start, id", (number,)
+        )
+        return list(self._windows([found for (found,) in rows]).values())
+
+    def _windows(self, numbers: Sequence[int]) -> dict[int, Window]:
+        """By number, in the order given; what has left the index is left out."""
+        root = Path(self._fact("root") or ".")
+        rows = self._base.execute(
+            "SELECT windows.id, path, start, stop FROM windows JOIN files ON files.id = windows.file "
+            "WHERE windows.id IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(numbers)),),
+        )
+        found = {number: Window(number, root / path, path, start, stop) for number, path, start, stop in rows}
+        return {number: found[number] for number in numbers if number in found}
 
     def _nearest(self, query: torch.Tensor, count: int) -> list[int]:
-        import faiss
-
-        if self._vectors is None:
-            path = self.folder / "vectors.faiss"
-            if not path.is_file():
-                raise UserError(f"{self.folder}: the index was not finished; run `emcl index` again")
-            self._vectors = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        path = self.folder / "vectors.faiss"
+        if not path.is_file():
+            raise UserError(f"{self.folder}: the index was not finished; run `emcl index` again")
+        written = path.stat().st_mtime_ns
+        if self._vectors is None or self._vectors[0] != written:  # `emcl index` may have been called meanwhile
+            faiss = faiss_package()
+            self._vectors = written, faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        vectors = self._vectors[1]
         unit = torch.nn.functional.normalize(query, dim=-1).numpy().astype(np.float32)
-        _, numbers = self._vectors.search(unit, min(count, max(1, self._vectors.ntotal)))
+        _, numbers = vectors.search(unit, min(count, max(1, vectors.ntotal)))
         return [int(number) for number in numbers[0] if number >= 0]
 
     def _write_vectors(self) -> None:
         """All windows' means; written beside and renamed."""
-        faiss = faiss_package()
-        width = int(self.model.model.backbone.embed_dim)
-        count = len(self)
-        flat: Any = faiss.IndexFlatIP(width)
-        if count > EXACT:
-            flat = faiss.IndexHNSWFlat(width, 32, faiss.METRIC_INNER_PRODUCT)
-        vectors = faiss.IndexIDMap2(flat)
-        for numbers, means in self._means(width):
+        width, count = int(self.model.model.backbone.embed_dim), len(self)
+        vectors = vectors_for(count, width)
+        for number, (numbers, means) in enumerate(self._means(width)):
+            if number == 0:
+                vectors.train(means)
             vectors.add_with_ids(means, numbers)
         part = self.folder / ".vectors.part"
-        faiss.write_index(vectors, str(part))
+        faiss_package().write_index(vectors, str(part))
         part.replace(self.folder / "vectors.faiss")
         self._vectors = None
 
@@ -187,26 +280,50 @@ class VideoIndex:
                 means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
                 yield np.array([number for number, _ in part], np.int64), means.astype(np.float32)
 
-    def _features(self, numbers: list[int]) -> VideoFeatures:
+    def features(self, numbers: Sequence[int]) -> VideoFeatures:
+        """Frame embeddings of windows, in their order.
+
+        Raises:
+            KeyError: a number that the index has not.
+        """
         frames_per_video, width = self.model.config.data.frames, int(self.model.model.backbone.embed_dim)
         frames = torch.zeros(len(numbers), frames_per_video, width)
         mask = torch.zeros(len(numbers), frames_per_video, dtype=torch.bool)
+        contents = dict(
+            self._base.execute(
+                "SELECT id, frames FROM windows WHERE id IN (SELECT value FROM json_each(?))",
+                (json.dumps(list(numbers)),),
+            )
+        )
         for row, number in enumerate(numbers):
-            (content,) = self._base.execute("SELECT frames FROM windows WHERE id = ?", (number,)).fetchone()
-            found = torch.from_numpy(np.frombuffer(content, np.float32).reshape(-1, width).copy())
+            found = torch.frombuffer(bytearray(contents[number]), dtype=torch.float32).view(-1, width)
             frames[row, : len(found)], mask[row, : len(found)] = found, True
         return VideoFeatures(frames, mask)
 
-    def _hit(self, number: int, score: float) -> Hit:
-        path, start, end = self._base.execute(
-            "SELECT path, start, stop FROM windows JOIN files ON files.id = windows.file WHERE windows.id = ?",
-            (number,),
-        ).fetchone()
-        return Hit(path, start, end, score)
+    @staticmethod
+    def _hit(window: Window, score: float) -> Hit:
+        return Hit(window.path, window.start, window.end, score, window.number)
+
+    def _kept_windows(self) -> Windows:
+        kept = Windows()
+        return Windows(
+            float(self._fact("length") or kept.length),
+            float(self._fact("overlap") or kept.overlap),
+            self._fact("cut") or kept.cut,
+        )
 
     def _fact(self, name: str) -> str | None:
         found = self._base.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
         return str(found[0]) if found else None
+
+
+def vectors_for(count: int, width: int) -> Any:
+    """An empty index for so many unit vectors, which are added with their numbers."""
+    faiss = faiss_package()
+    if count <= EXACT:
+        return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
+    kind = faiss.ScalarQuantizer.QT_8bit
+    return faiss.IndexIDMap2(faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT))
 
 
 def faiss_package() -> Any:

@@ -1,0 +1,78 @@
+"""The shapes of what the HTTP API takes and gives; OpenAPI is made of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Sentence = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"\S")]
+"""Some words: not empty, not blanks alone."""
+MOST_TEXTS = 64
+LAST_WINDOW = 2**63 - 1
+"""SQLite's largest number."""
+
+
+class Found(BaseModel):
+    """A part of an indexed video."""
+
+    window: int = Field(description="its number, for /api/windows/...")
+    path: str = Field(description="of the file, below the indexed folder")
+    start: float = Field(description="seconds")
+    end: float
+    score: float = Field(description="the model's similarity, or the cosine for a search by video")
+    thumbnail: str
+    video: str = Field(description="plays in a browser: the file itself, or this part where browsers cannot play it")
+    at: float = Field(description="seconds of `video` from where the part plays")
+
+
+class Hits(BaseModel):
+    hits: list[Found]
+
+
+class Texts(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    texts: list[Sentence] = Field(min_length=1, max_length=MOST_TEXTS)
+
+
+class Embeddings(BaseModel):
+    """Rows of one width: a sentence each, or a frame each."""
+
+    embeddings: list[list[float]]
+
+
+class Caption(BaseModel):
+    caption: str
+
+
+class Answer(BaseModel):
+    answer: str
+    probability: float
+
+
+class Answers(BaseModel):
+    answers: list[Answer]
+
+
+class Curve(BaseModel):
+    """How alike a sentence and each frame are (cosine), over a video's seconds."""
+
+    seconds: list[float]
+    similarity: list[float]
+
+
+class Facts(BaseModel):
+    windows: int
+    tasks: list[str] = Field(description="what the model was trained for")
+    model: str = Field(description="its fingerprint")
+    max_upload_mib: float
+
+
+class Health(BaseModel):
+    status: str
+
+
+class Problem(BaseModel):
+    """What is wrong, in one line."""
+
+    detail: str

@@ -1,0 +1,297 @@
+"""The HTTP API and the page, on one index: `emcl serve INDEX --model RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from emcl.data.decode import DecodeError
+from emcl.errors import UserError
+from emcl.inference import VideoError
+from emcl.search.index import Hit, VideoIndex, Window
+from emcl.serve import media
+from emcl.serve.answers import (
+    LAST_WINDOW,
+    Answer,
+    Answers,
+    Caption,
+    Curve,
+    Embeddings,
+    Facts,
+    Found,
+    Health,
+    Hits,
+    Problem,
+    Sentence,
+    Texts,
+)
+from emcl.serve.desk import BusyError, Desk
+from emcl.serve.limits import Limits
+from emcl.serve.metrics import Metrics
+from emcl.serve.protection import Headers
+from emcl.serve.service import Service
+from emcl.serve.uploads import BODY, Uploads
+from emcl.version import __version__
+
+Number = Annotated[int, InPath(ge=1, le=LAST_WINDOW, description="a window's number")]
+Top = Annotated[int, Query(ge=1, le=100, description="how many")]
+Text = Annotated[Sentence, Query(description="a sentence")]
+WRONG: dict[int | str, dict[str, Any]] = {
+    422: {"model": Problem, "description": "a parameter is missing or wrong"},
+    503: {"model": Problem, "description": "too many requests wait: come back after Retry-After seconds"},
+}
+WRONG_VIDEO: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "nothing was sent, or it is no video"},
+    413: {"model": Problem, "description": "it is too large"},
+    415: {"model": Problem, "description": "its Content-Type is no video's"},
+}
+NOT_THERE: dict[int | str, dict[str, Any]] = {
+    404: {"model": Problem, "description": "no such window, or the model was not trained for this"}
+}
+
+
+def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
+    """The application; its threads end with it."""
+    limits = limits or Limits()
+    desk = Desk("model", threads=1, waiting=limits.waiting)
+    pictures = Desk("pictures", threads=2, waiting=4 * limits.waiting)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        desk.close()
+        pictures.close()
+
+    app = FastAPI(
+        title="emcl",
+        version=__version__,
+        description="Search a folder of videos by sentence or by video; embed, caption and ask.",
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    service, uploads = Service(index, limits.kept), Uploads(limits)
+    _add_problems(app)
+    _add_texts(app, service, desk)
+    _add_videos(app, service, desk, uploads)
+    _add_windows(app, service, desk)
+    _add_media(app, index, pictures)
+    _add_state(app, service, desk, limits)
+    _add_page(app)
+    app.add_middleware(Headers)
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = Path(str(files("emcl.serve") / "page"))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(folder / "index.html")
+
+    app.mount("/page", StaticFiles(directory=folder))
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Every error is `{"detail": one line}`."""
+
+    async def busy(_: Request, __: Exception) -> Response:
+        return JSONResponse({"detail": "too many requests wait; come back soon"}, 503, {"Retry-After": "1"})
+
+    async def no_video(_: Request, error: Exception) -> Response:
+        reason = error.reason if isinstance(error, VideoError) else str(error)  # without the temporary file's name
+        return JSONResponse({"detail": f"the video does not decode: {reason}"}, 400)
+
+    async def not_possible(_: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": str(error)}, 404)
+
+    async def wrong(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return JSONResponse({"detail": f"{'.'.join(map(str, first['loc']))}: {first['msg']}"}, 422)
+
+    app.add_exception_handler(BusyError, busy)
+    app.add_exception_handler(DecodeError, no_video)
+    app.add_exception_handler(VideoError, no_video)
+    app.add_exception_handler(UserError, not_possible)
+    app.add_exception_handler(RequestValidationError, wrong)
+
+
+def _add_texts(app: FastAPI, service: Service, desk: Desk) -> None:
+    @app.get("/api/search", responses=WRONG, tags=["search"])
+    async def search(query: Text, top: Top = 10) -> Hits:
+        """Moments that a sentence fits best."""
+        return _hits(await desk.do(service.search, query, top), service.index)
+
+    no_json: dict[int | str, dict[str, Any]] = {400: {"model": Problem, "description": "the body is no JSON"}}
+
+    @app.post("/api/embed/text", responses={**WRONG, **no_json}, tags=["embed"])
+    async def embed_text(texts: Texts) -> Embeddings:
+        """A row for each sentence, as the model compares them with frames."""
+        found = await desk.do(service.embed_texts, texts.texts)
+        return Embeddings(embeddings=found.tolist())
+
+
+def _add_videos(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) -> None:
+    """What is done with a video that is sent; it is not kept."""
+    sent: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO}, "openapi_extra": BODY}
+    asked: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO, **NOT_THERE}, "openapi_extra": BODY}
+
+    @app.post("/api/search/video", tags=["search"], **sent)
+    async def search_by_video(request: Request, top: Top = 10) -> Hits:
+        """Moments that look most like the video that is sent."""
+        async with uploads.receive(request) as video:
+            hits = await desk.do(service.search_by_video, video.path, video.digest, top)
+        return _hits(hits, service.index)
+
+    @app.post("/api/embed/video", tags=["embed"], **sent)
+    async def embed_video(request: Request) -> Embeddings:
+        """A row for each frame that the model looks at."""
+        async with uploads.receive(request) as video:
+            found = await desk.do(service.embed_video, video.path, video.digest)
+        return Embeddings(embeddings=found.tolist())
+
+    @app.post("/api/caption", tags=["caption"], **asked)
+    async def caption(request: Request) -> Caption:
+        """A sentence about the video that is sent."""
+        async with uploads.receive(request) as video:
+            return Caption(caption=await desk.do(service.caption, video.path, video.digest))
+
+    @app.post("/api/answer", tags=["answer"], **asked)
+    async def answer(request: Request, question: Text, top: Top = 3) -> Answers:
+        """The likeliest answers to a question about the video that is sent."""
+        async with uploads.receive(request) as video:
+            return _answers(await desk.do(service.answer, video.path, video.digest, question, top))
+
+    @app.post("/api/curve", tags=["curve"], **sent)
+    async def curve(request: Request, query: Text) -> Curve:
+        """How well a sentence fits each moment of the video that is sent."""
+        async with uploads.receive(request) as video:
+            return _curve(await desk.do(service.curve, video.path, video.digest, query))
+
+
+def _add_windows(app: FastAPI, service: Service, desk: Desk) -> None:
+    """The same of an indexed part."""
+    there: dict[str, Any] = {"responses": {**WRONG, **NOT_THERE}}
+
+    @app.get("/api/windows/{number}/similar", tags=["search"], **there)
+    async def similar(number: Number, top: Top = 10) -> Hits:
+        """Moments that look most like an indexed part."""
+        found = await desk.do(service.similar, _window(service.index, number), top)
+        return _hits(found, service.index)
+
+    @app.get("/api/windows/{number}/caption", tags=["caption"], **there)
+    async def caption(number: Number) -> Caption:
+        """A sentence about an indexed part."""
+        return Caption(caption=await desk.do(service.caption_window, _window(service.index, number)))
+
+    @app.get("/api/windows/{number}/answer", tags=["answer"], **there)
+    async def answer(number: Number, question: Text, top: Top = 3) -> Answers:
+        """The likeliest answers to a question about an indexed part."""
+        window = _window(service.index, number)
+        return _answers(await desk.do(service.answer_window, window, question, top))
+
+    @app.get("/api/windows/{number}/curve", tags=["curve"], **there)
+    async def curve(number: Number, query: Text) -> Curve:
+        """How well a sentence fits each moment of the whole file that a part is of."""
+        window = _window(service.index, number)
+        return _curve(await desk.do(service.curve_of_window, window, query))
+
+
+def _add_media(app: FastAPI, index: VideoIndex, pictures: Desk) -> None:
+    """Files are named by numbers of the index alone, so no path can be asked for."""
+    kept = {"Cache-Control": "max-age=3600"}
+
+    def there(kind: str, *others: int) -> dict[str, Any]:
+        responses: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {}}}, 404: NOT_THERE[404]}
+        responses |= {status: {"description": "a part of it, by Range"} for status in others}
+        return {"responses": {**responses, **WRONG}, "response_class": Response, "tags": ["media"]}
+
+    @app.get("/api/windows/{number}/thumbnail.jpg", **there("image/jpeg"))
+    async def thumbnail(number: Number) -> Response:
+        """The frame in the middle of a part."""
+        window = _window(index, number)
+        return Response(
+            await pictures.do(media.thumbnail, window.file, window.start, window.end), 200, kept, "image/jpeg"
+        )
+
+    @app.get("/api/windows/{number}/excerpt.mp4", **there("video/mp4"))
+    async def excerpt(number: Number) -> Response:
+        """A part as H.264, whatever its file is."""
+        window = _window(index, number)
+        return Response(await pictures.do(media.excerpt, window.file, window.start, window.end), 200, kept, "video/mp4")
+
+    @app.get("/api/windows/{number}/video", **there("video/mp4", 206))
+    async def video(number: Number) -> Response:
+        """The whole file that a part is of, if browsers play it."""
+        window = _window(index, number)
+        kind = media.media_type(window.file)
+        if kind is None:
+            raise HTTPException(404, f"browsers do not play {window.file.name}; take excerpt.mp4")
+        return FileResponse(window.file, media_type=kind)
+
+
+def _add_state(app: FastAPI, service: Service, desk: Desk, limits: Limits) -> None:
+    fingerprint = service.model.fingerprint()
+    metrics = Metrics(waiting=lambda: desk.here, windows=lambda: len(service.index))
+
+    @app.get("/api/facts", tags=["state"])
+    async def facts() -> Facts:
+        """What is indexed, and what the model can do."""
+        return Facts(
+            windows=len(service.index), tasks=service.tasks, model=fingerprint, max_upload_mib=limits.upload_mib
+        )
+
+    @app.get("/healthz", tags=["state"])
+    async def healthz() -> Health:
+        """Answers while the server takes requests."""
+        return Health(status="ok")
+
+    @app.get(
+        "/metrics", tags=["state"], response_class=Response, responses={200: {"content": {metrics.media_type: {}}}}
+    )
+    async def read_metrics() -> Response:
+        """Prometheus' text: requests, seconds, the line before the model, memory."""
+        return Response(metrics.text(), media_type=metrics.media_type)
+
+    app.add_middleware(metrics.middleware())
+
+
+def _window(index: VideoIndex, number: int) -> Window:
+    found = index.window(number)
+    if found is None:
+        raise HTTPException(404, f"there is no window {number}, or its file has gone")
+    return found
+
+
+def _hits(hits: list[Hit], index: VideoIndex) -> Hits:
+    """With where their pictures are."""
+    return Hits(hits=[_found(hit, index) for hit in hits])
+
+
+def _found(hit: Hit, index: VideoIndex) -> Found:
+    base, window = f"/api/windows/{hit.window}", index.window(hit.window)
+    whole = window is not None and media.media_type(window.file) is not None
+    return Found(
+        **asdict(hit),
+        thumbnail=f"{base}/thumbnail.jpg",
+        video=f"{base}/video" if whole else f"{base}/excerpt.mp4",
+        at=hit.start if whole else 0.0,
+    )
+
+
+def _answers(found: list[tuple[str, float]]) -> Answers:
+    return Answers(answers=[Answer(answer=answer, probability=share) for answer, share in found])
+
+
+def _curve(points: list[tuple[float, float]]) -> Curve:
+    return Curve(seconds=[time for time, _ in points], similarity=[value for _, value in points])

@@ -1,0 +1,53 @@
+"""Runs the application: `emcl serve`."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import webbrowser
+
+import uvicorn
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from emcl.errors import UserError
+from emcl.search.index import VideoIndex
+from emcl.serve.api import build_app
+from emcl.serve.limits import Limits
+from emcl.serve.protection import LOOPBACK
+
+GRACE = 10
+"""Seconds that requests under way get when the server is asked to stop."""
+
+
+def serve(index: VideoIndex, limits: Limits, *, host: str, port: int, browser: bool = False) -> None:
+    """Until SIGINT or SIGTERM; requests under way are answered first.
+
+    Raises:
+        UserError: the port is taken, or the address is not this machine's.
+    """
+    app = build_app(index, limits)
+    if host in LOOPBACK:  # a page from elsewhere whose name is made to point here must not read the videos
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    listener = _listen(host, port)
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    print(f"{len(index)} windows of {index.folder}: {url} (API: {url}/docs); Ctrl-C stops", flush=True)
+    if host not in LOOPBACK:
+        print("note: whoever reaches this address sees the indexed videos; there is no password", flush=True)
+    if browser:
+        threading.Timer(1, webbrowser.open, [url]).start()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
+    with listener:
+        uvicorn.Server(config).run([listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(f"cannot listen at {host}:{port} ({error}); give another --port or --host") from None
+    listener.listen(128)
+    return listener

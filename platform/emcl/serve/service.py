@@ -1,0 +1,100 @@
+"""What the server can be asked, answered by the model and the index; called by one thread."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emcl.data.decode import duration
+from emcl.inference import Span, Video, VideoFeatures
+from emcl.search.index import Hit, VideoIndex, Window
+from emcl.search.windows import Windows
+
+PARTS = 64
+"""Of a sent video's curve, at most."""
+
+Curve = list[tuple[float, float]]
+"""Seconds and similarity, in order of time."""
+
+
+class Service:
+    def __init__(self, index: VideoIndex, kept: int) -> None:
+        self.index, self.model = index, index.model
+        self._kept: OrderedDict[tuple[str, str], VideoFeatures] = OrderedDict()
+        self._room = kept
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.model.model.heads)
+
+    def search(self, query: str, top: int) -> list[Hit]:
+        return self.index.search(query, top)
+
+    def search_by_video(self, path: Path, digest: str, top: int) -> list[Hit]:
+        return self.index.search_by_features(self._whole(path, digest), top)
+
+    def similar(self, window: Window, top: int) -> list[Hit]:
+        return self.index.search_by_features(self.index.features([window.number]), top)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        return self.model.encode_text(texts)
+
+    def embed_video(self, path: Path, digest: str) -> Tensor:
+        """(T, D): the frames that there are."""
+        features = self._whole(path, digest)
+        return features.frames[0][features.mask[0]]
+
+    def caption(self, path: Path, digest: str) -> str:
+        return self.model.caption(self._whole(path, digest))[0]
+
+    def caption_window(self, window: Window) -> str:
+        return self.model.caption(self.index.features([window.number]))[0]
+
+    def answer(self, path: Path, digest: str, question: str, top: int) -> list[tuple[str, float]]:
+        return self.model.answer(self._whole(path, digest), question, top=top)
+
+    def answer_window(self, window: Window, question: str, top: int) -> list[tuple[str, float]]:
+        return self.model.answer(self.index.features([window.number]), question, top=top)
+
+    def curve_of_window(self, window: Window, query: str) -> Curve:
+        """Over the whole file that the window is of."""
+        parts = self.index.neighbours(window.number)
+        features = self.index.features([part.number for part in parts])
+        return self._curve(features, [(part.start, part.end) for part in parts], query)
+
+    def curve(self, path: Path, digest: str, query: str) -> Curve:
+        """Over a sent video, in at most PARTS parts."""
+        seconds = duration(path)
+        parts = Windows(max(self.index.windows.length, seconds / PARTS), 0.0, "windows").of(seconds)
+        spans: list[Video] = [Span(path, *part) for part in parts]
+        features = self._remembered(digest, "curve", lambda: self.model.encode_video(spans, progress=False))
+        return self._curve(features, parts, query)
+
+    def _curve(self, features: VideoFeatures, parts: Sequence[tuple[float, float]], query: str) -> Curve:
+        """The cosine of the sentence with each frame."""
+        text = F.normalize(self.model.encode_text(query), dim=-1)[0]
+        scores = F.normalize(features.frames, dim=-1) @ text  # (n, T)
+        points: Curve = []
+        for (start, end), row, there in zip(parts, scores, features.mask, strict=True):
+            values = row[there].tolist()
+            points += [(start + (end - start) * (place + 0.5) / len(values), v) for place, v in enumerate(values)]
+        return sorted(points)
+
+    def _whole(self, path: Path, digest: str) -> VideoFeatures:
+        return self._remembered(digest, "whole", lambda: self.model.encode_video(path, progress=False))
+
+    def _remembered(self, digest: str, what: str, encode: Callable[[], VideoFeatures]) -> VideoFeatures:
+        key = (digest, what)
+        found = self._kept.pop(key, None)
+        if found is None:
+            with torch.no_grad():
+                found = encode()
+        self._kept[key] = found
+        while len(self._kept) > self._room:
+            self._kept.popitem(last=False)
+        return found
