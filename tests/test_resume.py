@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from conftest import launch, launch_command, small
 from emcl.errors import UserError
 from emcl.train import checkpoint
 from emcl.train.lock import RunLock
+from emcl.train.universal import PART
 
 STEPS = 40
 
@@ -95,50 +98,66 @@ def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
 
 
 @pytest.fixture(scope="module")
-def twelve(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By ZeRO stage, a run of 12 steps on two ranks with the checkpoint of step 6 as its last."""
-    found = {}
-    for stage in (1, 3):
-        cwd = found[stage] = tmp_path_factory.mktemp(f"zero{stage}")
-        short = [*settings(sample_shards, stage), "optim.max_steps=12", "checkpoint.keep=50"]
-        done = launch("--task", "retrieval", *short, cwd=cwd, ranks=2)
+def twelve(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """By ZeRO stage, a run of 12 steps on two ranks with the checkpoint of step 6 as its last.
+
+    The text tower is frozen, and not as a run's own seed would make it: it comes from another run.
+    """
+    first = tmp_path_factory.mktemp("first")
+    short = [*settings(sample_shards, 1), "optim.max_steps=1", "seed=5"]
+    done = launch("--task", "retrieval", *short, cwd=first)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    @cache
+    def of_stage(stage: int) -> Path:
+        cwd = tmp_path_factory.mktemp(f"zero{stage}")
+        short = [*settings(sample_shards, stage), "optim.max_steps=12", "checkpoint.keep=50", "model.frozen=[text]"]
+        done = launch("--task", "retrieval", "--init", str(first / "runs/run"), *short, cwd=cwd, ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
-        for path in checkpoint.checkpoints(cwd / "runs/run/checkpoints"):
-            if int(path.name.rpartition("-")[2]) > 6:
-                shutil.rmtree(path)
-    return found
+        forget_after(cwd, 6)
+        return cwd
+
+    return of_stage
+
+
+def forget_after(cwd: Path, step: int) -> None:
+    for path in checkpoint.checkpoints(cwd / "runs/run/checkpoints"):
+        if int(path.name.rpartition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
+def goes_on(cwd: Path, stage: int, ranks: int, store: str) -> dict[int, float]:
+    """The losses of the run in `cwd` from its last checkpoint on."""
+    where = {"MLFLOW_TRACKING_URI": f"sqlite:///{cwd}/{store}"}
+    done = launch("--resume", "runs/run", f"deepspeed=deepspeed/zero{stage}.json", cwd=cwd, ranks=ranks, env=where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "converting it to any" in done.stdout + done.stderr
+    return losses(cwd, store)
+
+
+def same(found: dict[int, float], whole: dict[int, float], steps: range) -> None:
+    assert sorted(found) == list(steps)
+    assert [found[step] for step in steps] == pytest.approx([whole[step] for step in steps], rel=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize(("before", "after", "ranks"), [(1, 1, 1), (1, 2, 4), (3, 3, 1)])
+@pytest.mark.parametrize(
+    ("before", "after", "ranks"), [(1, 1, 1), (1, 2, 4), (3, 3, 1), (2, 3, 1), (0, 3, 4), (0, 1, 1)]
+)
 def test_a_run_goes_on_with_other_ranks_and_stage(
-    before: int, after: int, ranks: int, twelve: dict[int, Path], tmp_path: Path
+    before: int, after: int, ranks: int, twelve: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """From two ranks to one or four, then back to two (so one to two is shown as well); from stage 1 to 2."""
-    shutil.copytree(twelve[before] / "runs", tmp_path / "runs")
-    whole = losses(twelve[before])
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
-    zero = f"deepspeed=deepspeed/zero{after}.json"
-    first = launch("--resume", "runs/run", zero, cwd=tmp_path, ranks=ranks, env=store)
-    assert first.returncode == 0, first.stdout + first.stderr
-    assert "converting it to any" in first.stdout + first.stderr
-    found = losses(tmp_path)
-    assert sorted(found) == list(range(7, 13))
-    assert [found[step] for step in sorted(found)] == pytest.approx([whole[step] for step in sorted(found)], rel=1e-4)
-    weights, others = (load_file(cwd / "runs/run/best/model.safetensors") for cwd in (twelve[before], tmp_path))
-    for name, value in weights.items():  # EMCL's state, a buffer, among them
+    """From two ranks to one or four, then back to two (so one to two is shown as well); from a stage to another."""
+    shutil.copytree(twelve(before) / "runs", tmp_path / "runs")
+    whole = losses(twelve(before))
+    same(goes_on(tmp_path, after, ranks, "there.db"), whole, range(7, 13))
+    weights, others = (load_file(cwd / "runs/run/best/model.safetensors") for cwd in (twelve(before), tmp_path))
+    for name, value in weights.items():  # EMCL's state, a buffer, and the frozen tower among them
         if not name.endswith("in_proj_bias"):  # its gradient is rounding alone
             assert (value - others[name]).norm() <= 1e-3 * value.norm().clamp_min(1e-6), name
-    for path in checkpoint.checkpoints(tmp_path / "runs/run/checkpoints"):
-        if int(path.name.rpartition("-")[2]) > 9:
-            shutil.rmtree(path)
-    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/back.db"}
-    back = launch("--resume", "runs/run", zero, cwd=tmp_path, ranks=2, env=store)
-    assert back.returncode == 0, back.stdout + back.stderr
-    again = losses(tmp_path, "back.db")
-    assert sorted(again) == list(range(10, 13))
-    assert [again[step] for step in sorted(again)] == pytest.approx([whole[step] for step in sorted(again)], rel=1e-4)
+    forget_after(tmp_path, 9)
+    same(goes_on(tmp_path, before, 2, "back.db"), whole, range(10, 13))
 
 
 @pytest.fixture(scope="module")
@@ -151,12 +170,13 @@ def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_stage_that_cannot_read_a_checkpoint_is_named(sample_shards: Path, run: Path, tmp_path: Path) -> None:
+def test_what_cannot_go_on_is_named(run: Path, tmp_path: Path) -> None:
+    """Without ZeRO, bf16 keeps its optimiser's state in a form of its own."""
     shutil.copytree(run.parent, tmp_path / "runs")
-    done = launch("--resume", "runs/run", "deepspeed=deepspeed/zero3.json", cwd=tmp_path)
+    done = launch("--resume", "runs/run", "deepspeed=deepspeed/zero0.json", "precision=bf16", cwd=tmp_path)
     assert done.returncode != 0
     output = done.stdout + done.stderr
-    assert "is of ZeRO stage 1; stage 3 cannot go on from it" in output and "Traceback" not in output
+    assert "is of ZeRO stage 1; stage 0 goes on from it in fp32 alone" in output and "Traceback" not in output
 
 
 @pytest.mark.xdist_group("resume")
@@ -184,7 +204,7 @@ def test_a_checkpoint_cut_short_is_none(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
     newest = checkpoint.checkpoints(folder)[-1]
-    newest.rename(newest.with_name(f"{newest.name}{checkpoint.PART}"))
+    newest.rename(newest.with_name(f"{newest.name}{PART}"))
     assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1] != newest
 
 
@@ -205,7 +225,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_and_leaves_the_old_ones(
         assert "Traceback" not in output
         folder = place / "runs/run/checkpoints"
         assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1]
-        assert not list(folder.glob(f"*{checkpoint.PART}"))
+        assert not list(folder.glob(f"*{PART}"))
     finally:
         subprocess.run(["umount", str(place)], check=True)
 

@@ -10,31 +10,44 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
+from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
 
-PREFIX, PART = "step-", ".part"
-UNIVERSAL, BUFFERS = ".universal", "buffers.safetensors"
-"""DeepSpeed's universal form knows parameters alone; EMCL's state is in buffers."""
+PREFIX = "step-"
 MANIFEST = "manifest.json"
-"""How many ranks and which ZeRO stage wrote a checkpoint; size and checksum of every other file."""
+"""How many ranks and which ZeRO stage wrote a checkpoint, the optimiser's groups; size and checksum of every other
+file."""
 MIB = 2**20
 
 
-def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ranks, keep: int) -> None:
+def save(
+    engine: Any,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    ranks: Ranks,
+    *,
+    names: list[list[str]],
+    keep: int,
+) -> None:
     """Called by all ranks. Older checkpoints than the newest `keep` are removed.
+
+    Args:
+        names: of the learning weights, by group of the optimiser.
 
     Raises:
         UserError: it cannot be written; the checkpoints before are as they were.
@@ -60,8 +73,8 @@ def save(engine: Any, folder: Path, step: int, state: dict[str, Any], ranks: Ran
     ranks.agree(error)
     if ranks.first:
         try:
-            save_file(_buffers(engine), part / BUFFERS)
-            _finish(part, folder / tag, _layout(engine, ranks), keep)
+            save_file(_buffers(engine), part / KEPT)
+            _finish(part, folder / tag, {"layout": _layout(engine, ranks), "groups": names}, keep)
         except (OSError, SafetensorError) as found:
             error = _not_written(folder, tag, _needed(engine, folder), str(found))
             shutil.rmtree(part, ignore_errors=True)
@@ -78,8 +91,8 @@ def _layout(engine: Any, ranks: Ranks) -> dict[str, int]:
     return {"ranks": ranks.world_size, "stage": engine.zero_optimization_stage()}
 
 
-def _finish(part: Path, place: Path, layout: dict[str, int], keep: int) -> None:
-    (part / MANIFEST).write_text(json.dumps({"layout": layout, "files": _facts(part)}, indent=1))
+def _finish(part: Path, place: Path, facts: dict[str, Any], keep: int) -> None:
+    (part / MANIFEST).write_text(json.dumps({**facts, "files": _facts(part)}, indent=1))
     shutil.rmtree(place, ignore_errors=True)  # the same step, of a run that went back
     part.replace(place)
     for old in checkpoints(place.parent)[: -max(1, keep)]:
@@ -149,9 +162,10 @@ class Found:
     path: Path
     universal: bool
     """Whether it is DeepSpeed's universal form, which any number of ranks can read."""
+    converted: bool
 
 
-def find(folder: Path, ranks: Ranks, stage: int) -> Found:
+def find(folder: Path, ranks: Ranks, stage: int, precision: str) -> Found:
     """The newest whole checkpoint, converted beside it where other ranks or another ZeRO stage wrote it. By all ranks.
 
     Raises:
@@ -160,7 +174,7 @@ def find(folder: Path, ranks: Ranks, stage: int) -> Found:
     found, error = None, None
     if ranks.first:
         try:
-            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage})
+            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage}, precision)
         except UserError as wrong:
             error = wrong
     ranks.agree(error)
@@ -168,40 +182,21 @@ def find(folder: Path, ranks: Ranks, stage: int) -> Found:
     return chosen
 
 
-def _fitting(path: Path, wanted: dict[str, int]) -> Found:
-    layout = json.loads((path / MANIFEST).read_text())["layout"]
-    stages = layout["stage"], wanted["stage"]
-    if layout == wanted or stages == (0, 0):  # without ZeRO every rank holds all
-        return Found(path, False)
-    if stages not in ((1, 1), (1, 2), (2, 1), (2, 2), (3, 3)):
+def _fitting(path: Path, wanted: dict[str, int], precision: str) -> Found:
+    manifest = json.loads((path / MANIFEST).read_text())
+    layout = manifest["layout"]
+    before, after = layout["stage"], wanted["stage"]
+    if layout == wanted or (before, after) == (0, 0):  # without ZeRO every rank holds all
+        return Found(path, universal=False, converted=False)
+    if 0 in (before, after) and precision != "fp32":
         raise UserError(
-            f"{path} is of ZeRO stage {stages[0]}; stage {stages[1]} cannot go on from it: give deepspeed=deepspeed/"
-            f"zero{stages[0]}.json (1 and 2 read each other's; --init takes the weights alone)"
+            f"{path} is of ZeRO stage {before}; stage {after} goes on from it in fp32 alone, not in {precision}: give "
+            f"deepspeed=deepspeed/zero{before}.json (--init takes the weights alone)"
         )
     place = path.with_name(f"{path.name}{UNIVERSAL}")
-    print(f"{path} is of {layout['ranks']} ranks, ZeRO {layout['stage']}: converting it to any", flush=True)
-    _to_universal(path, place)
-    return Found(place, True)
-
-
-def _to_universal(path: Path, place: Path) -> None:
-    """In a process of its own: the converter has a pool of processes and much to say.
-
-    Raises:
-        UserError: it fails; its last line.
-    """
-    part = place.with_name(f"{place.name}{PART}")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(place, ignore_errors=True)
-    command = [
-        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(path),
-        "--output_folder", str(part), "--inject_missing_state",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"{path} cannot be converted for other ranks: {done.stderr.strip().splitlines()[-1]}")
-    shutil.copy(path / BUFFERS, part)
-    part.rename(place)
+    print(f"{path} is of {layout['ranks']} ranks, ZeRO {before}: converting it to any", flush=True)
+    to_universal(path, place, manifest["groups"], before, after)
+    return Found(place, universal=after > 0, converted=True)
 
 
 def load(engine: Any, found: Found) -> dict[str, Any]:
@@ -219,8 +214,8 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
         raise UserError(f"{found.path} does not fit this run (another model?): {first}") from None
     if loaded is None:
         raise UserError(f"{found.path} could not be read; remove it to continue from the one before")
-    if found.universal:
-        engine.module.load_state_dict(load_file(found.path / BUFFERS), strict=False)
+    if found.converted:
+        _take_kept(engine, load_file(found.path / KEPT))
         # ZeRO-3 gives every group the rate, decay and name of the first there
         rates = engine.lr_scheduler.get_last_lr()
         for group, own, rate in zip(engine.optimizer.param_groups, settings, rates, strict=True):
@@ -230,6 +225,18 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
             if isinstance(kept.get("step"), Tensor):
                 kept["step"] = kept["step"].clone()
     return state
+
+
+def _take_kept(engine: Any, kept: dict[str, Tensor]) -> None:
+    """Buffers and frozen weights, which the universal form lacks."""
+    buffers = {name: kept[name] for name, _ in engine.module.named_buffers() if name in kept}
+    engine.module.load_state_dict(buffers, strict=False)
+    for name, parameter in engine.module.named_parameters():
+        if name in kept:
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            with gathered if hasattr(parameter, "ds_id") else nullcontext(), torch.no_grad():
+                if parameter.numel():
+                    parameter.copy_(kept[name])
 
 
 def _facts(folder: Path) -> dict[str, list[Any]]:

@@ -27,6 +27,7 @@ from emcl.train.engine import build_engine, weights, zero_stage
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.inputs import Inputs
+from emcl.train.optimizer import group_names
 from emcl.train.profile import StepProfile, phase
 from emcl.train.start import start_from
 from emcl.train.stop import Stopped, StopRequest
@@ -63,8 +64,11 @@ class Trainer:
         self.source = open_source(config, self.shards, model.backbone, ranks, device)
         self.val_source = open_source(config, self.val, model.backbone, ranks, device) if self.val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        found = checkpoint.find(folder / "checkpoints", ranks, zero_stage(config)) if resuming else None
+        found = (
+            checkpoint.find(folder / "checkpoints", ranks, zero_stage(config), config.precision) if resuming else None
+        )
         universal = found is not None and found.universal
+        self.names = group_names(model, config.optim)
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
         self.start, self.best = 0, None
         if found is not None:
@@ -226,8 +230,9 @@ class Trainer:
     def _save(self, done: int) -> None:
         self.watch.slow("saving")
         checkpoint.save(
-            self.engine, self.folder / "checkpoints", done, {"best": self.best}, self.ranks, self.config.checkpoint.keep
-        )
+            self.engine, self.folder / "checkpoints", done, {"best": self.best}, self.ranks, names=self.names,
+            keep=self.config.checkpoint.keep,
+        )  # fmt: skip
 
     def _say(self, text: str) -> None:
         if self.ranks.first:

@@ -40,6 +40,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     ]
 
 
+def group_names(model: nn.Module, config: OptimConfig) -> list[list[str]]:
+    """The names of the weights in each of `parameter_groups`, in order; the same at every ZeRO stage."""
+    named = list(model.named_parameters())
+    name_of = {id(parameter): name for name, parameter in named}
+    return [[name_of[id(parameter)] for parameter in group["params"]] for group in parameter_groups(named, config)]
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool) -> torch.optim.Optimizer:
     """AdamW; DeepSpeed's CPU Adam where the optimiser's state is offloaded."""
     groups = parameter_groups(model.named_parameters(), config)
