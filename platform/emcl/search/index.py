@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS windows (
 """
 
 
-LAYER = "emcl.pt"
+VECTORS, LAYER = "vectors.faiss", "emcl.pt"
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class VideoIndex:
         with self._base:
             self._base.executemany("INSERT OR IGNORE INTO facts VALUES (?, ?)", list(facts.items()))
         self._vectors: tuple[int, Any] | None = None
+        self._all: tuple[int, list[int], VideoFeatures] | None = None
         if (folder / LAYER).is_file():
             model.module = EMCL.load(folder / LAYER).to(model.device)
 
@@ -147,7 +148,7 @@ class VideoIndex:
                 self._add(path, there[path], spans)
             except (DecodeError, UserError) as error:
                 broken[path] = str(error)
-        if new or gone or not (self.folder / "vectors.faiss").is_file():
+        if new or gone or not (self.folder / VECTORS).is_file():
             self._write_vectors()
         if emcl and len(self):
             self._fit_layer()
@@ -185,21 +186,33 @@ class VideoIndex:
         evaluation, so that the ranking is that of an evaluation of these sentences, whatever the variant of EMCL.
         """
         queries = self.model.encode_text(texts)
-        if len(self) <= max(CANDIDATES, top):
-            everything = [number for (number,) in self._base.execute(_BY_PATH)]
-            return self._ranked(queries, everything, top)
-        return [
-            self._ranked(query[None], self._nearest(query[None], max(CANDIDATES, top)), top)[0] for query in queries
-        ]
+        if len(self) <= CANDIDATES:
+            return self._ranked(queries, *self._everything(), top)
+        found = []
+        for query in queries.split(1):
+            numbers = list(self._windows(self._nearest(query, max(CANDIDATES, top))))
+            found += self._ranked(query, numbers, self.features(numbers), top)
+        return found
 
-    def _ranked(self, queries: torch.Tensor, numbers: list[int], top: int) -> list[list[Hit]]:
+    def _everything(self) -> tuple[list[int], VideoFeatures]:
+        """Of an index that is small enough to be kept in memory."""
+        written = self._written()
+        if self._all is None or self._all[0] != written:
+            numbers = [number for (number,) in self._base.execute(_BY_PATH)]
+            self._all = written, numbers, self.features(numbers)
+        return self._all[1:]
+
+    def _ranked(self, queries: torch.Tensor, numbers: list[int], features: VideoFeatures, top: int) -> list[list[Hit]]:
         if not numbers:
             return [[] for _ in queries]
-        windows = self._windows(numbers)
-        numbers = [number for number in numbers if number in windows]
-        best = self.model.similarity(queries, self.features(numbers)).topk(min(top, len(numbers)))
+        best = self.model.similarity(queries, features).topk(min(top, len(numbers)))
+        windows = self._windows({numbers[place] for places in best.indices.tolist() for place in places})
         return [
-            [self._hit(windows[numbers[place]], score) for score, place in zip(scores, places, strict=True)]
+            [
+                self._hit(windows[numbers[place]], score)
+                for score, place in zip(scores, places, strict=True)
+                if numbers[place] in windows
+            ]
             for scores, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
@@ -236,7 +249,7 @@ class VideoIndex:
         )
         return list(self._windows([found for (found,) in rows]).values())
 
-    def _windows(self, numbers: Sequence[int]) -> dict[int, Window]:
+    def _windows(self, numbers: Collection[int]) -> dict[int, Window]:
         """By number, in the order given; what has left the index is left out."""
         root = Path(self._fact("root") or ".")
         rows = self._base.execute(
@@ -248,17 +261,25 @@ class VideoIndex:
         return {number: found[number] for number in numbers if number in found}
 
     def _nearest(self, query: torch.Tensor, count: int) -> list[int]:
-        path = self.folder / "vectors.faiss"
-        if not path.is_file():
-            raise UserError(f"{self.folder}: the index was not finished; run `emcl index` again")
-        written = path.stat().st_mtime_ns
-        if self._vectors is None or self._vectors[0] != written:  # `emcl index` may have been called meanwhile
+        written = self._written()
+        if self._vectors is None or self._vectors[0] != written:
             faiss = faiss_package()
-            self._vectors = written, faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+            self._vectors = written, faiss.read_index(str(self.folder / VECTORS), faiss.IO_FLAG_MMAP_IFC)
         vectors = self._vectors[1]
         unit = torch.nn.functional.normalize(query, dim=-1).numpy().astype(np.float32)
         _, numbers = vectors.search(unit, min(count, max(1, vectors.ntotal)))
         return [int(number) for number in numbers[0] if number >= 0]
+
+    def _written(self) -> int:
+        """When the vectors were: `emcl index` may be called while they are searched.
+
+        Raises:
+            UserError: there are none.
+        """
+        try:
+            return (self.folder / VECTORS).stat().st_mtime_ns
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: the index was not finished; run `emcl index` again") from None
 
     def _write_vectors(self) -> None:
         """All windows' means; written beside and renamed."""
@@ -270,7 +291,7 @@ class VideoIndex:
             vectors.add_with_ids(means, numbers)
         part = self.folder / ".vectors.part"
         faiss_package().write_index(vectors, str(part))
-        part.replace(self.folder / "vectors.faiss")
+        part.replace(self.folder / VECTORS)
         self._vectors = None
 
     def _means(self, width: int, block: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
