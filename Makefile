@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train test lint bench ablation together joint-step human whole-way format clean
+.PHONY: install train demo test lint bench ablation together joint-step human whole-way format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,14 @@ install: $(VENV)/installed
 
 train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed platform/launch.py --task retrieval
+
+# A page to search the sample's test clips in, with a model of all tasks (trained first, some 12 minutes): make demo
+DEMO := $(if $(wildcard runs/demo),--resume runs/demo,--task all name=demo)
+demo: install
+	test -f runs/demo/scores-test.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed platform/launch.py $(DEMO)
+	$(BIN)/emcl unpack shards/sample/test-000000.tar --out demo/videos
+	$(BIN)/emcl index demo/videos --model runs/demo --out demo/index
+	$(BIN)/emcl serve demo/index --model runs/demo --open $(ARGS)
 
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup

@@ -45,7 +45,7 @@ def small(shards: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def short_run(shards: Path, folder: Path) -> Path:
+def short_run(shards: Path, folder: Path, *settings: str) -> Path:
     """A run of two steps of all tasks in `folder`; what it has learnt does not matter."""
     from emcl.train.run import run
 
@@ -53,7 +53,7 @@ def short_run(shards: Path, folder: Path) -> Path:
     os.chdir(folder)
     try:
         quick = ["optim.max_steps=2", "tracking.enabled=false", "name=one", "data.test=null", "emcl.variant=compact"]
-        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8"])
+        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8", *settings])
     finally:
         os.chdir(before)
     return folder / "runs" / "one"

@@ -24,7 +24,7 @@ def broken(shards: Path, cwd: Path, bad: str, stage: int, *settings: str) -> sub
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize(("stage", "variant"), [(1, "reference"), (2, "compact"), (3, "reference")])
+@pytest.mark.parametrize(("stage", "variant"), [(0, "reference"), (1, "reference"), (2, "compact"), (3, "reference")])
 def test_a_bad_step_is_left_out_on_all_ranks_and_counted(
     stage: int, variant: str, sample_shards: Path, tmp_path: Path
 ) -> None:
@@ -34,6 +34,8 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_counted(
     client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
     assert run.data.metrics["skipped_steps"] == 1
+    losses = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in losses] == [1, 2, 4, 5, 6]  # of a step that was left out there is none
     weights = load_file(tmp_path / "runs/run/best/model.safetensors")
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 

@@ -10,15 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import emcl
-from conftest import TINY, short_run, write_clips
+from conftest import TINY, shared, short_run, write_clips
 from emcl.cli import main
+from emcl.data.decode import duration
+from emcl.data.samples import Sample
+from emcl.data.shards import open_shards
 from emcl.errors import UserError
-from emcl.inference import VideoTextModel
-from emcl.prepare.writer import encode_mp4
+from emcl.inference import Span, VideoTextModel
+from emcl.model.embeddings import SIMILARITY
+from emcl.model.emcl_layer import INFERENCE_MODULE
+from emcl.placement import Placement
+from emcl.prepare.table import read_table
+from emcl.prepare.writer import encode_mp4, write_shard
 from emcl.search.index import VideoIndex
-from emcl.search.windows import Windows
+from emcl.search.windows import Windows, scenes
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,23 @@ def test_a_search_ranks_as_the_model_does(model: VideoTextModel, videos: Path, t
         assert [hit.path for hit in hits] == expected
         torch.testing.assert_close(torch.tensor([hit.score for hit in hits]), scores.sort(descending=True).values)
     assert index.search_by_video(files[3])[0].path == str(files[3].relative_to(videos))
+
+
+def test_a_search_for_all_sentences_ranks_as_the_evaluation_did(sample_shards: Path, tmp_path: Path) -> None:
+    """To the last clip, and with the published EMCL, whose scores depend on what shares a tile."""
+    test = f"data.test={sample_shards}/test-000000.tar"
+    run = short_run(sample_shards, tmp_path, "emcl.variant=reference", "evaluate.tile=5", test)
+    clips = open_shards(f"{sample_shards}/test-000000.tar")
+    write_clips(sample_shards, tmp_path / "videos")
+    index = VideoIndex(tmp_path / "index", emcl.load(run, device="cpu"), windows=Windows())
+    index.update(tmp_path / "videos")
+    sentences = [caption for row in clips.rows for caption in row.sample.captions]
+    scores = load_file(run / SIMILARITY.format(split="test"))["similarity"]
+    assert scores.shape == (len(sentences), 12)
+    for hits, row in zip(index.search_all(sentences, top=12), scores, strict=True):
+        best = row.sort(descending=True)
+        assert [hit.path for hit in hits] == [f"{clips.rows[place].sample.id}.mp4" for place in best.indices.tolist()]
+        torch.testing.assert_close(torch.tensor([hit.score for hit in hits]), best.values, atol=1e-5, rtol=0)
 
 
 def test_only_what_changed_is_encoded_and_what_went_is_forgotten(
@@ -120,6 +145,62 @@ def test_a_moment_of_a_long_video_is_found_with_its_time(model: VideoTextModel, 
     assert (hit.start, hit.end) == (16.0, 20.0)
 
 
+def test_a_video_is_cut_into_its_scenes(model: VideoTextModel, tmp_path: Path) -> None:
+    """A real file of two scenes: the knife goes through tortillas until 6.2 s, then through a tomato."""
+    file = shared("data/videos/j2Dhf-xFUxU_13_20.avi")
+
+    def rounded(parts: list[tuple[float, float]]) -> list[tuple[float, ...]]:
+        return [tuple(round(time, 1) for time in part) for part in parts]
+
+    assert rounded(scenes(file, duration(file))) == [(0.0, 6.2), (6.2, 7.1)]
+    assert rounded(Windows().of_file(file)) == [(0.0, 6.2), (5.1, 7.1)]  # less than two seconds are too little to see
+    assert [len(Windows(cut=cut).of_file(file)) for cut in ("scenes", "windows")] == [2, 1]
+    assert len(Windows(4, 2).of_file(file)) == 3  # the first scene is more than one window
+    (tmp_path / "videos").mkdir()
+    shutil.copy(file, tmp_path / "videos")
+    index = VideoIndex(tmp_path / "index", model, windows=Windows())
+    index.update(tmp_path / "videos")
+    tomato = model.encode_video(Span(file, 6.3, 7.0))
+    (hit, _) = index.search_by_features(tomato)
+    assert (round(hit.start, 1), round(hit.end, 1)) == (5.1, 7.1)
+
+
+def test_above_a_size_the_nearest_are_found_among_rounded_vectors(
+    model: VideoTextModel, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("emcl.search.index.EXACT", 5)
+    monkeypatch.setattr("emcl.search.index.CANDIDATES", 6)
+    index = VideoIndex(tmp_path / "index", model, windows=Windows())
+    index.update(videos)
+    assert index.search("a red circle", top=3)[0].score >= index.search("a red circle", top=3)[1].score
+    for file in sorted(videos.rglob("*.mp4")):
+        found = index.search_by_video(file, top=1)[0]
+        assert found.path == str(file.relative_to(videos)) and found.score == pytest.approx(1, abs=1e-5)
+
+
+def test_devices_share_the_work_and_precision_is_chosen(
+    model: VideoTextModel, trained: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: list[Any] = sorted(videos.rglob("*.mp4"))
+    alone = model.encode_video(files)
+    two = Placement([torch.device("cpu"), torch.device("cpu")], torch.float32)
+    shared_out = VideoTextModel(model.model, model.config, model.files, where=two, batch_size=2)
+    assert len(shared_out.replicas) == 2
+    found = shared_out.encode_video(files)
+    torch.testing.assert_close(found.frames, alone.frames)  # in order
+    assert torch.equal(found.mask, alone.mask)
+    rough = emcl.load(trained, device="cpu", precision="bf16").encode_video(files).frames
+    assert 0 < (rough - alone.frames).norm() / alone.frames.norm() < 0.02
+    assert emcl.load(trained).where.dtype == torch.float32
+    with pytest.raises(UserError, match="precision 'int8' is none of fp32, bf16, fp16"):
+        emcl.load(trained, precision="int8")
+    with pytest.raises(UserError, match="fp16 wants a GPU"):
+        emcl.load(trained, device="cpu", precision="fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="there is no GPU here"):
+            emcl.load(trained, device="cuda")
+
+
 def test_another_models_index_is_refused(model: VideoTextModel, trained: Path, videos: Path, tmp_path: Path) -> None:
     index = VideoIndex(tmp_path / "index", model, windows=Windows())
     index.update(videos)
@@ -180,3 +261,46 @@ def test_a_plain_clip_ranks_by_the_mean_of_its_frames(videos: Path, tmp_path: Pa
     assert index.search(queries[0])[0].path == str(best.relative_to(videos))
     with pytest.raises(UserError, match="no such file"):
         emcl.load(TINY, pretrained=tmp_path / "nowhere.pt")
+
+
+def test_emcl_is_fitted_to_a_collection_for_a_model_without_it(
+    videos: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import open_clip
+
+    torch.manual_seed(0)
+    clip = open_clip.model.CLIP(**json.loads(Path(TINY).read_text())).eval()
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    plain = emcl.load(TINY, pretrained=tmp_path / "clip.pt", device="cpu")
+    files: list[Any] = sorted(videos.rglob("*.mp4"))
+    features, queries = plain.encode_video(files), plain.encode_text(["a red circle", "a green square"])
+    index = VideoIndex(tmp_path / "index", plain, windows=Windows())
+    index.update(videos, emcl=True)
+    layer = emcl.EMCL(variant="compact", **{**INFERENCE_MODULE, "bases": 32}).fit(features.mean()).eval()
+    # the layer is linear, so correcting a mean of frames is what correcting frames and taking their mean gives
+    expected = torch.nn.functional.cosine_similarity(
+        layer.transform(queries)[:, None], layer.transform(features.mean())[None], dim=-1
+    )
+    torch.testing.assert_close(plain.similarity(queries, features), expected, atol=2e-3, rtol=0)
+    again = emcl.load(TINY, pretrained=tmp_path / "clip.pt", device="cpu")
+    hits = VideoIndex(tmp_path / "index", again).search("a red circle", top=12)  # it is kept with the index
+    best = expected[0].sort(descending=True)
+    assert [hit.score for hit in hits] == pytest.approx(best.values.tolist(), abs=2e-3)
+    with pytest.raises(UserError, match="was trained with an EMCL layer of its own"):
+        VideoIndex(tmp_path / "other", emcl.load(trained, device="cpu"), windows=Windows()).update(videos, emcl=True)
+
+
+def test_shards_become_files_and_a_table_again(sample_shards: Path, tmp_path: Path) -> None:
+    assert main(["unpack", f"{sample_shards}/test-000000.tar", "--out", str(tmp_path / "files")]) == 0
+    clips = open_shards(f"{sample_shards}/test-000000.tar")
+    for row in clips.rows:
+        assert (tmp_path / "files" / f"{row.sample.id}.mp4").read_bytes() == clips.read(row)
+    read = read_table(tmp_path / "files" / "captions.csv")
+    assert [(clip.id, clip.captions) for clip in read] == [(row.sample.id, row.sample.captions) for row in clips.rows]
+    sample = Sample(id="../../up", captions=["x"])
+    write_shard(tmp_path / "bad.tar", [(sample, "mp4", clips.read(clips.rows[0]))])
+    assert main(["unpack", str(tmp_path / "bad.tar"), "--out", str(tmp_path / "deep" / "er")]) == 0
+    assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == [
+        "%2E%2E%2F%2E%2E%2Fup.mp4",
+        "captions.csv",
+    ]

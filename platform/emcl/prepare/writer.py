@@ -29,7 +29,7 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
         with temporary.open("wb") as stream:
             writer = wds.TarWriter(stream, user="emcl", group="emcl", mtime=0.0, encoder=False)
             for count, (sample, ending, video) in enumerate(samples, 1):  # noqa: B007
-                writer.write({"__key__": _key(sample.id), ending: video, "json": sample.to_json()})
+                writer.write({"__key__": key_of(sample.id), ending: video, "json": sample.to_json()})
             writer.close()
         temporary.replace(path)
     finally:
@@ -37,7 +37,7 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
     return count
 
 
-def _key(identity: str) -> str:
+def key_of(identity: str) -> str:
     """An id as WebDataset's key, which a dot would end; two ids never give the same."""
     for sign in "%./":
         identity = identity.replace(sign, f"%{ord(sign):02X}")

@@ -20,6 +20,9 @@ from emcl.errors import UserError
 CUTS = ("scenes", "windows")
 SHORTEST = 0.8
 """Seconds: a shorter scene belongs to the one before it."""
+ENOUGH = 2.0
+"""Seconds that a scene is lengthened to, at the expense of its neighbours: models have learnt from clips of some
+seconds, and of a shorter one they see too little."""
 AHEAD = 32
 """Files whose parts are looked for before they are used."""
 SMALL = 96
@@ -56,7 +59,9 @@ class Windows:
         seconds = duration(path)
         if self.cut == "windows" or seconds <= self.length / 2:
             return self.of(seconds)
-        return [part for start, end in scenes(path, seconds) for part in self.of(end - start, start)]
+        long = [(max(0.0, min(start, end - ENOUGH)), end) for start, end in scenes(path, seconds)]
+        long[0] = 0.0, max(long[0][1], min(ENOUGH, seconds))
+        return [part for start, end in long for part in self.of(end - start, start)]
 
     def of_files(self, files: Iterable[Path]) -> Iterator[list[Part] | DecodeError]:
         """Of each file, in order; looked for ahead of their use, by threads."""

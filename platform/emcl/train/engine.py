@@ -47,6 +47,9 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         name = accelerator.device_name()
         raise UserError(f"precision=fp16: DeepSpeed does not support it on this device ({name}); take bf16 or fp32")
+    if config.precision == "fp16" and _stage(settings) == 0:
+        # DeepSpeed 0.19.8 divides gradients by a scale there that the loss was never multiplied by
+        raise UserError(f"precision=fp16 trains wrong without ZeRO ({path}): give deepspeed=deepspeed/zero1.json")
     micro = config.data.batch_size // (world_size * config.optim.accumulation)
     return {
         **settings,
@@ -73,7 +76,8 @@ def build_engine(
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda")
+    checked = config.precision == "fp32" and _stage(settings) == 0
+    optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda", checked=checked)
     schedule = build_schedule(optimizer, config.optim, steps)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
@@ -85,7 +89,11 @@ def build_engine(
 
 def zero_stage(config: Config) -> int:
     """Of the DeepSpeed file."""
-    return int(deepspeed_settings(config, 1).get("zero_optimization", {}).get("stage", 0))
+    return _stage(deepspeed_settings(config, 1))
+
+
+def _stage(settings: dict[str, Any]) -> int:
+    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:

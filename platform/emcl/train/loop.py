@@ -33,6 +33,9 @@ from emcl.train.start import start_from
 from emcl.train.stop import Stopped, StopRequest
 from emcl.train.watch import Watch
 
+LOSS_SCALES = 17
+"""Steps that fp16 may leave out at its start: each halves the loss scale."""
+
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
 
@@ -152,7 +155,7 @@ class Trainer:
         return sums
 
     def _check_skipped(self, step: int, micro_batches: list[dict[str, Any]]) -> bool:
-        """Whether DeepSpeed left the step out on all ranks, since the gradient's norm is not finite (ZeRO 1 to 3).
+        """Whether the step was left out on all ranks, since the gradient's norm is not finite.
 
         Raises:
             UserError: too many in a row; this rank's last batch is kept for study.
@@ -164,7 +167,8 @@ class Trainer:
         if not skipped:
             return False
         self._say(f"step {step + 1}: the gradient is not finite; left out on all ranks ({self.in_a_row} in a row)")
-        if self.in_a_row >= self.config.optim.max_skipped:
+        searching = self.config.precision == "fp16" and self.skipped == step + 1  # for its first loss scale, from 2^16
+        if self.in_a_row >= self.config.optim.max_skipped + (LOSS_SCALES if searching else 0):
             kept = self.folder / f"bad-batch-{step + 1}-rank{self.ranks.rank}.pt"
             torch.save(micro_batches, kept)
             raise UserError(
@@ -177,7 +181,7 @@ class Trainer:
     def _report(self, bar: tqdm[Any], done: int) -> None:
         found = self.meter.read(self.loader.restarts)
         bar.set_postfix_str(
-            f"loss {found['train/loss']:.3f}, {found['samples_per_second']:.0f} samples/s, "
+            f"loss {found.get('train/loss', float('nan')):.3f}, {found['samples_per_second']:.0f} samples/s, "
             f"waiting {100 * found['data_wait_share']:.0f}%"
         )
         rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
@@ -275,12 +279,12 @@ class _Meter:
             UserError: a loss that is not finite, or too many broken clips.
         """
         elapsed = time.perf_counter() - self.began
-        names = list(self.losses)
-        packed = [*(self.losses[name] for name in names)]
+        names = list(self.losses) if self.counted else []  # of steps that were all left out there is no loss
         counts = torch.tensor(
             [self.samples, len(self.bad.new), self.waited / elapsed, restarts], device=self.device, dtype=torch.float64
         )
-        values = torch.cat([torch.stack(packed).double() / max(1, self.counted), counts])
+        losses = [self.losses[name].double() / self.counted for name in names]
+        values = torch.cat([*(loss.view(1) for loss in losses), counts])
         sums = self.ranks.sum(values).tolist()
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
         samples, bad, waiting, restarted = sums[len(names) :]
@@ -294,7 +298,7 @@ class _Meter:
             self.bad.exchange()
         return {
             **means,
-            "train/loss": sum(means.values()),
+            **({"train/loss": sum(means.values())} if means else {}),
             "samples_per_second": samples / elapsed,
             "data_wait_share": waiting / self.ranks.world_size,
             "bad_clips": float(len(self.bad)),

@@ -47,15 +47,36 @@ def group_names(model: nn.Module, config: OptimConfig) -> list[list[str]]:
     return [[name_of[id(parameter)] for parameter in group["params"]] for group in parameter_groups(named, config)]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU Adam where the optimiser's state is offloaded."""
+class CheckedAdamW(torch.optim.AdamW):
+    """Leaves out a step whose gradient is not finite and says so by `overflow`, as DeepSpeed's own optimisers do.
+
+    For training without ZeRO, where DeepSpeed takes any gradient. Gradients are those of all ranks by then, so all of
+    them decide alike; that waits for the device once a step, as ZeRO does.
+    """
+
+    overflow = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        gradients = [
+            weight.grad for group in self.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        self.overflow = not bool(norms.isfinite().all())
+        return None if self.overflow else super().step(closure)
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool, checked: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW; DeepSpeed's CPU Adam where the optimiser's state is offloaded; `checked` where nothing else checks."""
     groups = parameter_groups(model.named_parameters(), config)
     settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=fused, **settings)
+    return (CheckedAdamW if checked else torch.optim.AdamW)(groups, fused=fused, **settings)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Any:
