@@ -20,6 +20,7 @@ from emcl.data.loader import evaluation_loader, training_loader
 from emcl.data.order import Order, RankBatches
 from emcl.data.shards import ShardSet, find_shards, open_shards
 from emcl.errors import UserError
+from emcl.prepare.writer import encode_mp4
 
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=0)
 
@@ -162,7 +163,6 @@ def test_swapped_videos_are_everybody_elses_and_each_is_shown_once(sample_shards
 
 def test_decoding_only_what_is_needed_changes_no_frame(monkeypatch: pytest.MonkeyPatch) -> None:
     from emcl.data import decode as module
-    from emcl.prepare.writer import encode_mp4
 
     ramp = np.broadcast_to(np.arange(200, dtype=np.uint8)[:, None, None, None], (200, 64, 64, 3))
     videos = [encode_mp4(np.ascontiguousarray(ramp), rate, crf=20) for rate in (5, 25)]
@@ -176,7 +176,7 @@ def test_decoding_only_what_is_needed_changes_no_frame(monkeypatch: pytest.Monke
     chosen = every_way()
     used: list[int] = []
 
-    def in_sequence(stream: Any, packets: Any, times: Any) -> Any:
+    def in_sequence(stream: Any, packets: Any, times: Any, _begins: Any) -> Any:
         used.append(len(packets))
         return module._in_sequence(stream, packets, times)
 
@@ -201,3 +201,21 @@ def test_a_video_without_times_of_showing_is_decoded_in_sequence(tmp_path: Path)
         container.mux(stream.encode())
     levels = decode(path, frames=4, size=32)[:, 16, 16, 0].astype(int)
     np.testing.assert_allclose(levels, [20, 70, 120, 170], atol=12)
+
+
+def test_key_frames_are_taken_within_their_slices_and_the_middle_where_there_is_none(tmp_path: Path) -> None:
+    """Eighty frames, told apart by their brightness; every eighth is a key frame."""
+    numbers = np.arange(80, dtype=np.uint8)[:, None, None, None] * 3
+    video = encode_mp4(np.broadcast_to(numbers, (80, 64, 64, 3)), 8, crf=10, key_every=8)
+    place = {frame.tobytes(): number for number, frame in enumerate(decode(video, frames=80, size=32))}
+    assert len(place) == 80
+
+    def shown(frames: int, **how: Any) -> list[int]:
+        return [place[frame.tobytes()] for frame in decode(video, frames=frames, size=32, **how)]
+
+    assert shown(20) == list(range(2, 80, 4))
+    assert shown(10, keyframes=True) == list(range(0, 80, 8))
+    # slices of four frames: every other one begins with a key frame
+    assert shown(20, keyframes=True) == [number - 2 if number % 8 == 2 else number for number in range(2, 80, 4)]
+    assert shown(2, start=1.25, end=5.25, keyframes=True) == [16, 32]
+    assert shown(3, start=1.25, end=1.75, keyframes=True) == shown(3, start=1.25, end=1.75)

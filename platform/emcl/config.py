@@ -97,6 +97,9 @@ class DataConfig:
     """Frames a video, evenly spread."""
     fps: float | None = None
     """Take no more frames than the video has seconds times this; None always takes all."""
+    keyframes: bool = False
+    """Take the last key frame of each slice of the video where there is one: on long videos several times the frames a
+    second, at moments that are less even."""
     words: int = 32
     """Text tokens, start and end token counted."""
     size: int = 224

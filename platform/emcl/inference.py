@@ -232,8 +232,9 @@ class VideoTextModel:
                 raise UserError(f"{span.path}: no such file")
             try:
                 return decode(
-                    span.path, frames=data.frames, size=data.size, fps=data.fps, start=span.start, end=span.end
-                )
+                    span.path, frames=data.frames, size=data.size, fps=data.fps, start=span.start, end=span.end,
+                    keyframes=data.keyframes,
+                )  # fmt: skip
             except DecodeError as error:
                 raise VideoError(span.path, str(error)) from None
         frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)

@@ -43,11 +43,13 @@ def decode(
     start: float | None = None,
     end: float | None = None,
     jitter: np.random.Generator | None = None,
+    keyframes: bool = False,
 ) -> Frames:
     """Up to `frames` frames, evenly spread over [start, end] of the video, resized and centre-cropped to a square.
 
     The part is cut into equal slices and each gives the frame that is shown at its middle (at a random moment of
-    the slice with `jitter`). With `fps`, a short video gives only as many slices as it has seconds x fps.
+    the slice with `jitter`), or with `keyframes` the last key frame before that which is in the slice, if there is one.
+    With `fps`, a short video gives only as many slices as it has seconds x fps.
 
     Returns:
         (n, size, size, 3) with 1 <= n <= frames.
@@ -61,7 +63,8 @@ def decode(
         offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
         times = begin + (np.arange(count) + offsets) * (finish - begin) / count
         scaler = VideoReformatter()  # kept for all frames: to make one costs more than to use it
-        return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times)])
+        begins = begin + np.arange(count) * (finish - begin) / count if keyframes else None
+        return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times, begins)])
 
 
 def duration(video: Path) -> float:
@@ -177,9 +180,14 @@ def _span(
 
 
 def _at(
-    container: av.container.InputContainer, stream: av.VideoStream, times: NDArray[np.float64]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    times: NDArray[np.float64],
+    begins: NDArray[np.float64] | None = None,
 ) -> Iterator[av.VideoFrame]:
     """The frame shown at each of the rising `times`: the last one that starts no later.
+
+    With `begins`, a key frame that starts no earlier than that and no later than its time takes its place.
 
     The packets up to the last of them are read first, and say when each frame is shown; then only what is needed is
     decoded (`_chosen`). Where packets do not say it, or cannot be believed (AVI knows no order of showing, though its
@@ -201,7 +209,7 @@ def _at(
     if len(moments) < len(packets) or not unit or not believed:
         yield from _in_sequence(stream, chain(packets, reading), times)
     else:
-        yield from _chosen(stream, packets, times)
+        yield from _chosen(stream, packets, times, begins)
 
 
 def _in_sequence(
@@ -217,7 +225,12 @@ def _in_sequence(
         yield shown
 
 
-def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.float64]) -> Iterator[av.VideoFrame]:
+def _chosen(
+    stream: av.VideoStream,
+    packets: list[av.Packet],
+    times: NDArray[np.float64],
+    begins: NDArray[np.float64] | None,
+) -> Iterator[av.VideoFrame]:
     """The frames of `times`: from the key frame before each, those are decoded that others are made from, and those
     that are wanted; groups of pictures in between are passed over whole."""
     decoder = stream.codec_context
@@ -225,9 +238,12 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
     shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
     seconds = [_seconds(pts, stream) for pts in shown]
     wanted = [shown[max(0, bisect_right(seconds, moment) - 1)] for moment in times]
-    needed = set(wanted)
     place_of = {pts: place for place, pts in enumerate(moments)}
     keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    if begins is not None:
+        starts = sorted(moments[place] for place in keys)
+        wanted = [_key_within(starts, pts, begin, stream) for pts, begin in zip(wanted, begins, strict=True)]
+    needed = set(wanted)
     frames: dict[int, av.VideoFrame] = {}
     cursor = 0
     for pts in wanted:
@@ -235,6 +251,9 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
         while before and moments[keys[before - 1]] > pts:  # shown later, though decoded earlier
             before -= 1
         start = keys[before - 1] if before else 0
+        if begins is not None and pts not in frames and moments[start] == pts:
+            frames = {pts: _alone(decoder, packets[start])}
+            cursor = -1  # the decoder has forgotten what came before
         if pts not in frames and start > cursor:
             decoder.flush_buffers()
             cursor = start
@@ -250,6 +269,23 @@ def _chosen(stream: av.VideoStream, packets: list[av.Packet], times: NDArray[np.
         if not frames:
             raise DecodeError("a frame could not be decoded")
         yield frames.get(pts, frames[max(frames)])  # at a torn end, the last one there is
+
+
+def _key_within(starts: list[int], pts: int, begin: float, stream: av.VideoStream) -> int:
+    """The last key frame up to `pts`, if it starts no earlier than `begin` seconds; else `pts`."""
+    before = bisect_right(starts, pts)
+    return starts[before - 1] if before and _seconds(starts[before - 1], stream) >= begin else pts
+
+
+def _alone(decoder: av.VideoCodecContext, packet: av.Packet) -> av.VideoFrame:
+    """A key frame, which needs no other."""
+    decoder.flush_buffers()
+    decoder.skip_frame = "DEFAULT"
+    found = [*decoder.decode(packet), *decoder.decode(None)]
+    decoder.flush_buffers()
+    if not found:
+        raise DecodeError("a frame could not be decoded")
+    return found[0]
 
 
 def _seconds(pts: int, stream: av.VideoStream) -> float:

@@ -34,12 +34,12 @@ def fingerprint(config: Config, architecture: Mapping[str, Any], shard: Path) ->
     weights = [config.model.pretrained, *image_and_text]
     random = config.model.pretrained is None and None in image_and_text
     facts: dict[str, Any] = {
-        "version": 3,
+        "version": 4,
         "model": config.model.name,
         "architecture": dict(architecture),
         "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in weights],
         "seed": config.seed if random else None,
-        "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words],
+        "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words, config.data.keyframes],
         "shard": _stamp(shard),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

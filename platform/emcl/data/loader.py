@@ -72,6 +72,7 @@ class Clips(Dataset[Any]):
                 start=row.sample.start,
                 end=row.sample.end,
                 jitter=np.random.default_rng(seed) if random_times else None,
+                keyframes=self.data.keyframes,
             )
             if not random_times and found.nbytes <= self._room:
                 self._cache[index] = found
