@@ -19,7 +19,7 @@ from pathlib import Path
 
 from timing import RESULTS, Row, table
 
-ITEMS = ("loading", "step", "captions", "preparing", "evaluation", "scaling", "startup")
+ITEMS = ("loading", "step", "captions", "preparing", "evaluation", "scaling", "startup", "gpu")
 
 
 def main() -> int:

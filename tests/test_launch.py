@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT, launch, small
+from emcl.cli import build_parser
 
 pytestmark = pytest.mark.xdist_group("launch")
 
@@ -172,3 +174,15 @@ def test_the_picture_is_a_picture(run: Run) -> None:
     pixels = np.asarray(Image.open(run.folder / "retrieval-test.png").convert("RGB"))
     assert pixels.shape[0] > 300
     assert pixels.std() > 10
+
+
+def test_the_commands_are_a_map_and_training_is_one_of_them(tmp_path: Path) -> None:
+    shown = build_parser().format_help()
+    ways = ("train", "evaluate", "prepare", "verify", "report", "index", "search", "caption", "ask", "serve")
+    assert all(re.search(rf"^    {way} ", shown, re.MULTILINE) for way in ways)
+    command = [sys.executable, "-m", "emcl.cli", "evaluate", "nowhere", "optim.lr=1"]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "nowhere: no such directory" in done.stdout + done.stderr
+    done = subprocess.run([*command[:3], "tasks", "optim.lr=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments: optim.lr=1" in done.stderr

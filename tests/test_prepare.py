@@ -259,3 +259,9 @@ def test_ids_that_differ_in_a_dot_alone_stay_two_samples(videos: Path, tmp_path:
     table = write_csv(tmp_path / "ids.csv", rows, "file,caption,id")
     prepare(videos, table, tmp_path / "out", keep=True)
     assert [row.sample.id for row in open_shards(str(tmp_path / "out")).rows] == ["x.y", "x_y"]
+
+
+def test_the_processes_that_encode_do_without_pytorch() -> None:
+    """Its import takes longer than ten clips."""
+    code = "import emcl.prepare.shards, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

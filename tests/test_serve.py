@@ -227,16 +227,20 @@ def test_health_and_figures(server: Server) -> None:
     assert "999999" not in text  # a route, not a path: there would be no end of them
 
 
+def searches(server: Server, count: int) -> tuple[list[threading.Thread], list[int]]:
+    """So many at once, which have been started, and the statuses of those that are answered."""
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(server("/api/search?query=circle")[0])) for _ in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads, statuses
+
+
 def test_a_full_line_says_come_back_and_the_server_goes_on(indexed: Path, trained: Path) -> None:
     with serving(indexed, trained, "--queue", "2") as small:
-        statuses: list[int] = []
-
-        def ask() -> None:
-            statuses.append(small("/api/search?query=circle")[0])
-
-        threads = [threading.Thread(target=ask) for _ in range(40)]
-        for thread in threads:
-            thread.start()
+        threads, statuses = searches(small, 40)
         for thread in threads:
             thread.join()
         assert len(statuses) == 40 and set(statuses) == {200, 503}
@@ -247,14 +251,7 @@ def test_a_full_line_says_come_back_and_the_server_goes_on(indexed: Path, traine
 
 def test_a_stop_answers_what_is_under_way(indexed: Path, trained: Path) -> None:
     with serving(indexed, trained) as stopping:
-        statuses: list[int] = []
-
-        def ask() -> None:
-            statuses.append(stopping("/api/search?query=circle")[0])
-
-        threads = [threading.Thread(target=ask) for _ in range(20)]
-        for thread in threads:
-            thread.start()
+        threads, statuses = searches(stopping, 20)
         while int(re.findall(r"emcl_waiting (\d+)", stopping("/metrics")[2].decode())[0]) < 5 and not statuses:
             time.sleep(0.001)
         assert stopping.stop() in (0, -signal.SIGTERM)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import webdataset as wds
 from av.video.frame import PictureType
 from numpy.typing import NDArray
 
@@ -21,6 +20,8 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
 
     Returns the number of samples.
     """
+    import webdataset as wds  # here, since it brings PyTorch, which the processes that only encode can do without
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     count = 0

@@ -9,6 +9,8 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as text_of
 
+from emcl.serve.asgi import watched
+
 
 class Metrics:
     """Requests by route and status, their seconds, the line before the model, the process's memory."""
@@ -38,19 +40,12 @@ class Metrics:
                 if scope["type"] != "http":
                     await self.app(scope, receive, send)
                     return
-                status, began = 500, time.perf_counter()
-
-                async def noted(message: Any) -> None:
-                    nonlocal status
-                    if message["type"] == "http.response.start":
-                        status = message["status"]
-                    await send(message)
-
+                seen, began = {"status": 500}, time.perf_counter()
                 try:
-                    await self.app(scope, receive, noted)
+                    await self.app(scope, receive, watched(send, seen.update))
                 finally:  # the route and not the path: those are few
                     route = getattr(scope.get("route"), "path", "other")
-                    metrics.requests.labels(route, status).inc()
+                    metrics.requests.labels(route, seen["status"]).inc()
                     metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
         return Counted

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from emcl.serve.asgi import watched
+
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self' blob:; "
@@ -29,11 +31,8 @@ class Headers:
             await self.app(scope, receive, send)
             return
 
-        async def with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS]
-                if not scope["path"].startswith(_DESCRIPTION):
-                    message["headers"].append((b"content-security-policy", _POLICY.encode()))
-            await send(message)
+        def add(message: Any) -> None:
+            policy = [] if scope["path"].startswith(_DESCRIPTION) else [(b"content-security-policy", _POLICY.encode())]
+            message["headers"] = [*message["headers"], *_HEADERS, *policy]
 
-        await self.app(scope, receive, with_headers)
+        await self.app(scope, receive, watched(send, add))

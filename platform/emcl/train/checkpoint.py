@@ -193,6 +193,9 @@ def _fitting(path: Path, wanted: dict[str, int], precision: str) -> Found:
             f"{path} is of ZeRO stage {before}; stage {after} goes on from it in fp32 alone, not in {precision}: give "
             f"deepspeed=deepspeed/zero{before}.json (--init takes the weights alone)"
         )
+    if "groups" not in manifest:
+        same = f"{layout['ranks']} ranks and deepspeed=deepspeed/zero{before}.json"
+        raise UserError(f"{path} was saved by an earlier version: it goes on with {same} alone")
     place = path.with_name(f"{path.name}{UNIVERSAL}")
     print(f"{path} is of {layout['ranks']} ranks, ZeRO {before}: converting it to any", flush=True)
     to_universal(path, place, manifest["groups"], before, after)

@@ -1,0 +1,104 @@
+"""Rows for machines with a GPU: a training step of published towers, frames a second, MFU and memory.
+
+MFU is the model's arithmetic (counted by PyTorch's FLOP counter over forward and backward of one step, recomputation
+counted) over what a large bf16 matrix product reaches on the same device in the same run. Batches are in the host's
+memory already: loading has rows of its own. Without a GPU there are no rows; EMCL_BENCH_ANY=1 runs a small model on
+whatever there is, to see that the benchmark works.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from emcl import distributed
+from emcl.prepare.sample import generate
+from step import synchronize, trainer_of
+from timing import Row, script
+
+STEPS = 10
+"""A figure is the mean of so many."""
+CASES: dict[str, tuple[str, ...]] = {
+    "ViT-B-32, 64 x 12 frames": ("model.name=ViT-B-32", "data.batch_size=64"),
+    "ViT-L-14, 43 x 12 frames, recomputed": (
+        "model.name=ViT-L-14", "data.batch_size=43", "model.activation_checkpointing=true",
+    ),
+}  # fmt: skip
+SMALL = {"a small model": ("data.batch_size=8", "data.size=64", "precision=fp32")}
+
+
+def product_rate(device: torch.device, size: int) -> float:
+    """FLOP a second of a bf16 matrix product."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(6):
+        synchronize()
+        began = time.perf_counter()
+        left @ right
+        synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def rows_of(case: str, settings: tuple[str, ...], folder: Path, repeats: int, size: int) -> list[Row]:
+    frames = ("data.frames=12", "data.size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
+    trainer = trainer_of(folder, *frames, *settings)
+    batch, _ = next(trainer._steps(0))
+    shown = len(batch[0]["frames"])
+    counter = FlopCounterMode(display=False)
+    with counter:
+        trainer._step(batch)
+    if trainer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    def steps() -> float:
+        began = time.perf_counter()
+        for number in range(STEPS):
+            trainer._seed(number)
+            trainer._step(batch)
+        synchronize()
+        return (time.perf_counter() - began) / STEPS
+
+    steps()
+    seconds = [steps() for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else float("nan")
+    reached = counter.get_total_flops() / product_rate(trainer.device, size)
+    trainer.tracker.finish()
+    return [
+        _row(case, "frames/s", seconds, lambda one: shown / one),
+        _row(f"{case}, MFU", "of a bf16 product's rate", seconds, lambda one: reached / one),
+        Row("gpu", f"{case}, peak memory", "GiB", peak, {}, 0.0),
+    ]
+
+
+def _row(case: str, unit: str, seconds: list[float], figure: Callable[[float], float]) -> Row:
+    values = [figure(one) for one in seconds]
+    median = statistics.median(values)
+    return Row("gpu", case, unit, median, {}, (max(values) - min(values)) / median)
+
+
+def measure(repeats: int) -> list[Row]:
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not os.environ.get("EMCL_BENCH_ANY"):
+        return []
+    cases: dict[str, Any] = CASES if on_gpu else SMALL
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        generate(folder / "sample", counts={"train": 200, "val": 0, "test": 0}, seed=0, progress=False)
+        size = 8192 if on_gpu else 512
+        rows = [row for case, settings in cases.items() for row in rows_of(case, settings, folder, repeats, size)]
+        distributed.stop()
+    return rows
+
+
+if __name__ == "__main__":
+    script(__doc__, measure, "gpu")
