@@ -181,14 +181,14 @@ def measure(repeats: int) -> list[Row]:
         rows += compare("sample clips", files, 112, root, repeats, times=8, batch=64)
         real = sorted([*REAL.glob("*.mp4"), *REAL.glob("*.avi")]) if REAL.is_dir() else []
         if real:
-            rows += compare("real clips", real, 224, root, repeats, times=3, batch=8)
+            rows += compare("real clips", real, 224, root, repeats, times=2, batch=4)
         source = real[0] if real else files[0]
         long = [repeated(source, LONG, root / "long.mp4")] * 4
         copies = []
         for number, path in enumerate(long):
             copies.append(root / f"long{number}.mp4")
             copies[-1].write_bytes(path.read_bytes())
-        rows += compare("long clips, 60 s", copies, 224, root, repeats, times=6, batch=4)
+        rows += compare("long clips, 60 s", copies, 224, root, repeats, times=4, batch=4)
     return rows
 
 

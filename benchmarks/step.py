@@ -96,7 +96,7 @@ def step_row(folder: Path, stage: int, repeats: int) -> Row:
 
 def share_rows(folder: Path) -> list[Row]:
     """Of the time of a run's steps, without the first ten."""
-    trainer = trainer_of(folder, "optim.max_steps=60")
+    trainer = trainer_of(folder, "optim.max_steps=45")
     bar: Any = Bar()
     waited = reporting = 0.0
     began = time.perf_counter()
@@ -123,7 +123,7 @@ def measure(repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        generate(folder / "sample", counts={"train": 1500, "val": 0, "test": 0}, seed=0, progress=False)
+        generate(folder / "sample", counts={"train": 640, "val": 0, "test": 0}, seed=0, progress=False)
         rows = [*(step_row(folder, stage, repeats) for stage in (1, 0)), *share_rows(folder)]
         distributed.stop()
     return rows

@@ -27,6 +27,7 @@ from emcl.train.engine import build_engine, weights, zero_stage
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.inputs import Inputs
+from emcl.train.memory import keep_freed_memory
 from emcl.train.optimizer import group_names
 from emcl.train.profile import StepProfile, phase
 from emcl.train.start import start_from
@@ -61,6 +62,8 @@ class Trainer:
         self.inputs, self.shards, self.val, self.total = inputs, inputs.shards, inputs.val, inputs.steps
         self.config = config = inputs.config
         self.per_epoch = inputs.order.steps_per_epoch
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
         self.taken = start_from(model, init) if init else None

@@ -30,7 +30,6 @@ from emcl.train.features import open_source
 from emcl.train.inputs import Inputs, open_inputs
 from emcl.train.lock import RunLock
 from emcl.train.loop import Trainer, write_run
-from emcl.train.memory import keep_freed_memory
 from emcl.train.stop import Stopped
 
 
@@ -63,8 +62,6 @@ def run(
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
-    if device.type == "cpu":
-        keep_freed_memory()
     name = folder.name if folder else ranks.gather_objects(config.name or _name(list(config.tasks)))[0]
     if inputs is None:
         assert evaluate_path is not None
