@@ -17,7 +17,6 @@ from emcl.data.decode import DecodeError, Frames, duration, moving_pictures
 from emcl.data.samples import VIDEO_ENDINGS
 from emcl.errors import UserError
 
-CUTS = ("scenes", "windows")
 SHORTEST = 0.8
 """Seconds: a shorter scene belongs to the one before it."""
 ENOUGH = 2.0

@@ -130,7 +130,7 @@ def _add_texts(app: FastAPI, service: Service, desk: Desk) -> None:
     @app.get("/api/search", responses=WRONG, tags=["search"])
     async def search(query: Text, top: Top = 10) -> Hits:
         """Moments that a sentence fits best."""
-        return _hits(await desk.do(service.search, query, top), service.index)
+        return await desk.do(lambda: _hits(service.search(query, top), service.index))
 
     no_json: dict[int | str, dict[str, Any]] = {400: {"model": Problem, "description": "the body is no JSON"}}
 
@@ -150,8 +150,7 @@ def _add_videos(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) ->
     async def search_by_video(request: Request, top: Top = 10) -> Hits:
         """Moments that look most like the video that is sent."""
         async with uploads.receive(request) as video:
-            hits = await desk.do(service.search_by_video, video.path, video.digest, top)
-        return _hits(hits, service.index)
+            return await desk.do(lambda: _hits(service.search_by_video(video.path, video.digest, top), service.index))
 
     @app.post("/api/embed/video", tags=["embed"], **sent)
     async def embed_video(request: Request) -> Embeddings:
@@ -186,8 +185,8 @@ def _add_windows(app: FastAPI, service: Service, desk: Desk) -> None:
     @app.get("/api/windows/{number}/similar", tags=["search"], **there)
     async def similar(number: Number, top: Top = 10) -> Hits:
         """Moments that look most like an indexed part."""
-        found = await desk.do(service.similar, _window(service.index, number), top)
-        return _hits(found, service.index)
+        window = _window(service.index, number)
+        return await desk.do(lambda: _hits(service.similar(window, top), service.index))
 
     @app.get("/api/windows/{number}/caption", tags=["caption"], **there)
     async def caption(number: Number) -> Caption:
@@ -274,7 +273,7 @@ def _window(index: VideoIndex, number: int) -> Window:
 
 
 def _hits(hits: list[Hit], index: VideoIndex) -> Hits:
-    """With where their pictures are."""
+    """With where their pictures are; opens files to see whether browsers play them, so not on the event loop."""
     return Hits(hits=[_found(hit, index) for hit in hits])
 
 

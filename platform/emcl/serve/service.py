@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -92,8 +91,7 @@ class Service:
         key = (digest, what)
         found = self._kept.pop(key, None)
         if found is None:
-            with torch.no_grad():
-                found = encode()
+            found = encode()
         self._kept[key] = found
         while len(self._kept) > self._room:
             self._kept.popitem(last=False)

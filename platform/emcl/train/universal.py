@@ -40,11 +40,11 @@ def to_universal(path: Path, place: Path, names: list[list[str]], before: int, a
     part = place.with_name(f"{place.name}{PART}")
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(place, ignore_errors=True)
+    model = _load(path / (SHARDED.format(0) if before == 3 else PLAIN))
     if before == 0:
-        _split(path, part, names)
+        _split(model, part, names)
     else:
         _convert(path, part)
-    model = _load(path / (SHARDED.format(0) if before == 3 else PLAIN))
     kept = {**load_file(path / KEPT), **_frozen(path, model, names, before)}
     for file in part.glob("*_model_states.pt"):
         file.unlink()
@@ -77,9 +77,8 @@ def _convert(path: Path, part: Path) -> None:
     (path.parent / "latest_universal").unlink(missing_ok=True)  # its note, which nothing here reads
 
 
-def _split(path: Path, part: Path, names: list[list[str]]) -> None:
+def _split(model: dict[str, Any], part: Path, names: list[list[str]]) -> None:
     """What DeepSpeed's converter would have made of a checkpoint without ZeRO."""
-    model = _load(path / PLAIN)
     state = model["optimizer"]["state"]
     for number, name in enumerate(name for group in names for name in group):
         folder = part / "zero" / name
