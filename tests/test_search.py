@@ -129,6 +129,28 @@ def test_a_killed_update_goes_on_where_it_was(
     assert len({hit.path for hit in again.search("a circle", top=50)}) == 12
 
 
+def test_an_update_killed_before_its_vectors_are_written_writes_them_the_next_time(
+    model: VideoTextModel, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = VideoIndex(tmp_path / "index", model, windows=Windows())
+    index.update(videos)
+    first = min(videos.glob("*.mp4"))
+    shutil.copy(first, videos / "new.mp4")
+
+    def dies(self: VideoIndex) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VideoIndex, "_write_vectors", dies)
+        with pytest.raises(KeyboardInterrupt):
+            index.update(videos)
+    index.close()
+    again = VideoIndex(tmp_path / "index", model, windows=Windows())
+    assert again.update(videos).added == 0  # the file itself is there already
+    assert {hit.path for hit in again.search_by_video(first, top=2)} == {first.name, "new.mp4"}
+    assert again.update(videos).kept == 13 and not again._fact("vectors")
+
+
 def test_a_moment_of_a_long_video_is_found_with_its_time(model: VideoTextModel, tmp_path: Path) -> None:
     assert Windows(10, 5).of(14.0) == [(0.0, 14.0)]
     assert Windows(10, 5).of(30.0) == [(0, 10), (5, 15), (10, 20), (15, 25), (20, 30)]

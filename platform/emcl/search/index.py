@@ -139,6 +139,8 @@ class VideoIndex:
         with self._base:
             self._base.execute("INSERT OR REPLACE INTO facts VALUES ('root', ?)", (str(videos.resolve()),))
             self._base.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in gone])
+            if new or gone:  # until the vectors are those of the files, whatever ends this call
+                self._base.execute("INSERT OR REPLACE INTO facts VALUES ('vectors', 'old')")
         broken = {}
         parts = self.windows.of_files(there[path] for path in new)
         for path, spans in zip(tqdm(new, desc="indexing", unit="video", disable=len(new) < 2), parts, strict=True):
@@ -148,7 +150,7 @@ class VideoIndex:
                 self._add(path, there[path], spans)
             except (DecodeError, UserError) as error:
                 broken[path] = str(error)
-        if new or gone or not (self.folder / VECTORS).is_file():
+        if self._fact("vectors") or not (self.folder / VECTORS).is_file():
             self._write_vectors()
         if emcl and len(self):
             self._fit_layer()
@@ -292,6 +294,8 @@ class VideoIndex:
         part = self.folder / ".vectors.part"
         faiss_package().write_index(vectors, str(part))
         part.replace(self.folder / VECTORS)
+        with self._base:
+            self._base.execute("DELETE FROM facts WHERE name = 'vectors'")
         self._vectors = None
 
     def _means(self, width: int, block: int = 4096) -> Iterator[tuple[np.ndarray, np.ndarray]]:
