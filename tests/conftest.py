@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -83,11 +85,46 @@ def launch_command(
 
 
 def launch(
-    *arguments: str, cwd: Path, ranks: int = 1, env: dict[str, str] | None = None, timeout: int = 900
+    *arguments: str,
+    cwd: Path,
+    ranks: int = 1,
+    env: dict[str, str] | None = None,
+    timeout: int = 900,
+    launcher: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """The user's own command, `deepspeed platform/launch.py ...`, in `cwd`, on so many CPU processes."""
+    """launch.py in `cwd` on so many CPU processes, with all they say in `stdout`.
+
+    With `launcher` by the user's own command, `deepspeed platform/launch.py ...`. Where that is not what a test is about,
+    the ranks are started with the variables that the launcher would give them: it takes as long as they do.
+    """
     command, environment = launch_command(*arguments, ranks=ranks, env=env)
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    if launcher:
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    script = command.index(str(ROOT / "platform" / "launch.py"))
+    shared_by_all = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.TemporaryFile("w+") as said:
+        processes = []
+        for rank in range(ranks):
+            own = {name: str(value) for name, value in (shared_by_all | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            started = [sys.executable, "-u", *command[script:], f"--local_rank={rank}"]
+            processes.append(
+                subprocess.Popen(started, cwd=cwd, env=environment | own, stdout=said, stderr=subprocess.STDOUT)
+            )
+        codes = _all_ended(processes, timeout)
+        said.seek(0)
+        return subprocess.CompletedProcess(command, next((code for code in codes if code), 0), said.read(), "")
+
+
+def _all_ended(processes: list[subprocess.Popen[bytes]], timeout: float) -> list[int]:
+    """Exit codes; once one has failed the others get a minute, as they must end by themselves."""
+    deadline = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.returncode for process in processes):
+            deadline = min(deadline, time.monotonic() + 60)
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    return [process.wait() for process in processes]
 
 
 def free_port() -> int:

@@ -35,7 +35,7 @@ class Run:
 def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     cwd = tmp_path_factory.mktemp("launch")
     settings = [*small(sample_shards), "name=first", "tracking.every_steps=1", "checkpoint.every_steps=2"]
-    done = launch("--task", "retrieval", *settings, cwd=cwd, ranks=2)
+    done = launch("--task", "retrieval", *settings, cwd=cwd, ranks=2, launcher=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(cwd, sample_shards, done.stdout + done.stderr)
 
@@ -107,7 +107,9 @@ def test_files_and_frames_of_a_video_get_the_same_embedding_as_in_training(run: 
 
 def test_evaluating_the_run_gives_its_own_scores_again(run: Run) -> None:
     before = json.loads((run.folder / "scores-test.json").read_text())
-    done = launch("--task", "retrieval", "--evaluate", str(run.folder), "evaluate.dsl=true", cwd=run.cwd, ranks=1)
+    done = launch(
+        "--task", "retrieval", "--evaluate", str(run.folder), "evaluate.dsl=true", cwd=run.cwd, ranks=1, launcher=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "transductive" in done.stdout
     after = json.loads((run.folder / "scores-test.json").read_text())
@@ -116,7 +118,9 @@ def test_evaluating_the_run_gives_its_own_scores_again(run: Run) -> None:
 
 
 def test_resume_goes_on_to_more_epochs(run: Run) -> None:
-    done = launch("--task", "retrieval", "--resume", "runs/first", "optim.epochs=3", cwd=run.cwd, ranks=2)
+    done = launch(
+        "--task", "retrieval", "--resume", "runs/first", "optim.epochs=3", cwd=run.cwd, ranks=2, launcher=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (run.folder / "checkpoints" / "step-00000009" / "manifest.json").is_file()
     output = done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""ZeRO 0 to 3 and the precisions: the same training on two processes through DeepSpeed's own launcher."""
+"""ZeRO 0 to 3 and the precisions: the same training on two processes of DeepSpeed."""
 
 from __future__ import annotations
 
