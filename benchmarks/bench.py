@@ -19,17 +19,17 @@ from pathlib import Path
 
 from timing import RESULTS, Row, table
 
-ITEMS = ("loading", "step", "captions", "preparing", "evaluation", "scaling", "startup", "gpu")
+ITEMS = ("loading", "step", "layer_and_similarity", "captions", "preparing", "evaluation", "scaling", "startup", "gpu")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=ITEMS, default=list(ITEMS))
+    parser.add_argument("--only", nargs="+", choices=ITEMS, default=[])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     rows: list[Row] = []
     began = time.perf_counter()
-    for item in options.only:
+    for item in options.only or items():
         start = time.perf_counter()
         command = [sys.executable, str(Path(__file__).with_name(f"{item}.py")), "--repeats", str(options.repeats)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -44,6 +44,13 @@ def main() -> int:
     (RESULTS / "bench.json").write_text(json.dumps([row.__dict__ for row in rows], indent=1))
     track(rows)
     return 0
+
+
+def items() -> list[str]:
+    """Those that this machine has a row for."""
+    import torch
+
+    return [item for item in ITEMS if item != "gpu" or torch.cuda.is_available()]
 
 
 def machine() -> str:

@@ -17,15 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from emcl.tasks.retrieval import RetrievalTask
 
-from emcl.config import resolve
-from emcl.distributed import ALONE
-from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks
-from straightforward import reference_similarity
 from timing import Row, alternate, compared, script
 
 WIDTH, FRAMES, BANK = 512, 12, 1000
@@ -66,6 +60,14 @@ def metrics(side: str, texts: int, videos: int) -> dict[str, float]:
 
 
 def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
+    import torch  # here, as those that measure metrics alone start sooner without the model's libraries
+    from emcl.tasks.retrieval import RetrievalTask
+
+    from emcl.config import resolve
+    from emcl.distributed import ALONE
+    from emcl.em import EMCL
+    from straightforward import reference_similarity
+
     config = resolve(["retrieval"], "sample", ["emcl.enabled=false"])
     backbone: Any = SimpleNamespace(embed_dim=WIDTH, initial_logit_scale=1.0)
     task = RetrievalTask(config.tasks["retrieval"], config, backbone).eval()

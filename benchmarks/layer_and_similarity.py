@@ -1,30 +1,36 @@
-"""EMCL beside its formulas written as they stand: `python benchmarks/layer_and_similarity.py`.
+"""EMCL beside its formulas written as they stand: the layer alone, and the similarity by global batch.
 
-Each figure comes from a process of its own, so that its peak memory is its own; sides alternate, and medians are
-compared. D = 512, T = 12 frames, K = 32, 9 iterations, fp32. The layer forward, fitting included but for `fitted` (a
-compact layer in evaluation); the similarity forward and backward.
+Each figure comes from a process of its own, so that its peak memory is its own. D = 512, T = 12 frames, K = 32, 9
+iterations, fp32. The layer forward, fitting included but for `compact, fitted` (in evaluation); the similarity forward
+and backward. `the formulas` hold A x B x D numbers: where they do not fit, ours stands alone. `copying the rows` is the
+layer's floor.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
+from functools import partial
+
+from timing import Row, alternate, compared, script
 
 D, T, K, ITERATIONS = 512, 12, 32, 9
 BATCHES = (128, 512, 2048)
+COMPACT = bool(os.environ.get("EMCL_BENCH_COMPACT"))
+"""Whether the compact variant is measured as well."""
 ROWS = 16_512
 """Of EMCL-Net's training step: 128 x 128 pooled rows and 128 texts."""
 PLAIN_COPIES = 8
 """A x B x D tensors that the plain formulas hold at their peak, about."""
+PLAIN, FITTED, COPY = "the formulas", "compact, fitted", "copying the rows"
 
 
-def measure(side: str, item: str, size: int) -> dict[str, float]:
+def one(side: str, item: str, size: int) -> dict[str, float]:
     """One process's work: seconds, and the peak of memory above what it had before (MiB)."""
     import torch
 
@@ -33,13 +39,13 @@ def measure(side: str, item: str, size: int) -> dict[str, float]:
     from straightforward import reference_em, reference_similarity
 
     torch.manual_seed(0)
-    variant = "compact" if side in ("compact", "fitted") else "reference"
+    variant = "compact" if "compact" in side else "reference"
     layer = EMCL(bases=K, iterations=ITERATIONS, variant=variant, width=D)
     if item == "layer":
         x = 10 * torch.nn.functional.normalize(torch.randn(size, D) + torch.randn(D), dim=-1)
-        layer.fit(x[:2000]).eval() if side == "fitted" else layer.train()
-        plain, ours = (lambda: x + 3 * reference_em(x, layer.mu)), (lambda: layer(x)[0])
-        work = torch.no_grad()(plain if side == "plain" else ours)
+        layer.fit(x[:2000]).eval() if side == FITTED else layer.train()
+        works = {PLAIN: lambda: x + 3 * reference_em(x, layer.mu), COPY: x.clone}
+        work = torch.no_grad()(works.get(side, lambda: layer(x)[0]))
     else:
         text = torch.randn(size, D, requires_grad=True)
         frames = torch.randn(size, T, D, requires_grad=True)
@@ -47,7 +53,7 @@ def measure(side: str, item: str, size: int) -> dict[str, float]:
 
         def work() -> torch.Tensor:
             text.grad = frames.grad = None
-            if side == "plain":
+            if side == PLAIN:
                 scores = reference_similarity(text, frames, mask, layer.mu, temperature=3.0, beta=3.0)
             else:
                 scores = similarity(text, frames, mask, temperature=3.0, emcl=layer)
@@ -58,9 +64,8 @@ def measure(side: str, item: str, size: int) -> dict[str, float]:
     began = time.perf_counter()
     work()
     first = time.perf_counter() - began
-    rounds = 1 if first > 5 else 5
     times = []
-    for _ in range(rounds if first < 60 else 0):
+    for _ in range(min(5, int(5 / first))):  # of what takes long, the first is the figure
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
@@ -70,79 +75,45 @@ def measure(side: str, item: str, size: int) -> dict[str, float]:
 
 def in_process(side: str, item: str, size: int) -> dict[str, float]:
     command = [sys.executable, __file__, "--one", side, item, str(size)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
-def bandwidth() -> float:
-    """Bytes a second that this machine copies."""
-    import torch
-
-    x = torch.empty(2**26)
-    y = torch.empty_like(x)
-    y.copy_(x)
-    began = time.perf_counter()
-    for _ in range(5):
-        y.copy_(x)
-    return 5 * 2 * x.numel() * 4 / (time.perf_counter() - began)
-
-
-def compare(item: str, size: int, repeats: int) -> dict[str, object]:
-    """Ours and the plain side alternated; the plain one is left out where it cannot fit."""
+def rows_of(item: str, size: int, repeats: int) -> list[Row]:
+    """Time and memory of ours, of the formulas where they fit, and of the compact variant where it is asked for."""
     import psutil
 
     fits = item == "layer" or PLAIN_COPIES * size * size * D * 4 < psutil.virtual_memory().available
-    sides = [*(["plain"] if fits else []), "reference", "compact", *(["fitted"] if item == "layer" else [])]
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(repeats):
-        for side in sides:
-            found[side].append(in_process(side, item, size))
-    medians = {
-        side: {key: statistics.median(one[key] for one in all_) for key in ("seconds", "mib")}
-        for side, all_ in found.items()
-    }
-    return {"item": item, "size": size, "repeats": repeats, "plain_fits": fits, **medians}
+    others = [PLAIN] if fits else []
+    if item == "layer":
+        others.append(COPY)
+    if COMPACT:
+        others += ["compact", FITTED] if item == "layer" else ["compact"]
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in ("ours", *others)}
+
+    def side(name: str) -> float:
+        found[name].append(in_process(name, item, size))
+        return found[name][-1]["seconds"]
+
+    seconds = alternate({name: partial(side, name) for name in found}, repeats)
+    memory = {name: [figures["mib"] for figures in values] for name, values in found.items()}
+    case = f"similarity, global batch {size:,}" if item == "similarity" else f"layer alone, {size:,} rows"
+    gib = PLAIN_COPIES * size**2 * D * 4 / 2**30
+    note = "" if fits else f"the formulas take about {gib:.0f} GiB"
+    return [
+        compared("EMCL", case, "s", seconds, note=note),
+        compared("EMCL", f"{case}, memory", "MiB", memory, note=note),
+    ]
 
 
-def row(result: dict) -> str:
-    cells = [f"{result['item']} {result['size']:,}"]
-    for side in ("plain", "reference", "compact", "fitted"):
-        if side in result:
-            cells.append(f"{result[side]['seconds']:.3f} s, {result[side]['mib']:,.0f} MiB")
-        elif side == "fitted":
-            cells.append("")
-        else:
-            cells.append(f"does not fit (about {PLAIN_COPIES * result['size'] ** 2 * D * 4 / 2**30:.0f} GiB)")
-    ratio = ""
-    if "plain" in result:
-        faster = result["plain"]["seconds"] / result["reference"]["seconds"]
-        smaller = result["plain"]["mib"] / max(1.0, result["reference"]["mib"])
-        ratio = f"{faster:.1f} x as fast, {smaller:.1f} x less memory"
-    return f"| {' | '.join([*cells, ratio])} |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--items", nargs="+", choices=("layer", "similarity"), default=["layer", "similarity"])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layer_and_similarity.json"))
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        side, item, size = options.one
-        print(json.dumps(measure(side, item, int(size))))
-        return
-    results = [compare("layer", ROWS, options.repeats)] if "layer" in options.items else []
-    if "similarity" in options.items:
-        results += [compare("similarity", batch, options.repeats if batch < 2048 else 1) for batch in BATCHES]
-    heads = ("", "formulas as they stand", "reference", "compact", "fitted", "reference against the formulas")
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for result in results:
-        print(row(result))
-    floor = 2 * ROWS * D * 4 / bandwidth()  # rows read once and written once
-    print(f"\nlayer, memory-bandwidth floor: {1000 * floor:.1f} ms (rows read once, written once)")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"floor_seconds": floor, "results": results}, indent=1))
+def measure(repeats: int) -> list[Row]:
+    rows = rows_of("layer", ROWS, repeats)
+    for batch in BATCHES:
+        rows += rows_of("similarity", batch, repeats if batch < max(BATCHES) else 1)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(one(sys.argv[2], sys.argv[3], int(sys.argv[4]))))
+    else:
+        script(__doc__, measure, "layer_and_similarity")

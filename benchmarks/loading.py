@@ -3,16 +3,20 @@
 Ours: tar, decode 12 frames a clip, resize, crop, collate, hand over, two workers. `bare PyAV`: the floor; as many
 processes decode up to the last of the same frames, and nothing else. `the field's`: a Dataset of single files that
 OpenCV seeks frame by frame, PIL and torchvision transforms, normalised float32, PyTorch's DataLoader, two workers.
+
+Tars hold the files as they are, but for `as emcl prepare stores them` (short side 256, 3 frames a second): the same
+videos after that command, beside the field's loader on the files that they were made from, and on what they became.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
@@ -27,8 +31,11 @@ from torch.utils.data import DataLoader, Dataset
 from emcl.config import DataConfig
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
-from emcl.data.shards import open_shards
+from emcl.data.shards import ShardSet, open_shards
+from emcl.prepare.clips import Clip
 from emcl.prepare.sample import generate
+from emcl.prepare.shards import Options, prepare_shards
+from emcl.prepare.videos import Videos
 from emcl.prepare.writer import write_shard
 from timing import Row, alternate, compared, script
 
@@ -88,11 +95,27 @@ def bare(file: str) -> int:
     return count
 
 
-def folder_of(files: list[Path], folder: Path) -> Path:
-    """The files as a shard beside them."""
+def kept(files: list[Path], folder: Path) -> ShardSet:
+    """The files as they are, as a shard in `folder`."""
     samples = ((Sample(id=path.stem, captions=["x"]), path.suffix.lstrip("."), path.read_bytes()) for path in files)
     write_shard(folder / "clips.tar", samples)
-    return folder / "clips.tar"
+    return open_shards(str(folder / "clips.tar"))
+
+
+def prepared(files: list[Path], folder: Path) -> ShardSet:
+    """What `emcl prepare folder` makes of the files, in `folder`."""
+    clips = [Clip(id=path.stem, file=path.name, split="train", captions=["x"]) for path in files]
+    prepare_shards(clips, Videos(files[0].parent), folder, Options(progress=False), source="bench")
+    return open_shards(f"{folder}/train-*.tar")
+
+
+def unpacked(shards: ShardSet, folder: Path) -> list[Path]:
+    """Each sample's video as a file."""
+    folder.mkdir()
+    files = [folder / f"{row.sample.id}.mp4" for row in shards.rows]
+    for path, row in zip(files, shards.rows, strict=True):
+        path.write_bytes(shards.read(row))
+    return files
 
 
 def repeated(file: Path, seconds: float, out: Path) -> Path:
@@ -125,45 +148,67 @@ def timed(work: Callable[[], int]) -> float:
     return clips * FRAMES / (time.perf_counter() - began)
 
 
-def compare(
-    case: str, files: list[Path], size: int, folder: Path, repeats: int, *, times: int, batch: int
-) -> list[Row]:
-    """All files so many times, so that starting processes is a small part."""
-    shards = open_shards(str(folder_of(files, folder)))
-    exact = DataConfig(frames=FRAMES, size=size, workers=WORKERS)
+@dataclass(frozen=True)
+class Case:
+    """Videos that both sides read, and how often, so that starting processes is a small part."""
 
-    def load(data: DataConfig) -> int:
-        rows = list(range(len(shards))) * times
-        loader = evaluation_loader(shards, data, {}, batch_size=batch, rank=0, world_size=1, rows=rows)
+    name: str
+    files: list[Path]
+    size: int
+    times: int
+    batch: int
+
+    def ours(self, shards: ShardSet, *, keyframes: bool = False) -> int:
+        data = DataConfig(frames=FRAMES, size=self.size, workers=WORKERS, keyframes=keyframes)
+        rows = list(range(len(shards))) * self.times
+        loader = evaluation_loader(shards, data, {}, batch_size=self.batch, rank=0, world_size=1, rows=rows)
         return sum(len(batch["ids"]) for batch in loader)
 
-    def ours() -> int:
-        return load(exact)
+    def field(self, files: list[Path] | None = None, *, times: int | None = None) -> int:
+        clips = FieldClips((files or self.files) * (times or self.times), self.size)
+        return sum(len(batch) for batch in DataLoader(clips, batch_size=self.batch, num_workers=WORKERS))
 
-    def key_frames() -> int:
-        return load(replace(exact, keyframes=True))
-
-    def field() -> int:
-        return sum(
-            len(clips) for clips in DataLoader(FieldClips(files * times, size), batch_size=batch, num_workers=WORKERS)
-        )
-
-    def floor() -> int:
+    def floor(self) -> int:
         with ProcessPoolExecutor(WORKERS, get_context("fork")) as pool:
-            return len(list(pool.map(bare, map(str, files * times))))
+            return len(list(pool.map(bare, map(str, self.files * self.times))))
 
-    work = {"ours": ours, "ours, key frames": key_frames, "bare PyAV": floor, "the field's": field}
-    if times * len(files) > 100:  # short clips of one key frame or two
-        del work["ours, key frames"]
-    ours()  # files into the page cache, libraries into memory
+
+def as_they_are(
+    case: Case, folder: Path, repeats: int, *, keyframes: bool, field_times: int | None = None
+) -> list[Row]:
+    """The files themselves; the field's loader, which takes longest, may go through them fewer times."""
+    shards = kept(case.files, folder)
+    work: dict[str, Callable[[], int]] = {
+        "ours": partial(case.ours, shards),
+        "bare PyAV": case.floor,
+        "the field's": partial(case.field, times=field_times),
+    }
+    if keyframes:
+        work["key frames"] = partial(case.ours, shards, keyframes=True)
+    case.ours(shards)  # files into the page cache, libraries into memory
     found = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
-    targets = {"bare PyAV": ">= 0.95", "the field's": ">= 4"}
-    fast = found.pop("ours, key frames", None)
-    rows = [compared("loading", case, "frames/s", found, targets=targets)]
+    fast = found.pop("key frames", None)
+    rows = [compared("loading", case.name, "frames/s", found, targets={"bare PyAV": ">= 0.95", "the field's": ">= 4"})]
     if fast is not None:
-        beside = {"ours": fast, "the field's": found["the field's"]}
-        rows.append(compared("loading", f"{case}, data.keyframes", "frames/s", beside, targets=targets))
+        rows.append(_against_field(f"{case.name}, data.keyframes", fast, {"the field's": found["the field's"]}))
     return rows
+
+
+def after_prepare(case: Case, folder: Path, repeats: int) -> Row:
+    shards = prepared(case.files, folder)
+    files = unpacked(shards, folder / "files")
+    work: dict[str, Callable[[], int]] = {
+        "ours": partial(case.ours, shards),
+        "the field's": case.field,
+        "the field's on these too": partial(case.field, files),
+    }
+    case.ours(shards)
+    found = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
+    return _against_field(f"{case.name}, as emcl prepare stores them", found.pop("ours"), found)
+
+
+def _against_field(name: str, ours: list[float], others: dict[str, list[float]]) -> Row:
+    return compared("loading", name, "frames/s", {"ours": ours, **others}, targets={"the field's": ">= 4"})
 
 
 def measure(repeats: int) -> list[Row]:
@@ -172,23 +217,18 @@ def measure(repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         generate(root / "sample", counts={"train": 240, "val": 0, "test": 0}, seed=0, progress=False)
-        shards = open_shards(f"{root}/sample/train-*.tar")
-        (root / "files").mkdir()
-        files = []
-        for row in shards.rows:
-            files.append(root / "files" / f"{row.sample.id}.mp4")
-            files[-1].write_bytes(shards.read(row))
-        rows += compare("sample clips", files, 112, root, repeats, times=8, batch=64)
+        sample = unpacked(open_shards(f"{root}/sample/train-*.tar"), root / "files")
+        case = Case("sample clips", sample, size=112, times=8, batch=64)
+        rows += as_they_are(case, root / "sample clips", repeats, keyframes=False, field_times=2)
         real = sorted([*REAL.glob("*.mp4"), *REAL.glob("*.avi")]) if REAL.is_dir() else []
-        if real:
-            rows += compare("real clips", real, 224, root, repeats, times=2, batch=4)
-        source = real[0] if real else files[0]
-        long = [repeated(source, LONG, root / "long.mp4")] * 4
-        copies = []
-        for number, path in enumerate(long):
-            copies.append(root / f"long{number}.mp4")
-            copies[-1].write_bytes(path.read_bytes())
-        rows += compare("long clips, 60 s", copies, 224, root, repeats, times=4, batch=4)
+        cases = [Case("real clips", real, size=224, times=2, batch=4)] if real else []
+        (root / "long").mkdir()
+        first = repeated(real[0] if real else sample[0], LONG, root / "long" / "0.mp4")
+        long = [first, *(Path(shutil.copy(first, root / "long" / f"{number}.mp4")) for number in (1, 2, 3))]
+        cases.append(Case("long clips, 60 s", long, size=224, times=4, batch=4))
+        for case in cases:
+            rows += as_they_are(case, root / case.name, repeats, keyframes=case.files is long)
+            rows.append(after_prepare(case, root / f"{case.name}, prepared", repeats))
     return rows
 
 

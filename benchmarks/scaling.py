@@ -1,14 +1,15 @@
 """Samples a second on one and two processes under each ZeRO stage, and the bytes that a step sends.
 
-Real runs of the sample recipe's model by `deepspeed benchmarks/scaling_rank.py`, one thread a process, the global batch
-fixed at 128. What is counted are the bytes that each rank gives to collectives in one step; the fewest possible are one
-reduction of the gradients and one gathering of each rank's texts and frames, there and back.
+Real steps of the sample recipe (`scaling_rank.py`, started as the launcher starts ranks), one thread a process, the
+global batch fixed at 128. What is counted are the bytes that each rank gives to collectives in one step; the fewest
+possible are one reduction of the gradients and one gathering of each rank's texts and frames, there and back.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,20 +21,28 @@ from timing import Row, alternate, compared, script
 HERE = Path(__file__).resolve().parent
 
 
-def run(folder: Path, ranks: int, stage: int) -> dict[str, float]:
-    """Samples a second and bytes a step of rank 0."""
-    import socket
-
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def run(folder: Path, ranks: int, stage: int) -> dict[str, float]:
+    """Samples a second and bytes a step of rank 0."""
     out = folder / f"{ranks}-{stage}.json"
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(port), "--num_accelerators", str(ranks),
-        str(HERE / "scaling_rank.py"), str(folder), str(stage), str(out),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, cwd=folder)
+    command = [sys.executable, str(HERE / "scaling_rank.py"), str(folder), str(stage), str(out)]
+    group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = []
+    for rank in range(ranks):
+        own = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
+        processes.append(
+            subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        )
+    for process in processes:
+        _, said = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}: {said.decode()[-2000:]}")
     return dict(json.loads(out.read_text()))
 
 

@@ -48,7 +48,7 @@ def count_all() -> None:
 
 
 def main() -> None:
-    folder, stage, out = Path(sys.argv[-3]), sys.argv[-2], Path(sys.argv[-1])
+    folder, stage, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     count_all()
     from emcl import distributed
     from emcl.config import resolve

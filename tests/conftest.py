@@ -92,27 +92,27 @@ def launch(
     timeout: int = 900,
     launcher: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """launch.py in `cwd` on so many CPU processes, with all they say in `stdout`.
+    """launch.py in `cwd` on so many CPU processes, with all that they say.
 
-    With `launcher` by the user's own command, `deepspeed platform/launch.py ...`. Where that is not what a test is about,
-    the ranks are started with the variables that the launcher would give them: it takes as long as they do.
+    With `launcher` by the user's own command, `deepspeed platform/launch.py ...`. Where that is not what a test is
+    about, the ranks are started with the variables that the launcher would give them: it takes as long as they do.
     """
     command, environment = launch_command(*arguments, ranks=ranks, env=env)
     if launcher:
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     script = command.index(str(ROOT / "platform" / "launch.py"))
     shared_by_all = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
         processes = []
         for rank in range(ranks):
             own = {name: str(value) for name, value in (shared_by_all | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             started = [sys.executable, "-u", *command[script:], f"--local_rank={rank}"]
-            processes.append(
-                subprocess.Popen(started, cwd=cwd, env=environment | own, stdout=said, stderr=subprocess.STDOUT)
-            )
+            processes.append(subprocess.Popen(started, cwd=cwd, env=environment | own, stdout=said, stderr=complained))
         codes = _all_ended(processes, timeout)
         said.seek(0)
-        return subprocess.CompletedProcess(command, next((code for code in codes if code), 0), said.read(), "")
+        complained.seek(0)
+        code = next((code for code in codes if code), 0)
+        return subprocess.CompletedProcess(command, code, said.read(), complained.read())
 
 
 def _all_ended(processes: list[subprocess.Popen[bytes]], timeout: float) -> list[int]:

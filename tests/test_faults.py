@@ -10,7 +10,8 @@ import struct
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,24 +237,34 @@ def test_fewer_shards_than_ranks_and_workers_are_enough(sample_shards: Path, tmp
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def started(cwd: Path, shards: Path, *settings: str) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
-    """A long run on two ranks, at least three steps in, and its training processes by rank."""
+@contextmanager
+def long_run(cwd: Path, shards: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A run on two ranks, some steps in, and its training processes by rank; whatever is left of it is killed."""
     command, environment = launch_command(
         "--task", "retrieval", *small(shards), "optim.epochs=100000", "evaluate.every_epochs=100000", "name=run",
         "tracking.every_steps=1", "data.test=null", *settings, ranks=2,
     )  # fmt: skip
-    log = (cwd / "log").open("w")
-    running = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
     ranks: dict[int, psutil.Process] = {}
-    until = time.monotonic() + 120
-    while time.monotonic() < until and (len(ranks) < 2 or "samples/s" not in (cwd / "log").read_text()):
-        time.sleep(0.5)
-        for one in psutil.Process(running.pid).children(recursive=True):
-            if "--local_rank=" in " ".join(one.cmdline()) and one.parent().pid != os.getpid():
-                ranks.setdefault(int(one.environ().get("RANK", -1)), one)
-    ranks.pop(-1, None)
-    assert set(ranks) >= {0, 1}, (cwd / "log").read_text()
-    return running, ranks
+    with (cwd / "log").open("w") as log:
+        running = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until and (len(ranks) < 2 or "samples/s" not in (cwd / "log").read_text()):
+            time.sleep(0.5)
+            with suppress(psutil.NoSuchProcess):  # some of the children do not live long
+                for one in psutil.Process(running.pid).children(recursive=True):
+                    if "--local_rank=" in " ".join(one.cmdline()) and one.parent().pid != os.getpid():
+                        ranks.setdefault(int(one.environ().get("RANK", -1)), one)
+        ranks.pop(-1, None)
+        assert set(ranks) >= {0, 1}, (cwd / "log").read_text()
+        yield running, [ranks[0], ranks[1]]
+    finally:
+        for process in (psutil.Process(running.pid) if running.poll() is None else None, *ranks.values()):
+            if process is not None and process.is_running():
+                for one in (process, *process.children(recursive=True)):
+                    with suppress(psutil.NoSuchProcess):
+                        one.kill()
+        running.wait()
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
@@ -261,14 +272,14 @@ def started(cwd: Path, shards: Path, *settings: str) -> tuple[subprocess.Popen[s
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
     fault: signal.Signals, rank: int, sample_shards: Path, tmp_path: Path
 ) -> None:
-    running, ranks = started(tmp_path, sample_shards, "patience=5")
-    everyone = [one for process in ranks.values() for one in (process, *process.children(recursive=True))]
-    began = time.monotonic()
-    os.kill(ranks[rank].pid, fault)
-    assert running.wait(timeout=120) != 0
-    output = (tmp_path / "log").read_text()
-    assert f"rank {rank}" in next(line for line in output.splitlines() if line.startswith("error: ")), output
-    assert time.monotonic() - began < 100
-    for one in everyone:  # a child of a killed rank is init's to bury
-        assert not one.is_running() or (one.status(), one.ppid()) == (psutil.STATUS_ZOMBIE, 1), "a process is left"
-    assert "Traceback" not in output
+    with long_run(tmp_path, sample_shards, "patience=5") as (running, ranks):
+        everyone = [one for process in ranks for one in (process, *process.children(recursive=True))]
+        began = time.monotonic()
+        os.kill(ranks[rank].pid, fault)
+        assert running.wait(timeout=120) != 0
+        output = (tmp_path / "log").read_text()
+        assert f"rank {rank}" in next(line for line in output.splitlines() if line.startswith("error: ")), output
+        assert time.monotonic() - began < 100
+        for one in everyone:  # a child of a killed rank is init's to bury
+            assert not one.is_running() or (one.status(), one.ppid()) == (psutil.STATUS_ZOMBIE, 1), "a process is left"
+        assert "Traceback" not in output

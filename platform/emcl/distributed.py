@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,6 +167,10 @@ def start() -> Ranks:
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
+    # On CPUs DeepSpeed compiles a reduction for tensor-parallel inference, which nothing here calls: that takes a
+    # compiler, half a minute, and 66 MiB of shared memory that stay, and a build that is killed leaves a lock that all
+    # later runs wait for without a word.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     except dist.DistNetworkError as error:
@@ -176,23 +179,12 @@ def start() -> Ranks:
         port = os.environ.get("MASTER_PORT")
         way_out = "deepspeed --master_port N platform/launch.py ..."
         raise UserError(f"port {port} is taken, by another run perhaps: give a free one, {way_out}") from None
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
-    if not on_gpu:
-        ranks.barrier()  # all ranks have opened each other's
-        _shared_buffer(ranks).unlink(missing_ok=True)
-    return ranks
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _shared_buffer(ranks: Ranks) -> Path:
-    """DeepSpeed's 66 MiB of shared memory for reductions on a CPU, which it never removes: what is mapped stays usable
-    without its name, and leaves with the process however that ends."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    return Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{ranks.rank}")
 
 
 def _free_port() -> int:
