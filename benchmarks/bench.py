@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from sample_clips import GIVEN, sample_clips
 from timing import RESULTS, Row, table
 
 ITEMS = ("loading", "step", "layer_and_similarity", "captions", "preparing", "evaluation", "scaling", "startup", "gpu")
@@ -29,15 +30,19 @@ def main() -> int:
     options = parser.parse_args()
     rows: list[Row] = []
     began = time.perf_counter()
-    for item in options.only or items():
-        start = time.perf_counter()
-        command = [sys.executable, str(Path(__file__).with_name(f"{item}.py")), "--repeats", str(options.repeats)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        print(f"{item}: {time.perf_counter() - start:.0f} s", flush=True)
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            return done.returncode
-        rows += [Row(**row) for row in json.loads((RESULTS / f"{item}.json").read_text())]
+    with sample_clips() as clips:
+        for item in options.only or items():
+            start = time.perf_counter()
+            command = [sys.executable, str(Path(__file__).with_name(f"{item}.py")), "--repeats", str(options.repeats)]
+            environment = {**os.environ, GIVEN: clips}
+            done = subprocess.run(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            print(f"{item}: {time.perf_counter() - start:.0f} s", flush=True)
+            if done.returncode:
+                print(done.stderr, file=sys.stderr)
+                return done.returncode
+            rows += [Row(**row) for row in json.loads((RESULTS / f"{item}.json").read_text())]
     text = f"{machine()}, {time.perf_counter() - began:.0f} s in all\n\n{table(rows)}\n"
     print(f"\n{text}")
     (RESULTS / "bench.md").write_text(text)

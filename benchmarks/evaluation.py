@@ -60,24 +60,20 @@ def metrics(side: str, texts: int, videos: int) -> dict[str, float]:
 
 
 def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
-    import torch  # here, as those that measure metrics alone start sooner without the model's libraries
-    from emcl.tasks.retrieval import RetrievalTask
+    import torch  # here, as those that measure metrics alone start sooner without it
 
-    from emcl.config import resolve
     from emcl.distributed import ALONE
     from emcl.em import EMCL
     from straightforward import reference_similarity
 
-    config = resolve(["retrieval"], "sample", ["emcl.enabled=false"])
-    backbone: Any = SimpleNamespace(embed_dim=WIDTH, initial_logit_scale=1.0)
-    task = RetrievalTask(config.tasks["retrieval"], config, backbone).eval()
     torch.manual_seed(0)
     text, frames = torch.randn(texts, WIDTH), torch.randn(videos, FRAMES, WIDTH)
     mask = torch.ones(videos, FRAMES, dtype=torch.bool)
     layer = EMCL(bases=32, width=WIDTH).eval()
+    task = retrieval_task() if side == "ours" else None
     before, began = _peak(), time.perf_counter()
     with torch.no_grad():
-        if side == "plain":
+        if task is None:
             scores = torch.zeros(texts, videos)
             for row in range(0, texts, 32):
                 for column in range(0, videos, 32):
@@ -86,9 +82,19 @@ def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
                         text[here[0]], frames[here[1]], mask[here[1]], layer.mu, temperature=3.0, beta=3.0
                     )
         else:
-            scores = task.similarity_in_tiles(text, frames, mask, 32, ALONE, layer)
+            scores = task.similarity_in_tiles(text, frames, mask, 32, ranks=ALONE, layer=layer)
         retrieval_metrics(np.asarray(scores))
     return {"seconds": time.perf_counter() - began, "mib": max(1.0, _peak() - before)}
+
+
+def retrieval_task() -> Any:
+    from emcl.tasks.retrieval import RetrievalTask
+
+    from emcl.config import resolve
+
+    config = resolve(["retrieval"], "sample", ["emcl.enabled=false"])
+    backbone: Any = SimpleNamespace(embed_dim=WIDTH, initial_logit_scale=1.0)
+    return RetrievalTask(config.tasks["retrieval"], config, backbone).eval()
 
 
 def _peak() -> float:

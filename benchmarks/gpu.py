@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from emcl import distributed
-from emcl.prepare.sample import generate
+from sample_clips import sample_clips
 from step import synchronize, trainer_of
 from timing import Row, script
 
@@ -48,9 +48,9 @@ def product_rate(device: torch.device, size: int) -> float:
     return 2 * size**3 / statistics.median(times[1:])
 
 
-def rows_of(case: str, settings: tuple[str, ...], folder: Path, repeats: int, size: int) -> list[Row]:
+def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repeats: int, size: int) -> list[Row]:
     frames = ("data.frames=12", "data.size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
-    trainer = trainer_of(folder, *frames, *settings)
+    trainer = trainer_of(folder, clips, *frames, *settings)
     batch, _ = next(trainer._steps(0))
     shown = len(batch[0]["frames"])
     counter = FlopCounterMode(display=False)
@@ -90,12 +90,13 @@ def measure(repeats: int) -> list[Row]:
     if not on_gpu and not os.environ.get("EMCL_BENCH_ANY"):
         return []
     cases: dict[str, Any] = CASES if on_gpu else SMALL
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        generate(folder / "sample", counts={"train": 200, "val": 0, "test": 0}, seed=0, progress=False)
         size = 8192 if on_gpu else 512
-        rows = [row for case, settings in cases.items() for row in rows_of(case, settings, folder, repeats, size)]
+        rows = [
+            row for case, settings in cases.items() for row in rows_of(case, settings, folder, clips, repeats, size)
+        ]
         distributed.stop()
     return rows
 

@@ -33,10 +33,10 @@ from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
 from emcl.data.shards import ShardSet, open_shards
 from emcl.prepare.clips import Clip
-from emcl.prepare.sample import generate
 from emcl.prepare.shards import Options, prepare_shards
 from emcl.prepare.videos import Videos
 from emcl.prepare.writer import write_shard
+from sample_clips import sample_clips
 from timing import Row, alternate, compared, script
 
 FRAMES, WORKERS = 12, 2
@@ -44,6 +44,8 @@ REAL = Path(os.environ.get("EMCL_VIDEOS", "../shared/data/videos"))
 """A folder of real clips; without it those rows are left out."""
 LONG = 60.0
 """Seconds of a long clip, made by repeating a short one."""
+FIELD, FIELD_AFTER = "the field's", "the field's on these too"
+KEY_FRAMES, PREPARED = "data.keyframes", "as emcl prepare stores them"
 
 
 class FieldClips(Dataset[Any]):
@@ -111,7 +113,7 @@ def prepared(files: list[Path], folder: Path) -> ShardSet:
 
 def unpacked(shards: ShardSet, folder: Path) -> list[Path]:
     """Each sample's video as a file."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     files = [folder / f"{row.sample.id}.mp4" for row in shards.rows]
     for path, row in zip(files, shards.rows, strict=True):
         path.write_bytes(shards.read(row))
@@ -150,13 +152,15 @@ def timed(work: Callable[[], int]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """Videos that both sides read, and how often, so that starting processes is a small part."""
+    """Videos that all sides read, and how often: enough that starting is a small part and workers share alike."""
 
     name: str
     files: list[Path]
     size: int
     times: int
     batch: int
+    field_times: int
+    """Of the field's loader, which takes longest."""
 
     def ours(self, shards: ShardSet, *, keyframes: bool = False) -> int:
         data = DataConfig(frames=FRAMES, size=self.size, workers=WORKERS, keyframes=keyframes)
@@ -164,8 +168,8 @@ class Case:
         loader = evaluation_loader(shards, data, {}, batch_size=self.batch, rank=0, world_size=1, rows=rows)
         return sum(len(batch["ids"]) for batch in loader)
 
-    def field(self, files: list[Path] | None = None, *, times: int | None = None) -> int:
-        clips = FieldClips((files or self.files) * (times or self.times), self.size)
+    def field(self, files: list[Path] | None = None) -> int:
+        clips = FieldClips((files or self.files) * self.field_times, self.size)
         return sum(len(batch) for batch in DataLoader(clips, batch_size=self.batch, num_workers=WORKERS))
 
     def floor(self) -> int:
@@ -173,62 +177,52 @@ class Case:
             return len(list(pool.map(bare, map(str, self.files * self.times))))
 
 
-def as_they_are(
-    case: Case, folder: Path, repeats: int, *, keyframes: bool, field_times: int | None = None
-) -> list[Row]:
-    """The files themselves; the field's loader, which takes longest, may go through them fewer times."""
-    shards = kept(case.files, folder)
+def rows_of(case: Case, folder: Path, repeats: int, *, others: tuple[str, ...] = ()) -> list[Row]:
+    """The files as they are; with `others`, by KEY_FRAMES, and after `emcl prepare` (PREPARED)."""
+    whole = kept(case.files, folder / "kept")
     work: dict[str, Callable[[], int]] = {
-        "ours": partial(case.ours, shards),
+        "ours": partial(case.ours, whole),
         "bare PyAV": case.floor,
-        "the field's": partial(case.field, times=field_times),
+        FIELD: case.field,
     }
-    if keyframes:
-        work["key frames"] = partial(case.ours, shards, keyframes=True)
-    case.ours(shards)  # files into the page cache, libraries into memory
+    if KEY_FRAMES in others:
+        work[KEY_FRAMES] = partial(case.ours, whole, keyframes=True)
+    if PREPARED in others:
+        made = prepared(case.files, folder / "prepared")
+        work[PREPARED] = partial(case.ours, made)
+        work[FIELD_AFTER] = partial(case.field, unpacked(made, folder / "files"))
+    case.ours(whole)  # files into the page cache, libraries into memory
     found = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
-    fast = found.pop("key frames", None)
-    rows = [compared("loading", case.name, "frames/s", found, targets={"bare PyAV": ">= 0.95", "the field's": ">= 4"})]
-    if fast is not None:
-        rows.append(_against_field(f"{case.name}, data.keyframes", fast, {"the field's": found["the field's"]}))
+    sides = {"bare PyAV": found["bare PyAV"], FIELD: found[FIELD]}
+    rows = [_row(case.name, found["ours"], sides)]
+    for other in others:
+        beside = {name: found[name] for name in (FIELD, *([FIELD_AFTER] if other == PREPARED else []))}
+        rows.append(_row(f"{case.name}, {other}", found[other], beside))
     return rows
 
 
-def after_prepare(case: Case, folder: Path, repeats: int) -> Row:
-    shards = prepared(case.files, folder)
-    files = unpacked(shards, folder / "files")
-    work: dict[str, Callable[[], int]] = {
-        "ours": partial(case.ours, shards),
-        "the field's": case.field,
-        "the field's on these too": partial(case.field, files),
-    }
-    case.ours(shards)
-    found = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
-    return _against_field(f"{case.name}, as emcl prepare stores them", found.pop("ours"), found)
-
-
-def _against_field(name: str, ours: list[float], others: dict[str, list[float]]) -> Row:
-    return compared("loading", name, "frames/s", {"ours": ours, **others}, targets={"the field's": ">= 4"})
+def _row(name: str, ours: list[float], others: dict[str, list[float]]) -> Row:
+    targets = {"bare PyAV": ">= 0.95", FIELD: ">= 4"}
+    return compared("loading", name, "frames/s", {"ours": ours, **others}, targets=targets)
 
 
 def measure(repeats: int) -> list[Row]:
     torch.set_num_threads(1)
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
         root = Path(name)
-        generate(root / "sample", counts={"train": 240, "val": 0, "test": 0}, seed=0, progress=False)
-        sample = unpacked(open_shards(f"{root}/sample/train-*.tar"), root / "files")
-        case = Case("sample clips", sample, size=112, times=8, batch=64)
-        rows += as_they_are(case, root / "sample clips", repeats, keyframes=False, field_times=2)
+        sample = unpacked(open_shards(clips), root / "files")
         real = sorted([*REAL.glob("*.mp4"), *REAL.glob("*.avi")]) if REAL.is_dir() else []
-        cases = [Case("real clips", real, size=224, times=2, batch=4)] if real else []
         (root / "long").mkdir()
         first = repeated(real[0] if real else sample[0], LONG, root / "long" / "0.mp4")
         long = [first, *(Path(shutil.copy(first, root / "long" / f"{number}.mp4")) for number in (1, 2, 3))]
-        cases.append(Case("long clips, 60 s", long, size=224, times=4, batch=4))
-        for case in cases:
-            rows += as_they_are(case, root / case.name, repeats, keyframes=case.files is long)
-            rows.append(after_prepare(case, root / f"{case.name}, prepared", repeats))
+        case = Case("sample clips", sample, size=112, times=4, batch=64, field_times=1)
+        rows += rows_of(case, root / "sample", repeats)
+        if real:
+            case = Case("real clips", real, size=224, times=2, batch=4, field_times=2)
+            rows += rows_of(case, root / "real", repeats, others=(PREPARED,))
+        case = Case("long clips, 60 s", long, size=224, times=4, batch=4, field_times=4)
+        rows += rows_of(case, root / "repeated", repeats, others=(KEY_FRAMES, PREPARED))
     return rows
 
 

@@ -1,8 +1,9 @@
 """Samples a second on one and two processes under each ZeRO stage, and the bytes that a step sends.
 
 Real steps of the sample recipe (`scaling_rank.py`, started as the launcher starts ranks), one thread a process, the
-global batch fixed at 128. What is counted are the bytes that each rank gives to collectives in one step; the fewest
-possible are one reduction of the gradients and one gathering of each rank's texts and frames, there and back.
+global batch fixed at 64; a repeat's figure is the median of four steps. What is counted are the bytes that each rank
+gives to collectives in one step; the fewest possible are one reduction of the gradients and one gathering of each
+rank's texts and frames, there and back.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from emcl.prepare.sample import generate
-from timing import Row, alternate, compared, script
+from sample_clips import sample_clips
+from timing import Row, compared, script
 
 HERE = Path(__file__).resolve().parent
+STAGES = ("0", "1", "2", "3")
 
 
 def free_port() -> int:
@@ -27,10 +30,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(folder: Path, ranks: int, stage: int) -> dict[str, float]:
-    """Samples a second and bytes a step of rank 0."""
-    out = folder / f"{ranks}-{stage}.json"
-    command = [sys.executable, str(HERE / "scaling_rank.py"), str(folder), str(stage), str(out)]
+def run(folder: Path, clips: str, ranks: int, stages: str) -> dict[str, Any]:
+    """Samples a second and bytes a step of rank 0, by stage."""
+    out = folder / f"{ranks}.json"
+    command = [sys.executable, str(HERE / "scaling_rank.py"), str(folder), clips, stages, str(out)]
     group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(ranks):
@@ -47,24 +50,19 @@ def run(folder: Path, ranks: int, stage: int) -> dict[str, float]:
 
 
 def measure(repeats: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
         folder = Path(name)
-        generate(folder / "sample", counts={"train": 512, "val": 0, "test": 0}, seed=0, progress=False)
-        found: dict[str, list[dict[str, float]]] = {}
-
-        def side(ranks: int, stage: int) -> float:
-            found.setdefault(f"{ranks}/{stage}", []).append(run(folder, ranks, stage))
-            return found[f"{ranks}/{stage}"][-1]["samples_per_second"]
-
-        sides = {"one process": lambda: side(1, 1)}
-        sides |= {f"ZeRO-{stage}": lambda stage=stage: side(2, stage) for stage in (0, 1, 2, 3)}  # type: ignore[misc]
-        rates = alternate(sides, max(1, repeats - 1))
+        rates: dict[str, list[float]] = {}
+        for _ in range(repeats):
+            one, two = run(folder, clips, 1, "1"), run(folder, clips, 2, ",".join(STAGES))
+            rates.setdefault("one process", []).append(one["samples_per_second"]["1"])
+            for stage in STAGES:
+                rates.setdefault(f"ZeRO-{stage}", []).append(two["samples_per_second"][stage])
     targets = {"one process": ">= 1.6"}
     rows = [compared("scaling", "two processes", "samples/s", rates, ours="ZeRO-1", targets=targets)]
-    for stage in (0, 1, 2, 3):
-        last = found[f"2/{stage}"][-1]
-        fewest = {"the fewest": last["fewest"] / 2**20}
-        rows.append(Row("scaling", f"sent a step, ZeRO-{stage}", "MiB", last["sent"] / 2**20, fewest, 0.0))
+    for stage in STAGES:
+        fewest = {"the fewest": two["fewest"] / 2**20}
+        rows.append(Row("scaling", f"sent a step, ZeRO-{stage}", "MiB", two["sent"][stage] / 2**20, fewest, 0.0))
     return rows
 
 

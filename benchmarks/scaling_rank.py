@@ -1,8 +1,10 @@
-"""One rank of `scaling.py`: some steps of the sample recipe, timed, with the bytes given to collectives counted."""
+"""One rank of `scaling.py`: some steps of the sample recipe under each ZeRO stage that is asked for, stage after stage
+in each round, timed, with the bytes given to collectives counted."""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 SENT = {"bytes": 0}
-STEPS, WARM = 5, 2
+STEPS, WARM = 4, 1
 
 
 def counted(name: str, bytes_of: Callable[..., int]) -> None:
@@ -48,42 +50,37 @@ def count_all() -> None:
 
 
 def main() -> None:
-    folder, stage, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    folder, clips, stages, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), Path(sys.argv[4])
     count_all()
     from emcl import distributed
     from emcl.config import resolve
     from emcl.train.inputs import open_inputs
     from emcl.train.loop import Trainer
+    from sample_clips import settings
 
-    settings = [
-        f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false",
-        f"deepspeed=deepspeed/zero{stage}.json", "data.cache_gib=1",
-    ]  # fmt: skip
     distributed.quiet_start()
     torch.set_num_threads(1)
     ranks = distributed.start()
-    config = resolve(["retrieval"], "sample", settings)
-    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / "run")
-    trainer.engine.train()
-    batches = [batch for (batch, _), _ in zip(trainer._steps(0), range(STEPS + WARM), strict=False)]
-    for batch in batches[:WARM]:
-        trainer._step(batch)
-    ranks.barrier()
-    SENT["bytes"], began = 0, time.perf_counter()
-    for batch in batches[WARM:]:
-        trainer._step(batch)
-    ranks.barrier()
-    elapsed = time.perf_counter() - began
+    trainers: dict[str, Trainer] = {}
+    seconds: dict[str, list[float]] = {stage: [] for stage in stages}
+    sent: dict[str, int] = {}
+    for stage in stages:
+        config = resolve(["retrieval"], "sample", [*settings(clips), f"deepspeed=deepspeed/zero{stage}.json"])
+        trainers[stage] = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / f"run{stage}")
+        trainers[stage].engine.train()
+    batches = [batch for (batch, _), _ in zip(trainers[stages[0]]._steps(0), range(STEPS + WARM), strict=False)]
+    for batch in batches:
+        for stage, trainer in trainers.items():
+            SENT["bytes"], began = 0, time.perf_counter()
+            trainer._step(batch)  # whose collectives wait for the other rank
+            seconds[stage].append(time.perf_counter() - began)
+            sent[stage] = SENT["bytes"]
     if ranks.first:
         width, videos = trainer.model.backbone.embed_dim, config.data.batch_size // ranks.world_size
         rows = videos * config.data.frames * width + videos * width  # frames and texts of a rank, there and back
         fewest = 4 * (trainer.parameters + 2 * rows) if ranks.world_size > 1 else 0
-        found = {
-            "samples_per_second": STEPS * config.data.batch_size / elapsed,
-            "sent": SENT["bytes"] / STEPS,
-            "fewest": fewest,
-        }
-        out.write_text(json.dumps(found))
+        rates = {stage: config.data.batch_size / statistics.median(times[WARM:]) for stage, times in seconds.items()}
+        out.write_text(json.dumps({"samples_per_second": rates, "sent": sent, "fewest": fewest}))
     distributed.stop()
 
 

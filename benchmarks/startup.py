@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from emcl.prepare.sample import generate
+from sample_clips import sample_clips, settings
 from timing import Row, alternate, script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,10 +53,9 @@ def seconds(*command: str, env: dict[str, str] | None = None) -> float:
     return time.perf_counter() - began
 
 
-def marks(folder: Path) -> dict[str, float]:
+def marks(folder: Path, clips: str) -> dict[str, float]:
     """Seconds of each cause, in a process that does what launch.py does."""
-    settings = [f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false"]
-    command = [sys.executable, "-c", PROBE, str(time.time()), str(folder / "run"), *settings]
+    command = [sys.executable, "-c", PROBE, str(time.time()), str(folder / "run"), *settings(clips)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found, before = {}, 0.0
     for line in done.stdout.splitlines():
@@ -70,11 +69,8 @@ def marks(folder: Path) -> dict[str, float]:
 def measure(repeats: int) -> list[Row]:
     python = sys.executable
     deepspeed = str(Path(python).parent / "deepspeed")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        generate(folder / "sample", counts={"train": 200, "val": 0, "test": 0}, seed=0, progress=False)
-        marks(folder)  # builds DeepSpeed's operators, where they are missing
-        runs = [marks(folder) for _ in range(repeats)]
+    with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
+        runs = [marks(Path(name), clips) for _ in range(repeats)]
     sides = {
         "--help": lambda: seconds(python, LAUNCH, "--help"),
         "a wrong setting": lambda: seconds(python, LAUNCH, "--task", "retrieval", "optim.lrr=1"),

@@ -19,23 +19,20 @@ import torch
 from emcl import distributed
 from emcl.config import resolve
 from emcl.multitask import total_loss
-from emcl.prepare.sample import generate
 from emcl.task import to_device
 from emcl.tracking import open_tracker
 from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
 from emcl.train.optimizer import build_optimizer, build_schedule
+from sample_clips import sample_clips, settings
 from timing import Row, alternate, compared, script
 
-STEPS = 5
-"""A figure is the mean of so many."""
+STEPS = 7
+"""So many a repeat; sides alternate step by step, since a machine's speed drifts."""
 
 
-def trainer_of(folder: Path, *settings: str) -> Trainer:
-    overrides = [
-        f"data.train={folder}/sample/train-*.tar", "data.val=null", "data.test=null", "data.generate=false", *settings,
-    ]  # fmt: skip
-    config = resolve(["retrieval"], "sample", overrides)
+def trainer_of(folder: Path, clips: str, *overrides: str) -> Trainer:
+    config = resolve(["retrieval"], "sample", [*settings(clips), *overrides])
     ranks = distributed.start()
     trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / "run")
     trainer.tracker = open_tracker(config, "benchmark", first_rank=True)
@@ -54,49 +51,54 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def step_row(folder: Path, stage: int, repeats: int) -> Row:
-    trainer = trainer_of(folder, f"deepspeed=deepspeed/zero{stage}.json")
+def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
+    trainer = trainer_of(folder, clips, f"deepspeed=deepspeed/zero{stage}.json")
     config, device = trainer.config, trainer.device
     plain = copy.deepcopy(trainer.model)
     optimizer = build_optimizer(plain, config.optim, offload=False, fused=device.type == "cuda")
     schedule = build_schedule(optimizer, config.optim, trainer.total)
     batches = [found for found, _ in zip((batch for batch, _ in trainer._steps(0)), range(STEPS), strict=False)]
 
+    turn = {"ours": 0, "bare PyTorch": 0}
+
     def ours() -> float:
-        began = time.perf_counter()
-        for step, batch in enumerate(batches):
-            trainer._seed(step)
-            losses = trainer._step(batch)
-            trainer.meter.add(losses, batch, 0.0, skipped=trainer._check_skipped(step, batch))
-        bar: Any = Bar()
-        trainer._report(bar, STEPS)
+        step, began = turn["ours"], time.perf_counter()
+        batch = batches[step % len(batches)]
+        trainer._seed(step)
+        losses = trainer._step(batch)
+        trainer.meter.add(losses, batch, 0.0, skipped=trainer._check_skipped(step, batch))
+        turn["ours"] = step + 1
+        if turn["ours"] % config.tracking.every_steps == 0:
+            bar: Any = Bar()
+            trainer._report(bar, turn["ours"])
         synchronize()
-        return (time.perf_counter() - began) / STEPS
+        return time.perf_counter() - began
 
     def bare() -> float:
-        began = time.perf_counter()
-        for batch in batches:
-            loss = total_loss(plain(to_device(batch[0], device)))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        step, began = turn["bare PyTorch"], time.perf_counter()
+        loss = total_loss(plain(to_device(batches[step % len(batches)][0], device)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        turn["bare PyTorch"] = step + 1
         synchronize()
-        return (time.perf_counter() - began) / STEPS
+        return time.perf_counter() - began
 
-    ours()
-    bare()
-    found = alternate({"ours": ours, "bare PyTorch": bare}, repeats)
+    for _ in range(2):
+        ours()
+        bare()
+    found = alternate({"ours": ours, "bare PyTorch": bare}, repeats * STEPS)
     trainer.tracker.finish()
     return compared(
         "step", f"sample recipe, ZeRO-{stage}, one process", "s", found, targets={"bare PyTorch": "<= 1.03"}
     )
 
 
-def share_rows(folder: Path) -> list[Row]:
-    """Of the time of a run's steps, without the first ten."""
-    trainer = trainer_of(folder, "optim.max_steps=45")
+def share_rows(folder: Path, clips: str) -> list[Row]:
+    """Of the time of a run's steps, without the first seven."""
+    trainer = trainer_of(folder, clips, "optim.max_steps=37")
     bar: Any = Bar()
     waited = reporting = 0.0
     began = time.perf_counter()
@@ -120,11 +122,10 @@ def share_rows(folder: Path) -> list[Row]:
 
 
 def measure(repeats: int) -> list[Row]:
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        generate(folder / "sample", counts={"train": 640, "val": 0, "test": 0}, seed=0, progress=False)
-        rows = [*(step_row(folder, stage, repeats) for stage in (1, 0)), *share_rows(folder)]
+        rows = [*(step_row(folder, clips, stage, repeats) for stage in (1, 0)), *share_rows(folder, clips)]
         distributed.stop()
     return rows
 
