@@ -28,7 +28,7 @@ demo: install
 test: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
 
-# Every benchmark beside its baseline, some 11 minutes: make bench, make bench ARGS='--only loading step'
+# Every benchmark beside its baseline, some 10 minutes: make bench, make bench ARGS='--only loading step'
 bench: $(VENV)/bench
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/bench.py $(ARGS)
 

@@ -44,7 +44,8 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
     if item == "layer":
         x = 10 * torch.nn.functional.normalize(torch.randn(size, D) + torch.randn(D), dim=-1)
         layer.fit(x[:2000]).eval() if side == FITTED else layer.train()
-        works = {PLAIN: lambda: x + 3 * reference_em(x, layer.mu), COPY: x.clone}
+        there = torch.zeros_like(x) if side == COPY else x
+        works = {PLAIN: lambda: x + 3 * reference_em(x, layer.mu), COPY: lambda: there.copy_(x)}
         work = torch.no_grad()(works.get(side, lambda: layer(x)[0]))
     else:
         text = torch.randn(size, D, requires_grad=True)
@@ -95,7 +96,7 @@ def rows_of(item: str, size: int, repeats: int) -> list[Row]:
         return found[name][-1]["seconds"]
 
     seconds = alternate({name: partial(side, name) for name in found}, repeats)
-    memory = {name: [figures["mib"] for figures in values] for name, values in found.items()}
+    memory = {name: [figures["mib"] for figures in values] for name, values in found.items() if name != COPY}
     case = f"similarity, global batch {size:,}" if item == "similarity" else f"layer alone, {size:,} rows"
     gib = PLAIN_COPIES * size**2 * D * 4 / 2**30
     note = "" if fits else f"the formulas take about {gib:.0f} GiB"

@@ -21,7 +21,7 @@ from emcl.prepare.videos import Videos
 from emcl.prepare.writer import encode_mp4
 from timing import Row, alternate, compared, script
 
-CLIPS, SECONDS = 36, 20.0
+CLIPS, SECONDS = 40, 20.0
 
 
 def transcode(file: str) -> int:

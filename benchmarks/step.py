@@ -27,7 +27,7 @@ from emcl.train.optimizer import build_optimizer, build_schedule
 from sample_clips import sample_clips, settings
 from timing import Row, alternate, compared, script
 
-STEPS = 7
+STEPS = 6
 """So many a repeat; sides alternate step by step, since a machine's speed drifts."""
 
 
@@ -97,8 +97,8 @@ def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
 
 
 def share_rows(folder: Path, clips: str) -> list[Row]:
-    """Of the time of a run's steps, without the first seven."""
-    trainer = trainer_of(folder, clips, "optim.max_steps=37")
+    """Of the time of a run's steps, without the first six."""
+    trainer = trainer_of(folder, clips, "optim.max_steps=26")
     bar: Any = Bar()
     waited = reporting = 0.0
     began = time.perf_counter()
