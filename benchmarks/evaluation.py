@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ import numpy as np
 
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks
-from timing import Row, alternate, compared, script
+from timing import Row, in_process, script, seconds_and_memory
 
 WIDTH, FRAMES, BANK = 512, 12, 1000
 SIZES = ((1000, 1000), (10_000, 10_000))
@@ -101,22 +100,11 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def in_process(what: str, side: str, texts: int, videos: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", what, side, str(texts), str(videos)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-
 def rows_of(what: str, texts: int, videos: int, repeats: int) -> list[Row]:
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "plain": []}
+    def one(side: str) -> dict[str, float]:
+        return in_process(__file__, what, side, texts, videos)
 
-    def side(name: str) -> float:
-        found[name].append(in_process(what, name, texts, videos))
-        return found[name][-1]["seconds"]
-
-    seconds = alternate({name: lambda name=name: side(name) for name in found}, repeats)
-    case = f"{what}, {texts:,} x {videos:,}"
-    memory = {name: [one["mib"] for one in values] for name, values in found.items()}
-    return [compared("evaluation", case, "s", seconds), compared("evaluation", f"{case}, memory", "MiB", memory)]
+    return seconds_and_memory("evaluation", f"{what}, {texts:,} x {videos:,}", ("ours", "plain"), one, repeats)
 
 
 def measure(repeats: int) -> list[Row]:
@@ -124,7 +112,7 @@ def measure(repeats: int) -> list[Row]:
     for texts, videos in SIZES:
         rows += rows_of("metrics", texts, videos, repeats if texts < 10_000 else 1)
     texts, videos = LARGEST
-    alone = in_process("metrics", "ours", texts, videos)
+    alone = in_process(__file__, "metrics", "ours", texts, videos)
     case = f"metrics, {texts:,} x {videos:,}"
     note = "the whole matrix several times does not fit here"
     rows.append(Row("evaluation", case, "s", alone["seconds"], {}, 0.0, note=note))

@@ -12,12 +12,10 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
-from functools import partial
 
-from timing import Row, alternate, compared, script
+from timing import Row, in_process, script, seconds_and_memory
 
 D, T, K, ITERATIONS = 512, 12, 32, 9
 BATCHES = (128, 512, 2048)
@@ -74,11 +72,6 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
     return {"seconds": statistics.median(times or [first]), "mib": peak / 1024}
 
 
-def in_process(side: str, item: str, size: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", side, item, str(size)]
-    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-
 def rows_of(item: str, size: int, repeats: int) -> list[Row]:
     """Time and memory of ours, of the formulas where they fit, and of the compact variant where it is asked for."""
     import psutil
@@ -89,21 +82,14 @@ def rows_of(item: str, size: int, repeats: int) -> list[Row]:
         others.append(COPY)
     if COMPACT:
         others += ["compact", FITTED] if item == "layer" else ["compact"]
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in ("ours", *others)}
-
-    def side(name: str) -> float:
-        found[name].append(in_process(name, item, size))
-        return found[name][-1]["seconds"]
-
-    seconds = alternate({name: partial(side, name) for name in found}, repeats)
-    memory = {name: [figures["mib"] for figures in values] for name, values in found.items() if name != COPY}
     case = f"similarity, global batch {size:,}" if item == "similarity" else f"layer alone, {size:,} rows"
-    gib = PLAIN_COPIES * size**2 * D * 4 / 2**30
-    note = "" if fits else f"the formulas take about {gib:.0f} GiB"
-    return [
-        compared("EMCL", case, "s", seconds, note=note),
-        compared("EMCL", f"{case}, memory", "MiB", memory, note=note),
-    ]
+    note = "" if fits else f"the formulas take about {PLAIN_COPIES * size**2 * D * 4 / 2**30:.0f} GiB"
+
+    def in_turn(side: str) -> dict[str, float]:
+        return in_process(__file__, side, item, size)
+
+    sides = ("ours", *others)
+    return seconds_and_memory("EMCL", case, sides, in_turn, repeats, without_memory=COPY, note=note)
 
 
 def measure(repeats: int) -> list[Row]:

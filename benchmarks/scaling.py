@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from local_ranks import start_ranks
 from sample_clips import sample_clips
 from timing import Row, compared, script
 
@@ -24,24 +24,18 @@ HERE = Path(__file__).resolve().parent
 STAGES = ("0", "1", "2", "3")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(folder: Path, clips: str, ranks: int, stages: str) -> dict[str, Any]:
     """Samples a second and bytes a step of rank 0, by stage."""
     out = folder / f"{ranks}.json"
     command = [sys.executable, str(HERE / "scaling_rank.py"), str(folder), clips, stages, str(out)]
-    group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank in range(ranks):
-        own = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
-        processes.append(
-            subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        )
+    processes = start_ranks(
+        command,
+        ranks,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     for process in processes:
         _, said = process.communicate()
         if process.returncode:

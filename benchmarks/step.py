@@ -11,6 +11,7 @@ import copy
 import os
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -59,30 +60,28 @@ def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
     schedule = build_schedule(optimizer, config.optim, trainer.total)
     batches = [found for found, _ in zip((batch for batch, _ in trainer._steps(0)), range(STEPS), strict=False)]
 
-    turn = {"ours": 0, "bare PyTorch": 0}
+    our_steps, bare_steps = count(), count()
 
     def ours() -> float:
-        step, began = turn["ours"], time.perf_counter()
+        step, began = next(our_steps), time.perf_counter()
         batch = batches[step % len(batches)]
         trainer._seed(step)
         losses = trainer._step(batch)
         trainer.meter.add(losses, batch, 0.0, skipped=trainer._check_skipped(step, batch))
-        turn["ours"] = step + 1
-        if turn["ours"] % config.tracking.every_steps == 0:
+        if (step + 1) % config.tracking.every_steps == 0:
             bar: Any = Bar()
-            trainer._report(bar, turn["ours"])
+            trainer._report(bar, step + 1)
         synchronize()
         return time.perf_counter() - began
 
     def bare() -> float:
-        step, began = turn["bare PyTorch"], time.perf_counter()
+        step, began = next(bare_steps), time.perf_counter()
         loss = total_loss(plain(to_device(batches[step % len(batches)][0], device)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        turn["bare PyTorch"] = step + 1
         synchronize()
         return time.perf_counter() - began
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path("benchmarks/results")
@@ -64,6 +67,37 @@ def compared(
     spread = (max(mine) - min(mine)) / medians[ours]
     others = {name: value for name, value in medians.items() if name != ours}
     return Row(item, case, unit, medians[ours], others, spread, dict(targets or {}), note)
+
+
+def in_process(file: str, *arguments: object) -> dict[str, float]:
+    """What `python FILE --one ARGUMENTS` measures, in a process of its own: its peak of memory is its own."""
+    command = [sys.executable, file, "--one", *map(str, arguments)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def seconds_and_memory(
+    item: str,
+    case: str,
+    sides: Sequence[str],
+    measure: Callable[[str], dict[str, float]],
+    repeats: int,
+    *,
+    without_memory: str | None = None,
+    note: str = "",
+) -> list[Row]:
+    """Two rows of what `measure` finds for each side by turns, `seconds` and `mib`."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+
+    def turn(side: str) -> float:
+        found[side].append(measure(side))
+        return found[side][-1]["seconds"]
+
+    seconds = alternate({side: partial(turn, side) for side in sides}, repeats)
+    memory = {side: [one["mib"] for one in values] for side, values in found.items() if side != without_memory}
+    return [
+        compared(item, case, "s", seconds, note=note),
+        compared(item, f"{case}, memory", "MiB", memory, note=note),
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from local_ranks import free_port, start_ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+LAUNCH = ROOT / "platform" / "launch.py"
 TINY = str(ROOT / "tests" / "tiny_clip.json")
 """A model of some thousand weights, besides its vocabulary."""
 
@@ -71,17 +73,20 @@ def write_clips(shards: Path, folder: Path) -> None:
         (folder / f"{row.sample.id}.mp4").write_bytes(found.read(row))
 
 
-def launch_command(
-    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None, script: Path = ROOT / "platform" / "launch.py"
-) -> tuple[list[str], dict[str, str]]:
-    """The command and its environment."""
+def launch_environment(env: dict[str, str] | None = None) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+
+
+def launch_command(
+    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None, script: Path = LAUNCH
+) -> tuple[list[str], dict[str, str]]:
+    """The user's own command, `deepspeed platform/launch.py ...`, and its environment."""
     command = [
         "deepspeed", "--master_port", str(free_port()), "--num_accelerators", str(ranks),
         str(script), *arguments,
     ]  # fmt: skip
-    return command, environment
+    return command, launch_environment(env)
 
 
 def launch(
@@ -94,40 +99,36 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """launch.py in `cwd` on so many CPU processes, with all that they say.
 
-    With `launcher` by the user's own command, `deepspeed platform/launch.py ...`. Where that is not what a test is
-    about, the ranks are started with the variables that the launcher would give them: it takes as long as they do.
+    With `launcher` by the user's own command. Where that is not what a test is about, the ranks are started with the
+    variables that it would give them: it takes as long as they do.
+
+    Raises:
+        TimeoutExpired: they do not end; nor, once one has failed, do the others within a minute.
     """
-    command, environment = launch_command(*arguments, ranks=ranks, env=env)
     if launcher:
+        command, environment = launch_command(*arguments, ranks=ranks, env=env)
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    script = command.index(str(ROOT / "platform" / "launch.py"))
-    shared_by_all = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, "-u", str(LAUNCH), *arguments]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
-        processes = []
-        for rank in range(ranks):
-            own = {name: str(value) for name, value in (shared_by_all | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            started = [sys.executable, "-u", *command[script:], f"--local_rank={rank}"]
-            processes.append(subprocess.Popen(started, cwd=cwd, env=environment | own, stdout=said, stderr=complained))
-        codes = _all_ended(processes, timeout)
+        processes = start_ranks(command, ranks, env=launch_environment(env), cwd=cwd, stdout=said, stderr=complained)
+        ended = _all_end(processes, timeout)
         said.seek(0)
         complained.seek(0)
-        code = next((code for code in codes if code), 0)
+        if not ended:
+            raise subprocess.TimeoutExpired(command, timeout, said.read(), complained.read())
+        code = next((process.returncode for process in processes if process.returncode), 0)
         return subprocess.CompletedProcess(command, code, said.read(), complained.read())
 
 
-def _all_ended(processes: list[subprocess.Popen[bytes]], timeout: float) -> list[int]:
-    """Exit codes; once one has failed the others get a minute, as they must end by themselves."""
+def _all_end(processes: list[subprocess.Popen[bytes]], timeout: float) -> bool:
+    """Whether all end by themselves, a minute after the first that fails; what has not is killed."""
     deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
         if any(process.returncode for process in processes):
             deadline = min(deadline, time.monotonic() + 60)
         time.sleep(0.1)
+    ended = all(process.poll() is not None for process in processes)
     for process in processes:
         process.kill()
-    return [process.wait() for process in processes]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        process.wait()
+    return ended

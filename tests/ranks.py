@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from conftest import free_port
 from emcl.distributed import ALONE, Ranks
+from local_ranks import free_port
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> list[Any]:

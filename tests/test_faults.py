@@ -259,11 +259,10 @@ def long_run(cwd: Path, shards: Path, *settings: str) -> Iterator[tuple[subproce
         assert set(ranks) >= {0, 1}, (cwd / "log").read_text()
         yield running, [ranks[0], ranks[1]]
     finally:
-        for process in (psutil.Process(running.pid) if running.poll() is None else None, *ranks.values()):
-            if process is not None and process.is_running():
-                for one in (process, *process.children(recursive=True)):
-                    with suppress(psutil.NoSuchProcess):
-                        one.kill()
+        for process in [*ranks.values(), *([psutil.Process(running.pid)] if running.poll() is None else [])]:
+            with suppress(psutil.NoSuchProcess):
+                for one in (*process.children(recursive=True), process):
+                    one.kill()
         running.wait()
 
 

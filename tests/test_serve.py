@@ -22,9 +22,10 @@ import pytest
 import torch
 
 import emcl
-from conftest import ROOT, free_port, short_run, write_clips
+from conftest import ROOT, short_run, write_clips
 from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows
+from local_ranks import free_port
 
 pytestmark = pytest.mark.xdist_group("serve")
 PORTABLE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, free_port, shared, small
+from conftest import ROOT, shared, small
+from local_ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from conftest import free_port
 from emcl import outbox, tracking
 from emcl.config import Config, resolve
 from emcl.tracking import Tracker, open_tracker
+from local_ranks import free_port
 
 
 @pytest.fixture
