@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emcl import distributed
 from sample_clips import sample_clips
 from step import synchronize, trainer_of
-from timing import Row, script
+from timing import Row, script, spread
 
 STEPS = 10
 """A figure is the mean of so many."""
@@ -75,14 +75,13 @@ def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repe
     return [
         _row(case, "frames/s", seconds, lambda one: shown / one),
         _row(f"{case}, MFU", "of a bf16 product's rate", seconds, lambda one: reached / one),
-        Row("gpu", f"{case}, peak memory", "GiB", peak, {}, 0.0),
+        Row("gpu", f"{case}, peak memory", "GiB", peak, {}, None),
     ]
 
 
 def _row(case: str, unit: str, seconds: list[float], figure: Callable[[float], float]) -> Row:
     values = [figure(one) for one in seconds]
-    median = statistics.median(values)
-    return Row("gpu", case, unit, median, {}, (max(values) - min(values)) / median)
+    return Row("gpu", case, unit, statistics.median(values), {}, spread(values))
 
 
 def measure(repeats: int) -> list[Row]:

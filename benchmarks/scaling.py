@@ -56,7 +56,7 @@ def measure(repeats: int) -> list[Row]:
     rows = [compared("scaling", "two processes", "samples/s", rates, ours="ZeRO-1", targets=targets)]
     for stage in STAGES:
         fewest = {"the fewest": two["fewest"] / 2**20}
-        rows.append(Row("scaling", f"sent a step, ZeRO-{stage}", "MiB", two["sent"][stage] / 2**20, fewest, 0.0))
+        rows.append(Row("scaling", f"sent a step, ZeRO-{stage}", "MiB", two["sent"][stage] / 2**20, fewest, None))
     return rows
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from sample_clips import sample_clips, settings
-from timing import Row, alternate, script
+from timing import Row, alternate, script, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = str(ROOT / "platform" / "launch.py")
@@ -80,24 +80,13 @@ def measure(repeats: int) -> list[Row]:
     found["the launcher itself"] = [seconds(deepspeed, "--num_accelerators", "1", LAUNCH, "--help")]
     rows = []
     for item, values in found.items():
-        median = statistics.median(values)
         limit = {} if item == "the launcher itself" else {"limit": 2.0}
-        spread = (max(values) - min(values)) / median
-        rows.append(Row("start", item, "s", median, limit, spread, {"limit": "<= 1"} if limit else {}))
-    whole = statistics.median(sum(run.values()) for run in runs)
+        target = {"limit": "<= 1"} if limit else {}
+        rows.append(Row("start", item, "s", statistics.median(values), limit, spread(values), target))
+    whole = {"in all": statistics.median(sum(run.values()) for run in runs)}
     for mark in MARKS:
         values = [run[mark] for run in runs]
-        median = statistics.median(values)
-        rows.append(
-            Row(
-                "start",
-                f"to the first step: {mark}",
-                "s",
-                median,
-                {"in all": whole},
-                (max(values) - min(values)) / median,
-            )
-        )
+        rows.append(Row("start", f"to the first step: {mark}", "s", statistics.median(values), whole, spread(values)))
     return rows
 
 

@@ -115,8 +115,8 @@ def share_rows(folder: Path, clips: str) -> list[Row]:
     whole = time.perf_counter() - began
     trainer.tracker.finish()
     return [
-        Row("step", "waiting for data", "% of the time", 100 * waited / whole, {"limit": 2.0}, 0.0, {"limit": "<= 1"}),
-        Row("step", "reporting", "% of the time", 100 * reporting / whole, {"limit": 0.5}, 0.0, {"limit": "<= 1"}),
+        Row("step", "waiting for data", "% of the time", 100 * waited / whole, {"limit": 2.0}, None, {"limit": "<= 1"}),
+        Row("step", "reporting", "% of the time", 100 * reporting / whole, {"limit": 0.5}, None, {"limit": "<= 1"}),
     ]
 
 

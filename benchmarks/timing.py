@@ -25,8 +25,8 @@ class Row:
     ours: float
     others: dict[str, float]
     """Medians of what it is compared with, by name."""
-    spread: float
-    """Of our repeats: (highest - lowest) / median."""
+    spread: float | None
+    """Of our repeats: (highest - lowest) / median; None for what was measured once."""
     targets: dict[str, str] = field(default_factory=dict)
     """What is wanted of the ratio to one of `others`, such as `{"bare PyAV": ">= 0.95"}`."""
     note: str = ""
@@ -40,6 +40,11 @@ class Row:
             return None
         sign, value = self.targets[other].split()
         return self.ratio(other) >= float(value) if sign == ">=" else self.ratio(other) <= float(value)
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """(highest - lowest) / median, or None of a single value."""
+    return (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else None
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -63,10 +68,8 @@ def compared(
 ) -> Row:
     """A row of `alternate`'s figures."""
     medians = {name: statistics.median(values) for name, values in found.items()}
-    mine = found[ours]
-    spread = (max(mine) - min(mine)) / medians[ours]
     others = {name: value for name, value in medians.items() if name != ours}
-    return Row(item, case, unit, medians[ours], others, spread, dict(targets or {}), note)
+    return Row(item, case, unit, medians[ours], others, spread(found[ours]), dict(targets or {}), note)
 
 
 def in_process(file: str, *arguments: object) -> dict[str, float]:
@@ -105,7 +108,8 @@ def table(rows: Sequence[Row]) -> str:
     heads = ("", "", "ours", "spread", "beside", "theirs", "ours / theirs", "wanted", "")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        first = (row.item, row.case, f"{_short(row.ours)} {row.unit}", f"{row.spread:.0%}")
+        spread_shown = "measured once" if row.spread is None else f"{row.spread:.0%}"
+        first = (row.item, row.case, f"{_short(row.ours)} {row.unit}", spread_shown)
         for number, (name, value) in enumerate(row.others.items() or [("", float("nan"))]):
             met = row.met(name)
             cells = (

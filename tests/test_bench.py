@@ -33,3 +33,9 @@ def test_a_missed_target_is_called_missed() -> None:
     first, second = table([slow]).splitlines()[2:]
     assert "MISSED" in first and "0.90" in first
     assert "MISSED" not in second and "9.00" in second
+
+
+def test_what_was_measured_once_has_no_spread_and_says_so() -> None:
+    row = compared("item", "case", "s", {"ours": [1.0], "theirs": [2.0]})
+    assert row.spread is None
+    assert "measured once" in table([row]) and "0%" not in table([row])
