@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +184,26 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
     assert [batch["ids"] for batch in found] == [batch["ids"] for batch in calm]
     for one, other in zip(found, calm, strict=True):
         torch.testing.assert_close(one["frames"], other["frames"], rtol=0, atol=0)
+
+
+def test_a_loader_killed_while_its_batch_is_fetched_starts_again(
+    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaders, "LOOK", 0.5)
+    shards = open_shards(f"{sample_shards}/train-*.tar")
+    calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 6).steps(0)]
+    connect, calls = resource_sharer._resource_sharer.get_connection, itertools.count()
+
+    def connected(ident: Any) -> Any:
+        """What the kernel says for as long as a killed process has closed its sockets and is not reaped."""
+        if next(calls) == 4:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return connect(ident)
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", connected)
+    troubled = step_loader(shards, DATA, 6)
+    assert [batch["ids"] for (batch,) in troubled.steps(0)] == calm
+    assert troubled.restarts == 1
 
 
 def test_loaders_that_die_at_every_start_end_the_run(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,9 @@ class StepLoader:
         while True:
             try:
                 return next(loader)
+            except (ConnectionError, EOFError) as error:
+                # killed while a batch's memory was being fetched from it: its sockets close before it counts as dead
+                raise _WorkerDied(f"a loader process closed its connection ({first_line(error)})") from None
             except RuntimeError as error:  # torch has no finer kinds
                 if "exited unexpectedly" in str(error):
                     raise _WorkerDied(first_line(error)) from None
