@@ -8,13 +8,12 @@ Legend: Q test queries, G candidates, B queries of a bank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from emcl.metrics.retrieval import BLOCK, Blocks
+from emcl.metrics.retrieval import Blocks, in_blocks, rows
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class DualSoftmax:
         share = len(scores_QG) / total
 
         def block(queries: NDArray[np.int64]) -> NDArray[np.float64]:
-            part = scores_QG[queries].astype(np.float64)
+            part = rows(scores_QG, queries).astype(np.float64)
             return part * np.exp((part - highest) / self.temperature) * share
 
         return block
@@ -53,13 +52,13 @@ class QueryBank:
     def __call__(self, scores_QG: NDArray[np.floating]) -> Blocks:
         bank = np.asarray(self.bank_BG)
         active = np.zeros(bank.shape[1], bool)
-        for part in _blocks(bank):
-            active[part.argmax(1)] = True
+        for best in in_blocks(lambda here: bank[here].argmax(1), len(bank)):
+            active[best] = True
         highest, total = _softmax_sums(bank, self.temperature)
         level = highest + self.temperature * np.log(total)  # of each candidate, in the units of a similarity
 
         def block(queries: NDArray[np.int64]) -> NDArray[np.float64]:
-            part = scores_QG[queries].astype(np.float64)
+            part = rows(scores_QG, queries).astype(np.float64)
             hub = active[part.argmax(1)]
             # a monotone map of a query's scores moves no rank, so the logarithm of the published ratio does
             return np.where(hub[:, None], part - level, part)
@@ -73,11 +72,6 @@ def _softmax_sums(
     """Of each candidate: its highest score h, and the sum over queries of exp((score - h) / temperature)."""
     highest = scores_QG.max(0).astype(np.float64)
     total = np.zeros(scores_QG.shape[1])
-    for part in _blocks(scores_QG):
-        total += np.exp((part - highest) / temperature).sum(0)
+    for share in in_blocks(lambda here: np.exp((scores_QG[here] - highest) / temperature).sum(0), len(scores_QG)):
+        total += share
     return highest, total
-
-
-def _blocks(scores_QG: NDArray[np.floating]) -> Iterator[NDArray[np.float64]]:
-    for first in range(0, len(scores_QG), BLOCK):
-        yield scores_QG[first : first + BLOCK].astype(np.float64)
