@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from emcl.model.caption_decoder import CaptionDecoder, Generation
+from emcl.model.caption_decoder import CaptionDecoder
+from emcl.model.generation import Generation
 from timing import Row, alternate, compared, script
 
 VIDEOS, FRAMES, WIDTH, TOKENS, LENGTH = 16, 12, 512, 5000, 20

@@ -74,6 +74,8 @@ def measure(repeats: int) -> list[Row]:
     sides = {
         "--help": lambda: seconds(python, LAUNCH, "--help"),
         "a wrong setting": lambda: seconds(python, LAUNCH, "--task", "retrieval", "optim.lrr=1"),
+        "a wrong setting of a task": lambda: seconds(python, LAUNCH, "--task", "all", "tasks.captioning.layer=2"),
+        "missing shards": lambda: seconds(python, LAUNCH, "--task", "retrieval", "data.train=nowhere/*.tar"),
         "emcl --help": lambda: seconds(str(Path(python).parent / "emcl"), "--help"),
     }
     found = alternate(sides, repeats)

@@ -65,13 +65,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # after the options: `--help` must not wait for torch
     from emcl.config import DEFAULT_RECIPE, check_settings, resolve
+    from emcl.data.at_hand import check_local
     from emcl.errors import OneRankError, UserError
     from emcl.secrets import masked
     from emcl.train.stop import AGAIN, Stopped
 
     tasks = [name for name in options.task.split(",") if name] if options.task else None
     try:
-        check_settings(tasks, options.recipe, options.overrides)
+        saved = options.evaluate or options.resume  # brings its own recipe
+        early = check_settings(tasks, options.recipe or (None if saved else DEFAULT_RECIPE), options.overrides)
+        if not saved and not options.dry_run:
+            check_local(early.data)
         from emcl.train.plan import describe_plan
         from emcl.train.run import run
 

@@ -26,8 +26,9 @@ from emcl.errors import UserError
 from emcl.metrics.captions import COUNTS, caption_metrics
 from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.caption_decoder import CaptionDecoder, Generation
+from emcl.model.caption_decoder import CaptionDecoder
 from emcl.model.emcl_layer import emcl_layer
+from emcl.model.generation import Generation
 from emcl.pictures import Captioned, draw_captions
 from emcl.task import Evaluation, Scorer, Scores, Task
 

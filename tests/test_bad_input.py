@@ -78,9 +78,25 @@ def test_a_wrong_setting_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--task", "retreival"], ["--task", "retrieval", "optim.lrr=1"], ["--recipe", "sampel"], ["--help"]]
+    ("arguments", "named"),
+    [
+        (["--task", "retreival"], "did you mean 'retrieval'"),
+        (["--task", "retrieval", "optim.lrr=1"], "did you mean 'lr'"),
+        (["--task", "retrieval", "tasks.retrieval.wieght=1"], "did you mean 'weight'"),
+        (["--task", "all", "tasks.captioning.generation.num_beam=1"], "did you mean 'num_beams'"),
+        (["--task", "all", "tasks.captioning.layers=three"], "tasks.captioning.layers"),
+        (["--task", "all", "tasks.msrvtt_qa.fusion=sum"], "tasks.msrvtt_qa.fusion=sum is none of concat, product"),
+        (["--task", "retrieval", "tasks.retreival.weight=1"], "unknown task 'retreival'"),
+        (["--task", "retrieval", "tasks=3"], "tasks"),
+        (["--task", "retrieval", "model.name=ViT-B-33"], "did you mean 'ViT-B-32'"),
+        (["--task", "retrieval", "deepspeed=zero9"], "did you mean 'zero"),
+        (["--task", "retrieval", "data.train=shards/mine/a-*.tar"], "no shard matches shards/mine/a-*.tar"),
+        (["--recipe", "msrvtt_retrieval"], "no shard matches shards/msrvtt/train"),
+        (["--recipe", "sampel"], "did you mean 'sample'"),
+        (["--help"], ""),
+    ],
 )
-def test_an_early_error_and_help_import_no_torch(arguments: list[str], tmp_path: Path) -> None:
+def test_an_early_error_and_help_import_no_torch(arguments: list[str], named: str, tmp_path: Path) -> None:
     code = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -95,6 +111,7 @@ finally:
     )
     assert done.stderr.endswith("torch: False")
     assert ("error: " in done.stderr) == (arguments != ["--help"])
+    assert named in done.stderr
 
 
 def test_an_unknown_recipe_gets_the_list(tmp_path: Path) -> None:
@@ -120,6 +137,25 @@ def test_a_misspelt_test_set_is_named_and_no_sample_set_is_rendered_there(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="shrads/test.tar"):
         run(["retrieval"], overrides=[*small(sample_shards), "data.generate=true", "data.test=shrads/test.tar"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_sample_set_is_rendered_among_the_shards_of_others(
+    sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"shards/mine/train-\*.tar"):
+        run(["retrieval"], overrides=["data.train=shards/mine/train-*.tar", "data.val=null", "data.test=null"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("wrong", ["model.pretrained=nowhere.pt", "data.test=nowhere/test.tar"])
+def test_an_error_comes_before_the_sample_set_is_rendered(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        run(["retrieval"], overrides=[wrong])
     assert list(tmp_path.iterdir()) == []
 
 

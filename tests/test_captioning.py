@@ -16,7 +16,7 @@ from emcl.data.vocabulary import END, PADDING, START, UsedTokens
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.caption_decoder import Generation
+from emcl.model.generation import Generation
 from emcl.registry import task_class
 
 CAPTIONS = ["A red circle moves left.", "a man's dog runs, then sits", "two squares — one small"]

@@ -15,7 +15,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
     {"errors", "version", "secrets", "outbox", "ahead"},
-    {"em", "registry", "metrics"},
+    {"em", "registry", "shipped", "metrics"},
     {"config", "distributed"},
     {"data"},
     {"prepare", "model", "pictures"},

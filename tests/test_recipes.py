@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conftest import launch
-from emcl.config import configs_folder, find_file, resolve
+from emcl.config import resolve
+from emcl.shipped import configs_folder, find_file
 from emcl.train.plan import Plan, plan, state_gib
 
 # EMCL.md's table: global batch, epochs, words, frames

@@ -308,7 +308,8 @@ def _tasks(_: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from emcl.config import configs_folder, resolve, to_yaml
+    from emcl.config import resolve, to_yaml
+    from emcl.shipped import configs_folder
 
     if options.describe:
         from emcl.describe import describe

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from emcl.errors import UserError, first_line
-from emcl.registry import expand, nearest, task_class, task_entry
+from emcl.registry import expand, nearest, settings_class, task_class, task_entry
+from emcl.shipped import find_architecture, find_file
 
 DEFAULT_RECIPE = "sample"
 EMCL_VARIANTS = ("reference", "compact")
@@ -92,7 +93,7 @@ class DataConfig:
     test: str | None = None
     """Scored once, at the end, with the best model."""
     generate: bool = False
-    """Render the sample set where its shards are missing."""
+    """Render the sample set where its shards are missing, in a folder of the name `sample`."""
     frames: int = 12
     """Frames a video, evenly spread."""
     fps: float | None = None
@@ -228,31 +229,6 @@ class Config:
         _one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
 
 
-def configs_folder() -> Path:
-    """Where configs/ lies: in the checkout, or in the installed wheel."""
-    from importlib.resources import files
-
-    return Path(str(files("emcl.configs")))
-
-
-def find_file(name: str, kind: str) -> Path:
-    """A path as given (from the working directory), or one of configs/ (with or without its ending).
-
-    Raises:
-        UserError: neither exists; lists the files of `kind`.
-    """
-    shipped = configs_folder()
-    relative = name.removeprefix("configs/")
-    for candidate in (Path(name), shipped / relative, shipped / kind / relative):
-        for path in (candidate, candidate.with_name(candidate.name + ".yaml")):
-            if path.is_file():
-                return path
-    known = sorted(path.stem for path in (shipped / kind).glob("*.*") if path.suffix in (".yaml", ".json"))
-    raise UserError(
-        f"no such {kind} file: {name}{nearest(name, known)} (shipped in configs/{kind}: {', '.join(known)})"
-    )
-
-
 def resolve(tasks: Sequence[str] | None, recipe: str = DEFAULT_RECIPE, overrides: Iterable[str] = ()) -> Config:
     """Defaults, then the recipe and what it includes, then `key=value` overrides, for the named tasks.
 
@@ -269,21 +245,35 @@ def resolve(tasks: Sequence[str] | None, recipe: str = DEFAULT_RECIPE, overrides
     return config
 
 
-def check_settings(tasks: Sequence[str] | None, recipe: str | None, overrides: Iterable[str]) -> None:
-    """Finds what is wrong with anything but the tasks' own settings at once: PyTorch, which takes seconds, stays away.
+def check_settings(tasks: Sequence[str] | None, recipe: str | None, overrides: Iterable[str]) -> Config:
+    """Finds what is wrong with keys, values and names at once: PyTorch, which takes seconds, stays away.
+
+    Returns:
+        As `resolve`, but for the settings of tasks.
 
     Raises:
-        UserError: as `resolve` does.
+        UserError: as `resolve` does; or no such architecture or DeepSpeed file.
     """
-    for name in expand(tasks or []):
+    names = expand(tasks or [])
+    for name in names:
         task_entry(name)
     merged: Any = OmegaConf.create({})
     for layer in ([_load_yaml(find_file(recipe, "recipe"))] if recipe else []) + [parse_overrides(overrides)]:
         merged = OmegaConf.merge(merged, layer)
-    merged.pop("tasks", None)
     base = OmegaConf.structured(Config)
     _unlock(base)
-    _checked(base, merged, recipe or "config")
+    settings = merged.get("tasks") if isinstance(merged.get("tasks"), DictConfig) else {}
+    for name in list(settings):
+        kind = settings_class(name)
+        if kind is None or (names and name not in names):
+            del settings[name]
+        else:
+            base.tasks[name] = OmegaConf.structured(kind)
+    _unlock(base)
+    config = _checked(base, merged, recipe or "config")
+    find_architecture(config.model.name)
+    find_file(config.deepspeed, "deepspeed")
+    return config
 
 
 def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, source: str = "config") -> Config:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from emcl.errors import UserError
@@ -49,3 +54,50 @@ def task_entry(name: str) -> EntryPoint:
         known = ", ".join(entries) or "none: install the package with `pip install -e .`"
         raise UserError(f"unknown task {name!r}{nearest(name, list(entries))} (tasks: {known})")
     return entries[name]
+
+
+def settings_class(name: str) -> Any | None:
+    """The class of a task's settings, made from its file's text: the file itself imports PyTorch, which takes seconds.
+
+    None where it cannot be made so. The class is a twin of the task's own, good for checking values early.
+
+    Raises:
+        UserError: no such task; names the nearest and lists all.
+    """
+    entry = task_entry(name)
+    try:
+        spec = find_spec(entry.module)
+        body = ast.parse(Path(str(spec and spec.origin)).read_text()).body
+        task = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.attr)
+        (wanted,) = (node.value for node in task.body if isinstance(node, ast.Assign) and _binds(node, "config_class"))
+        assert isinstance(wanted, ast.Name)
+        module = sys.modules[f"{entry.module} (settings)"] = ModuleType(f"{entry.module} (settings)")
+        exec(compile(ast.Module(_needed(body, wanted.id), []), str(spec and spec.origin), "exec"), module.__dict__)
+        return getattr(module, wanted.id)
+    except Exception:  # it is somebody's file, and may do as it likes: then its settings are checked with the task
+        return None
+
+
+def _needed(body: list[ast.stmt], name: str) -> list[ast.stmt]:
+    """The statements of a module that bind `name`, and the names that those use, in order."""
+    names, found = [name, "annotations"], set()
+    for wanted in names:  # grows meanwhile
+        for statement in body:
+            if statement not in found and _binds(statement, wanted):
+                found.add(statement)
+                names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return [statement for statement in body if statement in found]
+
+
+def _binds(statement: ast.stmt, name: str) -> bool:
+    return name in set(_bound(statement))
+
+
+def _bound(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, ast.ImportFrom | ast.Import):
+        yield from ((alias.asname or alias.name).split(".")[0] for alias in statement.names)
+    elif isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        yield statement.name
+    elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))

@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emcl.config import DataConfig, configs_folder
+from emcl.config import DataConfig
 from emcl.data.order import Draw, Order
 from emcl.data.shards import ShardSet, find_shards
 from emcl.errors import UserError
+from emcl.shipped import configs_folder
 
 
 def training_patterns(data: DataConfig) -> dict[str, float]:

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from braceexpand import braceexpand
 from tqdm import tqdm
-from webdataset.shardlists import expand_urls
 
 from emcl.errors import UserError, first_line
 
@@ -51,7 +51,7 @@ def localise(pattern: str) -> list[Path]:
     if scheme not in SCHEMES:
         raise UserError(f"{pattern}: shards are read from {', '.join(SCHEMES)} or local paths, not by {scheme}:")
     if not any(sign in pattern for sign in "*?["):
-        urls = list(expand_urls(pattern))
+        urls = list(braceexpand(pattern))
         known: Mapping[str, Any] = {}
     else:
         folder, _, wanted = pattern.rpartition("/")

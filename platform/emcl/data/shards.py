@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from webdataset.shardlists import expand_urls
+from braceexpand import braceexpand
 
 from emcl.data.bad import check_bad_fraction
 from emcl.data.remote import is_remote, localise
@@ -57,7 +57,7 @@ def find_shards(pattern: str) -> list[Path]:
         elif any(sign in part for sign in "*?["):
             paths = [Path(name) for name in sorted(glob.glob(part))]  # noqa: PTH207, the pattern may be absolute
         else:
-            paths = [Path(name) for name in expand_urls(part)]
+            paths = [Path(name) for name in braceexpand(part)]
         missing = [path for path in paths if not path.is_file()]
         if missing or not paths:
             which = (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from emcl.config import ModelConfig
 from emcl.errors import UserError, first_line
 from emcl.model.conv import ConvTower
-from emcl.registry import nearest
+from emcl.shipped import find_architecture
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """CLIP's, before any training."""
@@ -81,18 +81,15 @@ def model_json(name: str) -> dict[str, Any]:
     Raises:
         UserError: no such name or file.
     """
-    from emcl.config import configs_folder
+    path = find_architecture(name)
+    return json.loads(path.read_text()) if path else open_clip.get_model_config(name)
 
-    for path in (Path(name), configs_folder() / "model" / f"{name}.json"):
-        if path.suffix == ".json" and path.is_file():
-            return json.loads(path.read_text())
-    found = open_clip.get_model_config(name)
-    if found is None:
-        known = open_clip.list_models()
-        raise UserError(
-            f"unknown model.name {name!r}{nearest(name, known)} (an open_clip name, or a JSON file in its format)"
-        )
-    return found
+
+def missing_weights(config: ModelConfig) -> list[str]:
+    """Files of pretrained weights that are not there; a tag of open_clip's is downloaded."""
+    wanted = [config.image_weights, config.pretrained]
+    looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
+    return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
 
 
 def build_towers(config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> Towers:

@@ -11,9 +11,10 @@ import deepspeed
 import torch
 from torch import nn
 
-from emcl.config import Config, find_file
+from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
+from emcl.shipped import find_file
 from emcl.train.optimizer import build_optimizer, build_schedule
 
 OURS = (

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from emcl.data.mixture import open_training, training_patterns
 from emcl.data.shards import find_shards, open_shards
 from emcl.data.vocabulary import UsedTokens
 from emcl.errors import UserError
+from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.train.engine import deepspeed_settings
 from emcl.train.optimizer import parameter_groups
@@ -49,11 +49,11 @@ def plan(config: Config) -> tuple[Plan, Config]:
         UserError: what the configuration names is not there, or does not fit, other than shards.
     """
     missing = [*_missing(list(training_patterns(config.data))), *_missing([config.data.val, config.data.test])]
-    missing += _missing_weights(config)
+    missing += missing_weights(config.model)
     samples = steps_per_epoch = steps = test = None
     if not _missing(list(training_patterns(config.data))):
         shards, order = open_training(config.data, config.seed)
-        config = learn_settings(config, shards) if not _missing_weights(config) else config
+        config = learn_settings(config, shards) if not missing_weights(config.model) else config
         samples, steps_per_epoch = len(shards), order.steps_per_epoch
         steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
     else:
@@ -181,10 +181,3 @@ def _with_guesses(config: Config) -> Config:
             learned["vocabulary"] = UsedTokens.of_captions(settings.tokenizer, ["a video"])
         tasks[name] = dataclasses.replace(settings, **learned) if learned else settings
     return dataclasses.replace(config, tasks=tasks)
-
-
-def _missing_weights(config: Config) -> list[str]:
-    """Files of pretrained weights that are not there; a tag of open_clip's is downloaded."""
-    wanted = [config.model.image_weights, config.model.pretrained]
-    looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
-    return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]

@@ -13,12 +13,13 @@ import torch
 
 from emcl import distributed
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
-from emcl.data.mixture import training_patterns
+from emcl.data.at_hand import of_sample, there, wanted
 from emcl.data.shards import find_shards, open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
+from emcl.model.towers import missing_weights
 from emcl.prepare.sample import generate
 from emcl.registry import expand, task_class
 from emcl.task import Scores
@@ -162,40 +163,36 @@ def _settings(
 
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
-    """What else would fail later: shards, batch size, the DeepSpeed file. Renders the sample set if asked."""
-    wanted = [*training_patterns(config.data), config.data.val] if training else []
-    patterns = [pattern for pattern in [*wanted, config.data.test] if pattern]
+    """What else would fail later: shards, weights, the DeepSpeed file. Renders the sample set if asked."""
+    patterns = wanted(config.data, training=training)
     if training:
         deepspeed_settings(config, ranks.world_size)
-    elif not patterns:
-        raise UserError("data.test names no shards to evaluate on")
+        for error in missing_weights(config.model):
+            raise UserError(error)
     if ranks.first and ((training and config.data.val) or config.data.test):
         for notice in [line for name in config.tasks for line in task_class(name).notices()]:
             print(f"note: {notice}", flush=True)
-    if config.data.generate:
-        folder = Path(config.data.train).parent  # a misspelt path elsewhere is no wish for a sample set there
-        _render(folder, [pattern for pattern in patterns if Path(pattern).parent == folder])
+    made = of_sample(config.data, patterns)
     for pattern in patterns:
-        find_shards(pattern)
+        if pattern not in made:  # an error comes before minutes of rendering
+            find_shards(pattern)
+    if not all(there(pattern) for pattern in made):
+        _render(Path(config.data.train).parent, made)
 
 
 def _render(folder: Path, patterns: Sequence[str]) -> None:
-    """The sample set, by whichever process of this disk comes first; the others wait for it."""
-    if all(_there(pattern) for pattern in patterns):
-        return
+    """The sample set, by whichever process of this disk comes first; the others wait for it.
+
+    Raises:
+        UserError: its shards are not those of `patterns`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not all(_there(pattern) for pattern in patterns):
+        if not all(there(pattern) for pattern in patterns):
             generate(folder, seed=0)
-
-
-def _there(pattern: str) -> bool:
-    try:
+    for pattern in patterns:
         find_shards(pattern)
-    except UserError:
-        return False
-    return True
 
 
 def _name(tasks: Sequence[str]) -> str:
