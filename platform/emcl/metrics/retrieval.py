@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 RECALLS = (1, 5, 10, 50)
 BLOCK = 64
 """Queries at once: little memory beside the scores, and what is done to a block finds it in the processor's cache."""
-THREADS = min(8, len(os.sched_getaffinity(0)))
+THREADS = min(8, os.cpu_count() or 1)
 """Blocks at once: NumPy lets other threads run while it counts."""
 TIES = ("against", "for", "reference")
 
