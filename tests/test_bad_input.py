@@ -149,12 +149,19 @@ def test_no_sample_set_is_rendered_among_the_shards_of_others(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", ["model.pretrained=nowhere.pt", "data.test=nowhere/test.tar"])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("model.pretrained=nowhere.pt", "nowhere.pt"),
+        ("data.test=nowhere/test.tar", "nowhere/test.tar"),
+        ("optim.accumulation=3", "64 is not divisible by 1 ranks x 3 accumulation steps: take 63"),
+    ],
+)
 def test_an_error_comes_before_the_sample_set_is_rendered(
-    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="nowhere"):
+    with pytest.raises(UserError, match=named):
         run(["retrieval"], overrides=[wrong])
     assert list(tmp_path.iterdir()) == []
 

@@ -126,18 +126,27 @@ class BatchOrder(Protocol):
     def batch(self, step: int) -> list[Draw]: ...
 
 
+def check_divisible(batch_size: int, world_size: int, accumulation: int) -> None:
+    """Whether a global batch is so many equal parts.
+
+    Raises:
+        UserError: it is not; names the nearest that is.
+    """
+    parts = world_size * accumulation
+    if batch_size % parts:
+        raise UserError(
+            f"data.batch_size={batch_size} is not divisible by {world_size} ranks x {accumulation} accumulation "
+            f"steps: take {max(1, round(batch_size / parts)) * parts}"
+        )
+
+
 class RankBatches:
     """A batch sampler: this rank's part of each micro-batch, from `start` (a step) to `stop`."""
 
     def __init__(
         self, order: BatchOrder, *, rank: int, world_size: int, accumulation: int, start: int, stop: int
     ) -> None:
-        parts = world_size * accumulation
-        if order.batch_size % parts:
-            raise UserError(
-                f"data.batch_size={order.batch_size} is not divisible by {world_size} ranks x {accumulation} "
-                f"accumulation steps: take {max(1, round(order.batch_size / parts)) * parts}"
-            )
+        check_divisible(order.batch_size, world_size, accumulation)
         self.order, self.rank, self.world_size = order, rank, world_size
         self.accumulation, self.start, self.stop = accumulation, start, stop
 

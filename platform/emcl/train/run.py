@@ -14,6 +14,7 @@ import torch
 from emcl import distributed
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
 from emcl.data.at_hand import of_sample, there, wanted
+from emcl.data.order import check_divisible
 from emcl.data.shards import find_shards, open_shards
 from emcl.distributed import Ranks
 from emcl.errors import UserError
@@ -163,9 +164,10 @@ def _settings(
 
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
-    """What else would fail later: shards, weights, the DeepSpeed file. Renders the sample set if asked."""
+    """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
     patterns = wanted(config.data, training=training)
     if training:
+        check_divisible(config.data.batch_size, ranks.world_size, config.optim.accumulation)
         deepspeed_settings(config, ranks.world_size)
         for error in missing_weights(config.model):
             raise UserError(error)
