@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from local_ranks import free_port, start_ranks
@@ -118,6 +120,18 @@ def launch(
             raise subprocess.TimeoutExpired(command, timeout, said.read(), complained.read())
         code = next((process.returncode for process in processes if process.returncode), 0)
         return subprocess.CompletedProcess(command, code, said.read(), complained.read())
+
+
+def ends(process: psutil.Process, within: float = 20) -> bool:
+    """Whether a process has ended, or does so soon: one that was killed takes the kernel a moment."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:  # its parent may yet bury it
+                time.sleep(0.05)
+                continue
+        return True
+    return False
 
 
 def _all_end(processes: list[subprocess.Popen[bytes]], timeout: float) -> bool:
