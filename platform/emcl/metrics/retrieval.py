@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RECALLS = (1, 5, 10, 50)
-BLOCK = 64
+BLOCK = 32
 """Queries at once: little memory beside the scores, and what is done to a block finds it in the processor's cache."""
 THREADS = min(8, os.cpu_count() or 1)
 """Blocks at once: NumPy lets other threads run while it counts."""
@@ -102,14 +102,19 @@ def video_to_text_places(similarity_QG: ArrayLike, video_of_text: Owner, *, resc
     With one text a video this is plain video-to-text retrieval. Videos without a text are left out.
     """
     owner = np.asarray(video_of_text)
-    videos = np.unique(owner)
+    videos, counts = np.unique(owner, return_counts=True)
     order = np.argsort(owner, kind="stable")
     starts = np.searchsorted(owner[order], videos)
+    # the first texts of all sets, then the second ones of those that have two, ..: whole rows of scores at a time
+    later = [(np.flatnonzero(counts > k), order[starts[counts > k] + k]) for k in range(1, counts.max(initial=0))]
     blocks = rescore(np.asarray(similarity_QG).T)
 
     def of_sets(queries: NDArray[np.int64]) -> NDArray[Any]:
-        # a text's scores lie side by side, so texts are gathered whole
-        return np.maximum.reduceat(blocks(queries).T[order], starts, axis=0).T
+        scores = blocks(queries).T  # a text's scores lie side by side
+        best = scores[order[starts]]
+        for sets, texts in later:
+            best[sets] = np.maximum(best[sets], scores[texts])
+        return best.T
 
     return places_of(of_sets, np.arange(len(videos)), queries=videos)
 
