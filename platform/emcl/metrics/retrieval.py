@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RECALLS = (1, 5, 10, 50)
-BLOCK = 32
+BLOCK = 64
 """Queries at once: little memory beside the scores, and what is done to a block finds it in the processor's cache."""
 THREADS = min(8, os.cpu_count() or 1)
 """Blocks at once: NumPy lets other threads run while it counts."""
