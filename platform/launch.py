@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         saved = options.evaluate or options.resume  # brings its own recipe
         early = check_settings(tasks, options.recipe or (None if saved else DEFAULT_RECIPE), options.overrides)
-        if not saved and not options.dry_run:
+        if not (saved or options.dry_run) and os.environ.get("RANK", "0") == "0":  # `run` looks on every rank
             check_local(early.data)
         from emcl.train.plan import describe_plan
         from emcl.train.run import run

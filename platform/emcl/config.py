@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from emcl.errors import UserError, first_line
-from emcl.registry import expand, nearest, settings_class, task_class, task_entry
+from emcl.registry import expand, nearest, settings_class, task_class
 from emcl.shipped import find_architecture, find_file
 
 DEFAULT_RECIPE = "sample"
@@ -254,43 +254,41 @@ def check_settings(tasks: Sequence[str] | None, recipe: str | None, overrides: I
     Raises:
         UserError: as `resolve` does; or no such architecture or DeepSpeed file.
     """
-    names = expand(tasks or [])
-    for name in names:
-        task_entry(name)
-    merged: Any = OmegaConf.create({})
-    for layer in ([_load_yaml(find_file(recipe, "recipe"))] if recipe else []) + [parse_overrides(overrides)]:
-        merged = OmegaConf.merge(merged, layer)
-    base = OmegaConf.structured(Config)
-    _unlock(base)
-    settings = merged.get("tasks") if isinstance(merged.get("tasks"), DictConfig) else {}
-    for name in list(settings):
-        kind = settings_class(name)
-        if kind is None or (names and name not in names):
-            del settings[name]
-        else:
-            base.tasks[name] = OmegaConf.structured(kind)
-    _unlock(base)
-    config = _checked(base, merged, recipe or "config")
+    layers = [_load_yaml(find_file(recipe, "recipe"))] if recipe else []
+    source = recipe or "config"
+    config = from_dict([*layers, parse_overrides(overrides)], tasks, source=source, settings_of=settings_class)
     find_architecture(config.model.name)
     find_file(config.deepspeed, "deepspeed")
     return config
 
 
-def from_dict(layers: Sequence[Any], tasks: Sequence[str] | None = None, *, source: str = "config") -> Config:
-    """A checked Config from plain dictionaries merged in order; `tasks` are taken from them where not given."""
+def _settings_of(name: str) -> Any:
+    return task_class(name).config_class
+
+
+def from_dict(
+    layers: Sequence[Any],
+    tasks: Sequence[str] | None = None,
+    *,
+    source: str = "config",
+    settings_of: Callable[[str], Any] = _settings_of,
+) -> Config:
+    """A checked Config from plain dictionaries merged in order; `tasks` are taken from them where not given.
+
+    `settings_of` gives the class of a task's settings; those of which it gives none are left out.
+    """
     merged: Any = OmegaConf.create({})
     for layer in layers:
         merged = OmegaConf.merge(merged, layer)
-    names = expand(tasks) if tasks is not None else list(merged.get("tasks", {}))
-    if "tasks" in merged:  # a recipe may hold settings for tasks that this run leaves out
-        recipe_tasks = merged.tasks
-        for name in list(recipe_tasks):
-            if name not in names:
-                task_class(name)
-                del recipe_tasks[name]
+    given = merged.get("tasks") if isinstance(merged.get("tasks"), DictConfig) else {}
+    names = expand(tasks) if tasks is not None else list(given)
+    kinds = {name: settings_of(name) for name in [*names, *given]}
+    for name in list(given):  # a recipe may hold settings for tasks that this run leaves out
+        if name not in names or kinds[name] is None:
+            del given[name]
     base = OmegaConf.structured(Config)
     _unlock(base)
-    base.tasks = {name: OmegaConf.structured(task_class(name).config_class) for name in names}
+    base.tasks = {name: OmegaConf.structured(kinds[name]) for name in names if kinds[name] is not None}
     _unlock(base)
     return _checked(base, merged, source)
 

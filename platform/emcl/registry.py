@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,13 +67,15 @@ def settings_class(name: str) -> Any | None:
     entry = task_entry(name)
     try:
         spec = find_spec(entry.module)
-        body = ast.parse(Path(str(spec and spec.origin)).read_text()).body
+        assert spec and spec.origin
+        body = ast.parse(Path(spec.origin).read_text()).body
         task = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == entry.attr)
-        (wanted,) = (node.value for node in task.body if isinstance(node, ast.Assign) and _binds(node, "config_class"))
-        assert isinstance(wanted, ast.Name)
+        (settings,) = [node for node in task.body if isinstance(node, ast.Assign) and "config_class" in _bound(node)]
+        assert isinstance(settings.value, ast.Name)
+        name = settings.value.id
         module = sys.modules[f"{entry.module} (settings)"] = ModuleType(f"{entry.module} (settings)")
-        exec(compile(ast.Module(_needed(body, wanted.id), []), str(spec and spec.origin), "exec"), module.__dict__)
-        return getattr(module, wanted.id)
+        exec(compile(ast.Module(_needed(body, name), []), spec.origin, "exec"), module.__dict__)
+        return getattr(module, name)
     except Exception:  # it is somebody's file, and may do as it likes: then its settings are checked with the task
         return None
 
@@ -83,21 +85,19 @@ def _needed(body: list[ast.stmt], name: str) -> list[ast.stmt]:
     names, found = [name, "annotations"], set()
     for wanted in names:  # grows meanwhile
         for statement in body:
-            if statement not in found and _binds(statement, wanted):
+            if statement not in found and wanted in _bound(statement):
                 found.add(statement)
                 names += [node.id for node in ast.walk(statement) if isinstance(node, ast.Name)]
     return [statement for statement in body if statement in found]
 
 
-def _binds(statement: ast.stmt, name: str) -> bool:
-    return name in set(_bound(statement))
-
-
-def _bound(statement: ast.stmt) -> Iterator[str]:
+def _bound(statement: ast.stmt) -> set[str]:
+    """The names that it binds."""
     if isinstance(statement, ast.ImportFrom | ast.Import):
-        yield from ((alias.asname or alias.name).split(".")[0] for alias in statement.names)
-    elif isinstance(statement, ast.ClassDef | ast.FunctionDef):
-        yield statement.name
-    elif isinstance(statement, ast.Assign | ast.AnnAssign):
+        return {(alias.asname or alias.name).split(".")[0] for alias in statement.names}
+    if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+        return {statement.name}
+    if isinstance(statement, ast.Assign | ast.AnnAssign):
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        yield from (target.id for target in targets if isinstance(target, ast.Name))
+        return {target.id for target in targets if isinstance(target, ast.Name)}
+    return set()

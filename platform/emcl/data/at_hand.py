@@ -48,10 +48,12 @@ def check_local(data: DataConfig) -> None:
             find_shards(pattern)
 
 
-def there(pattern: str) -> bool:
-    """Whether all of its shards are."""
-    try:
-        find_shards(pattern)
-    except UserError:
-        return False
-    return True
+def missing(patterns: list[str]) -> list[str]:
+    """What `find_shards` says of each of `patterns` without its files."""
+    wrong = []
+    for pattern in patterns:
+        try:
+            find_shards(pattern)
+        except UserError as error:
+            wrong.append(str(error))
+    return wrong

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from emcl.config import Config
+from emcl.data.at_hand import missing, wanted
 from emcl.data.mixture import open_training, training_patterns
-from emcl.data.shards import find_shards, open_shards
+from emcl.data.shards import open_shards
 from emcl.data.vocabulary import UsedTokens
-from emcl.errors import UserError
 from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.train.engine import deepspeed_settings
@@ -48,17 +48,17 @@ def plan(config: Config) -> tuple[Plan, Config]:
     Raises:
         UserError: what the configuration names is not there, or does not fit, other than shards.
     """
-    missing = [*_missing(list(training_patterns(config.data))), *_missing([config.data.val, config.data.test])]
-    missing += missing_weights(config.model)
+    weights = missing_weights(config.model)
+    lacking = [*missing(wanted(config.data, training=True)), *weights]
     samples = steps_per_epoch = steps = test = None
-    if not _missing(list(training_patterns(config.data))):
+    if not missing(list(training_patterns(config.data))):
         shards, order = open_training(config.data, config.seed)
-        config = learn_settings(config, shards) if not missing_weights(config.model) else config
+        config = learn_settings(config, shards) if not weights else config
         samples, steps_per_epoch = len(shards), order.steps_per_epoch
         steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
     else:
         config = _with_guesses(config)
-    if config.data.test and not _missing([config.data.test]):
+    if config.data.test and not missing([config.data.test]):
         test = len(open_shards(config.data.test))
     model = build_on_meta(config)
     groups = {
@@ -69,7 +69,7 @@ def plan(config: Config) -> tuple[Plan, Config]:
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(count for count, _ in groups.values()),
         groups=groups,
-        missing=missing,
+        missing=lacking,
         samples=samples,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
@@ -157,17 +157,6 @@ def describe_plan(config: Config) -> str:
         lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
     lines += [f"missing: {item}" for item in found.missing]
     return "\n".join(lines)
-
-
-def _missing(patterns: list[str] | list[str | None]) -> list[str]:
-    wrong = []
-    for pattern in patterns:
-        try:
-            if pattern:
-                find_shards(pattern)
-        except UserError as error:
-            wrong.append(str(error))
-    return wrong
 
 
 def _with_guesses(config: Config) -> Config:

@@ -13,7 +13,7 @@ import torch
 
 from emcl import distributed
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
-from emcl.data.at_hand import of_sample, there, wanted
+from emcl.data.at_hand import missing, of_sample, wanted
 from emcl.data.order import check_divisible
 from emcl.data.shards import find_shards, open_shards
 from emcl.distributed import Ranks
@@ -178,11 +178,11 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     for pattern in patterns:
         if pattern not in made:  # an error comes before minutes of rendering
             find_shards(pattern)
-    if not all(there(pattern) for pattern in made):
+    if missing(made):
         _render(Path(config.data.train).parent, made)
 
 
-def _render(folder: Path, patterns: Sequence[str]) -> None:
+def _render(folder: Path, patterns: list[str]) -> None:
     """The sample set, by whichever process of this disk comes first; the others wait for it.
 
     Raises:
@@ -191,7 +191,7 @@ def _render(folder: Path, patterns: Sequence[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not all(there(pattern) for pattern in patterns):
+        if missing(patterns):
             generate(folder, seed=0)
     for pattern in patterns:
         find_shards(pattern)
