@@ -24,7 +24,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from conftest import ends, launch, launch_command, small
+from conftest import LAUNCH, ROOT, ends, launch, launch_command, small
 from emcl.config import DataConfig
 from emcl.data import loader as loaders
 from emcl.data.decode import DecodeError, decode
@@ -37,6 +37,7 @@ from emcl.prepare.writer import encode_mp4
 
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
 Change = Callable[[str, bytes], "bytes | None"]
+BLOCKING = ROOT / "tests" / "blocking.py"
 
 
 def rewritten(source: Path, out: Path, change: Change) -> Path:
@@ -260,11 +261,14 @@ def test_fewer_shards_than_ranks_and_workers_are_enough(sample_shards: Path, tmp
 
 
 @contextmanager
-def long_run(cwd: Path, shards: Path, *settings: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+def long_run(
+    cwd: Path, shards: Path, *settings: str, script: Path = LAUNCH
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A run on two ranks, some steps in, and its training processes by rank; whatever is left of it is killed."""
     command, environment = launch_command(
         "--task", "retrieval", *small(shards), "optim.epochs=100000", "evaluate.every_epochs=100000", "name=run",
-        "tracking.every_steps=1", "data.test=null", *settings, ranks=2,
+        "tracking.every_steps=1", "data.test=null", *settings, ranks=2, script=script,
+        env={"PYTHONPATH": str(ROOT / "platform")},
     )  # fmt: skip
     ranks: dict[int, psutil.Process] = {}
     with (cwd / "log").open("w") as log:
@@ -288,12 +292,20 @@ def long_run(cwd: Path, shards: Path, *settings: str) -> Iterator[tuple[subproce
         running.wait()
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("script", "fault", "rank"),
+    [
+        pytest.param(LAUNCH, signal.SIGKILL, 1, id="gloo tells the others of a death"),
+        pytest.param(BLOCKING, signal.SIGKILL, 0, id="rank 0 dies, and collectives block"),
+        pytest.param(BLOCKING, signal.SIGKILL, 1, id="rank 1 dies, and collectives block"),
+        pytest.param(BLOCKING, signal.SIGSTOP, 0, id="rank 0 hangs, and collectives block"),
+        pytest.param(BLOCKING, signal.SIGSTOP, 1, id="rank 1 hangs, and collectives block"),
+    ],
+)
 def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
-    fault: signal.Signals, rank: int, sample_shards: Path, tmp_path: Path
+    script: Path, fault: signal.Signals, rank: int, sample_shards: Path, tmp_path: Path
 ) -> None:
-    with long_run(tmp_path, sample_shards, "patience=5") as (running, ranks):
+    with long_run(tmp_path, sample_shards, "patience=5", script=script) as (running, ranks):
         everyone = [one for process in ranks for one in (process, *process.children(recursive=True))]
         began = time.monotonic()
         os.kill(ranks[rank].pid, fault)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +150,84 @@ def test_an_array_of_jobs_prepares_together_and_a_job_scores_the_run(slurm: Slur
         slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"))
         assert slurm.state(job) == "COMPLETED", slurm.logs()
         assert (slurm.cwd / "runs/mine/report/report.html").is_file()
+
+
+SHOW = """
+import json, os, sys
+names = ("CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "WORLD_SIZE", "SLURM_CPUS_PER_TASK")
+seen = {name: os.environ.get(name) for name in names} | {"arguments": sys.argv[1:]}
+open(f"seen-{os.environ['SLURM_JOB_ID']}-{os.environ['RANK']}.json", "w").write(json.dumps(seen))
+"""
+JOB = """#!/bin/bash
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-gpu=2
+#SBATCH --output=%x-%j.log
+source cluster/slurm/common.sh
+on_every_node show.py one "two words"
+"""
+
+
+@pytest.fixture
+def ranks_seen(slurm: Slurm) -> Callable[..., tuple[str, list[dict[str, Any]]]]:
+    """Runs a job whose ranks write down what they were started with; its state, and that by rank."""
+    (slurm.cwd / "show.py").write_text(SHOW)
+    (slurm.cwd / "show.sbatch").write_text(JOB)
+
+    def run(*asked: str, ranks: str = "") -> tuple[str, list[dict[str, Any]]]:
+        # the launcher takes this machine for one with GPUs; the ranks here need none
+        environment = {**slurm.environment, "DS_ACCELERATOR": "cuda", "RANKS": ranks}
+        job = Slurm(slurm.cwd, environment).submit("--parsable", *asked, "show.sbatch")
+        slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"))
+        return slurm.state(job), [json.loads(path.read_text()) for path in sorted(slurm.cwd.glob(f"seen-{job}-*.json"))]
+
+    return run
+
+
+def test_ranks_get_the_gpus_and_the_cores_that_the_job_was_given(slurm: Slurm, ranks_seen: Any) -> None:
+    other = slurm.submit("--parsable", "--nodes=2", "--gpus-per-node=2", "--wrap", "sleep 300")
+    slurm.wait(lambda: slurm.state(other) == "RUNNING")
+    state, seen = ranks_seen("--nodes=2", "--gpus-per-node=2")  # the first two of each node are another job's
+    slurm("scancel", other)
+    assert state == "COMPLETED", slurm.logs()
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in seen] == ["2,3"] * 4
+    assert [rank["LOCAL_RANK"] for rank in seen] == ["0", "1", "0", "1"]
+    assert {rank["WORLD_SIZE"] for rank in seen} == {"4"}
+    assert {rank["SLURM_CPUS_PER_TASK"] for rank in seen} == {"4"}  # of the launcher's step: two a GPU
+    assert seen[0]["arguments"] == ["one", "two words"]
+
+
+def test_names_of_gpus_are_passed_on_as_they_are(tmp_path: Path) -> None:
+    """Of a scheduler that gives no numbers: GPU-... and MIG-... are names that the launcher cannot read."""
+    (tmp_path / "show.py").write_text(SHOW)
+    (tmp_path / "cluster").symlink_to(ROOT / "cluster")
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    given = {"CUDA_VISIBLE_DEVICES": "GPU-8f2c,MIG-77aa", "DS_ACCELERATOR": "cuda", "RANKS": "2"}
+    node = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    met = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **given, **node, **met}
+    environment["PATH"] = f"{tmp_path}:{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["bash", "cluster/slurm/launch_node.sh", "show.py"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    seen = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("seen-7-*.json"))]
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in seen] == ["GPU-8f2c,MIG-77aa"] * 2
+
+
+def test_a_job_that_was_given_no_gpu_takes_none(slurm: Slurm, ranks_seen: Any) -> None:
+    state, seen = ranks_seen("--nodes=1", ranks="2")
+    assert state == "FAILED" and not seen
+    assert "the job was given no GPU here" in slurm.logs()
+
+
+def test_more_ranks_than_gpus_are_refused_by_name(slurm: Slurm, ranks_seen: Any) -> None:
+    state, seen = ranks_seen("--nodes=1", "--gpus-per-node=2", ranks="3")
+    assert state == "FAILED" and not seen
+    assert "3 ranks, and the job was given 2 GPUs here (CUDA_VISIBLE_DEVICES=0,1)" in slurm.logs()
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate"])
+def test_a_gpu_comes_with_cores_for_its_loaders(script: str, slurm: Slurm) -> None:
+    job = slurm.submit("--parsable", "--hold", "--nodes=1", "--gpus-per-node=1", f"cluster/slurm/{script}.sbatch", "x")
+    shown = slurm("scontrol", "show", "job", job)
+    slurm("scancel", job)
+    assert "CpusPerTres=gres:gpu:8" in shown

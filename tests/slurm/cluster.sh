@@ -1,5 +1,7 @@
 #!/bin/bash
 # A real SLURM of two virtual nodes on this machine, for tests: cluster.sh start DIR | cluster.sh stop DIR
+# Each node says that it has 8 cores and 4 GPUs; device files that lead nowhere stand in for the latter. There are no
+# device cgroups: a job is told its GPUs by CUDA_VISIBLE_DEVICES alone.
 # Wants root, and Debian's slurm-wlm and munge. Everything it writes is in DIR; everything listens on this machine.
 set -euo pipefail
 action=$1
@@ -32,7 +34,10 @@ SlurmctldLogFile=$dir/log/slurmctld
 SlurmdLogFile=$dir/log/%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-SelectType=select/linear
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+GresTypes=gpu
+SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=10
@@ -41,10 +46,16 @@ MinJobAge=600
 JobRequeue=1
 SchedulerParameters=sched_interval=2
 AuthInfo=cred_expire=10
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 1)) CPUs=1 State=UNKNOWN
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 2)) CPUs=1 State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 1)) CPUs=8 Gres=gpu:4 State=UNKNOWN
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((base + 2)) CPUs=8 Gres=gpu:4 State=UNKNOWN
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 CONF
+  for gpu in 0 1 2 3; do
+    [ -e "$dir/nvidia$gpu" ] || mknod "$dir/nvidia$gpu" c 1 3
+  done
+  for node in n1 n2; do
+    echo "NodeName=$node Name=gpu File=$dir/nvidia[0-3] Flags=nvidia_gpu_env"
+  done >"$dir/gres.conf"
   export SLURM_CONF=$conf
   slurmctld
   slurmd -N n1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +22,23 @@ from emcl.task import Evaluation, Lockstep, Scorer, Scores, to_device
 
 @torch.no_grad()
 def evaluate(
-    model: VideoLanguageModel, source: Source, config: Config, ranks: Ranks, device: torch.device, *, name: str
+    model: VideoLanguageModel,
+    source: Source,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    name: str,
+    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Scores]:
-    """Scores of each task, the same on every rank; each sample counts exactly once.
+    """Scores of each task, the same on every rank; each sample counts exactly once; `progress` is called each batch.
 
     All ranks make the same number of forward passes, since each of them is a collective under ZeRO-3.
 
     Raises:
         UserError: more samples than `data.max_bad_fraction` allows do not decode; lists them.
     """
-    scorers, evaluation = collect(model, source, config, ranks, device, name=name)
+    scorers, evaluation = collect(model, source, config, ranks, device, name=name, progress=progress)
     scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
     control = _control(config)
     return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
@@ -48,6 +55,7 @@ def collect(
     name: str,
     rows: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Scorer], Evaluation]:
     """Encodes every sample (or `rows`) and lets the tasks' scorers (or those of `only`) take what they need.
 
@@ -85,6 +93,7 @@ def collect(
         encoded = Encoded(model(batch, part="video"), batch["video_mask"])
         for scorer in scorers.values():
             scorer.add(encoded, batch if real else None, evaluation)
+        progress()
     _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(shards), config)
     return scorers, evaluation
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,10 +27,19 @@ FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
 VIDEOS_AT_ONCE = 32
 
 
-def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ranks, device: torch.device) -> Source:
+def open_source(
+    config: Config,
+    shards: ShardSet,
+    backbone: Backbone,
+    ranks: Ranks,
+    device: torch.device,
+    *,
+    progress: Callable[[], None] = lambda: None,
+) -> Source:
     """The split as training and evaluation read it; computes missing features where the configuration wants them.
 
-    `backbone` is one that no DeepSpeed engine holds yet. Called by all ranks, which share the shards' work.
+    `backbone` is one that no DeepSpeed engine holds yet. Called by all ranks, which share the shards' work; `progress`
+    is called with every video.
 
     Raises:
         UserError: features of towers that are not frozen, or of random augmentations, are asked for.
@@ -56,7 +65,7 @@ def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ran
         for number in missing[ranks.rank :: ranks.world_size]:
             rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
             bar = tqdm(rows, desc=f"features of {paths[number].name}", unit="video", disable=not ranks.first)
-            write_features(paths[number], _of_rows(bar, config, shards, texts, backbone, device))
+            write_features(paths[number], _of_rows(bar, config, shards, texts, backbone, device, progress))
     except UserError as found:
         error = found
     ranks.agree(error)
@@ -66,7 +75,13 @@ def open_source(config: Config, shards: ShardSet, backbone: Backbone, ranks: Ran
 
 @torch.no_grad()
 def _of_rows(
-    rows: tqdm[int], config: Config, shards: ShardSet, texts: Tokens, backbone: Backbone, device: torch.device
+    rows: tqdm[int],
+    config: Config,
+    shards: ShardSet,
+    texts: Tokens,
+    backbone: Backbone,
+    device: torch.device,
+    progress: Callable[[], None],
 ) -> Iterator[tuple[str, Feature]]:
     clips = Clips(shards, config.data, training=False)
     group: list[tuple[Sample, Tensor]] = []
@@ -77,6 +92,7 @@ def _of_rows(
                 f"{bad[0]}: write the shards again without it (`emcl prepare` leaves out what does not decode)"
             )
         group.append((sample, torch.from_numpy(frames)))
+        progress()
         if len(group) == VIDEOS_AT_ONCE:
             yield from _of_group(group, texts, backbone, device)
             group = []

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.data.source import Source
 from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
@@ -56,8 +57,9 @@ class Trainer:
         *,
         init: Path | None = None,
         resuming: bool = False,
+        watch: Watch | None = None,
     ) -> None:
-        """With `resuming`, the run in `folder` goes on, on any number of ranks."""
+        """With `resuming`, the run in `folder` goes on, on any number of ranks; `watch` is told how it gets on."""
         self.ranks, self.device, self.folder = ranks, device, folder
         self.inputs, self.shards, self.val, self.total = inputs, inputs.shards, inputs.val, inputs.steps
         self.config = config = inputs.config
@@ -67,8 +69,12 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
         self.taken = start_from(model, init) if init else None
-        self.source = open_source(config, self.shards, model.backbone, ranks, device)
-        self.val_source = open_source(config, self.val, model.backbone, ranks, device) if self.val else None
+        self.watch = watch or Watch(ranks, config.patience)
+        backbone, progress = model.backbone, self.watch.progress
+        self.source = open_source(config, self.shards, backbone, ranks, device, progress=progress)
+        self.val_source: Source | None = None
+        if self.val:
+            self.val_source = open_source(config, self.val, backbone, ranks, device, progress=progress)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         found = (
             checkpoint.find(folder / "checkpoints", ranks, zero_stage(config), config.precision) if resuming else None
@@ -85,7 +91,6 @@ class Trainer:
         self.bad = BadClips(ranks, folder, len(self.shards), allowed, self.shards.damaged)
         self.meter = _Meter(ranks, device, self.bad)
         self.stop = StopRequest()
-        self.watch = Watch(ranks, config.patience, at_end=lambda: self.tracker.finish("FAILED"))
 
     @property
     def model(self) -> VideoLanguageModel:
@@ -105,7 +110,7 @@ class Trainer:
         )  # fmt: skip
         steps = self.config.tracking.profile if self.ranks.first else 0
         profile = StepProfile(steps, self.model, self.folder, tracker, self._say)
-        with self.stop, bar, self.watch, profile:
+        with self.stop, bar, profile:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
                 self.watch.step(step + 1, "training")
                 profile.step()
@@ -198,7 +203,10 @@ class Trainer:
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
         if self.val_source is not None and due:
             self.engine.eval()
-            scores = evaluate(self.model, self.val_source, self.config, self.ranks, self.device, name="val")
+            scores = evaluate(
+                self.model, self.val_source, self.config, self.ranks, self.device, name="val",
+                progress=self.watch.progress,
+            )  # fmt: skip
             self.engine.train()
             self.tracker.metrics(
                 {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()},

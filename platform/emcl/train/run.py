@@ -33,6 +33,7 @@ from emcl.train.inputs import Inputs, open_inputs
 from emcl.train.lock import RunLock
 from emcl.train.loop import Trainer, write_run
 from emcl.train.stop import Stopped
+from emcl.train.watch import Watch
 
 
 def run(
@@ -64,67 +65,82 @@ def run(
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
-    name = folder.name if folder else ranks.gather_objects(config.name or _name(list(config.tasks)))[0]
-    if inputs is None:
-        assert evaluate_path is not None
-        export = find_export(evaluate_path)
-        tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
-        with _Finished(tracker):
-            return _score(export, config, ranks, device, _home(export), tracker, step=0)
-    folder = folder or Path(config.runs) / name
-    return _train(inputs, ranks, device, folder, resuming=resume is not None, init=init)
+    name = folder.name if folder else ranks.from_first(config.name or _name(list(config.tasks)))
+    with _Recorded() as recorded, Watch(ranks, config.patience, at_end=recorded.failed) as watch:
+        if inputs is None:
+            assert evaluate_path is not None
+            export = find_export(evaluate_path)
+            recorded.tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
+            return _score(export, config, ranks, device, _home(export), recorded.tracker, watch, step=0)
+        folder = folder or Path(config.runs) / name
+        return _train(inputs, ranks, device, folder, recorded, watch, resuming=resume is not None, init=init)
 
 
 def _train(
-    inputs: Inputs, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
+    inputs: Inputs,
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    recorded: _Recorded,
+    watch: Watch,
+    *,
+    resuming: bool,
+    init: Path | None,
 ) -> dict[str, Scores]:
     lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
-    trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming)
+    trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming, watch=watch)
     if not resuming:
         lock = _locked(folder, ranks)
     config = inputs.config
     continued = _mlflow_run(folder) if resuming else None
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, folder=folder)
-    with _Finished(tracker):
-        if ranks.first:
-            facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id, "ranks": ranks.world_size}
-            write_run(folder, to_yaml(config), facts)
-            tracker.text(to_yaml(config), "config.yaml")
-            print(
-                f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
-                f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
-                f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
-                flush=True,
-            )
-            if trainer.taken:
-                print(trainer.taken, flush=True)
-        trainer.train(tracker)
-        total = trainer.total
-        del trainer
-        scores = {}
-        if config.data.test:
-            scores = _score(folder / "best", config, ranks, device, folder, tracker, step=total)
-        if ranks.first:
-            print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder}/best'))")
-            if tracker.uri:
-                hint = (
-                    f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
-                )
-                print(f"compare runs in MLflow: {hint}")
-        del lock  # held until the test is scored
-        return scores
+    recorded.tracker = tracker
+    if ranks.first:
+        facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id, "ranks": ranks.world_size}
+        write_run(folder, to_yaml(config), facts)
+        tracker.text(to_yaml(config), "config.yaml")
+        print(
+            f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
+            f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
+            f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
+            flush=True,
+        )
+        if trainer.taken:
+            print(trainer.taken, flush=True)
+    trainer.train(tracker)
+    total = trainer.total
+    del trainer
+    scores = {}
+    if config.data.test:
+        scores = _score(folder / "best", config, ranks, device, folder, tracker, watch, step=total)
+    if ranks.first:
+        print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder}/best'))")
+        if tracker.uri:
+            hint = f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
+            print(f"compare runs in MLflow: {hint}")
+    del lock  # held until the test is scored
+    return scores
 
 
 def _score(
-    export: Path, config: Config, ranks: Ranks, device: torch.device, folder: Path, tracker: Tracker, *, step: int
+    export: Path,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    folder: Path,
+    tracker: Tracker,
+    watch: Watch,
+    *,
+    step: int,
 ) -> dict[str, Scores]:
     """The exported model on the test split."""
+    watch.slow("scoring the test split")
     model, _ = open_export(export, config)
     model.to(device)
     shards = open_shards(str(config.data.test))
-    source = open_source(config, shards, model.backbone, ranks, device)
-    scores = evaluate(model, source, config, ranks, device, name="test")
+    source = open_source(config, shards, model.backbone, ranks, device, progress=watch.progress)
+    scores = evaluate(model, source, config, ranks, device, name="test", progress=watch.progress)
     if ranks.first:
         split = split_name("test", config)
         record(scores, shards, config, folder, tracker, split=split, step=step)
@@ -237,14 +253,21 @@ def _run_to_resume(resume: str) -> Path:
     return max(found, key=lambda path: checkpoints(path / "checkpoints")[-1].stat().st_mtime)
 
 
-class _Finished:
-    """Ends the tracked run with the status that its block ends with."""
+class _Recorded:
+    """Ends the tracked run, once there is one, with the status that its block ends with."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self.tracker = tracker
+    tracker: Tracker | None = None
 
-    def __enter__(self) -> None: ...
+    def __enter__(self) -> _Recorded:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         stopped = kind in (KeyboardInterrupt, Stopped)
-        self.tracker.finish("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+        self._finish("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+
+    def failed(self) -> None:
+        self._finish("FAILED")
+
+    def _finish(self, status: str) -> None:
+        if self.tracker is not None:
+            self.tracker.finish(status)
