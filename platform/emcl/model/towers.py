@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from emcl.config import ModelConfig
 from emcl.errors import UserError, first_line
+from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.conv import ConvTower
 from emcl.shipped import find_architecture
 
@@ -127,6 +128,7 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
         clip.visual = ConvTower(widths, size, settings["embed_dim"])
     if state is not None:
         _load(clip, state, Path(str(config.pretrained)), config.name)
+    keep_statistics_in_full_precision(clip)
     image, text = clip.visual, clip.text
     if load_weights and config.image_weights:
         _load_image_weights(image, Path(config.image_weights))
