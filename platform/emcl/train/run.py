@@ -25,6 +25,7 @@ from emcl.prepare.sample import generate
 from emcl.registry import expand, task_class
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
+from emcl.train.arithmetic import set_arithmetic
 from emcl.train.checkpoint import checkpoints
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
@@ -62,6 +63,7 @@ def run(
     expected = distributed.described()
     _check(config, expected, training=evaluate_path is None)
     inputs = open_inputs(config, expected, init) if evaluate_path is None else None
+    set_arithmetic(config)
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
