@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train demo test lint bench ablation together joint-step human whole-way format clean
+.PHONY: install train demo test lint bench ablation together joint-step human whole-way gpu-check gpu-bundle format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,14 @@ human: install
 # From published files to a report: make whole-way MSRVTT=ANNOTATIONS_DIR FRAMES=VIDEOS_TAR
 whole-way: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/whole_way.py msrvtt --annotations $(MSRVTT) --videos $(FRAMES)
+
+# What this machine makes of the platform, within 6 minutes and without internet: make gpu-check ARGS='--only speed'
+gpu-check: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/emcl doctor $(ARGS)
+
+# What that needs on a machine without internet, as one tar: make gpu-bundle ARGS='--python 3.11'
+gpu-bundle: install
+	$(BIN)/emcl bundle $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "placement", "describe", "report"},
+    {"inference", "placement", "describe", "report", "doctor"},
     {"search"},
     {"serve"},
     {"cli", "cli_search"},

@@ -131,6 +131,31 @@ def build_parser() -> argparse.ArgumentParser:
     report.set_defaults(act=_report)
 
     add_commands(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="check what this machine makes of the platform: exactness, precisions, ZeRO, resuming, speed, memory",
+        description="On a GPU: its numbers beside the CPU's, host waits of a step, bf16 and fp16, ZeRO 0 to 3, "
+        "resuming to the bit, loading, EMCL's share, frames a second, MFU and memory of ViT-B-32 and ViT-L-14. Without "
+        "one, what can be checked. No internet is needed. Prints a table and writes JSON for bug reports.",
+    )  # fmt: skip
+    doctor.add_argument("--out", type=Path, default=Path("doctor.json"), help="%(default)s")
+    doctor.add_argument("--shards", type=Path, metavar="DIR", help="sample shards (default: some are rendered)")
+    doctor.add_argument("--only", nargs="+", default=[], metavar="GROUP", help="such as ZeRO speed")
+    doctor.add_argument("--minutes", type=float, default=6, help="no check begins after so many (%(default)s)")
+    doctor.set_defaults(act=_doctor)
+
+    bundle = commands.add_parser(
+        "bundle",
+        help="a tar for a machine without internet: the check of `emcl doctor`, or with --full the whole platform",
+        description="From a checkout, on a machine with internet. The small one (60 MB at most) runs `emcl doctor` "
+        "where PyTorch, torchvision and transformers are installed: tar xf, then sh check.sh. --full has every wheel.",
+    )
+    bundle.add_argument("--out", type=Path, default=Path("emcl-bundle.tar"), help="%(default)s")
+    bundle.add_argument("--full", action="store_true", help="all wheels, for pip install --no-index: some gigabytes")
+    bundle.add_argument("--python", default="3.12", metavar="X.Y", help="of the target (%(default)s)")
+    bundle.add_argument("--machine", default="x86_64", help="of the target (%(default)s)")
+    bundle.set_defaults(act=_bundle)
+
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(act=_tasks)
 
@@ -298,6 +323,24 @@ def _report(options: argparse.Namespace) -> None:
     page, text = write_report(options.runs, options.out)
     print(text)
     print(f"written: {page}, {page.with_suffix('.md')}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of what the checks run would hide the checks' own lines
+    from emcl.doctor.command import doctor
+
+    if not doctor(options.out, options.shards, options.only, options.minutes):
+        raise UserError(f"some checks failed: {options.out} says which")
+
+
+def _bundle(options: argparse.Namespace) -> None:
+    from emcl.doctor.bundle import bundle
+
+    size = bundle(options.out, Path.cwd(), full=options.full, python=options.python, machine=options.machine)
+    script = "install.sh" if options.full else "check.sh"
+    print(f"{options.out}: {size / 1e6:.1f} MB; there: tar xf {options.out.name}, then sh emcl-bundle/{script}")
 
 
 def _tasks(_: argparse.Namespace) -> None:

@@ -210,14 +210,14 @@ class Config:
     precision: str = "fp32"
     """`fp32`, `bf16` or `fp16`."""
     tf32: bool = False
-    """On GPUs, products and convolutions of fp32 numbers in TF32: several times as fast, 10 bits of their 23 kept. EMCL's
-    own stay exact."""
+    """On GPUs, products and convolutions of fp32 numbers in TF32: several times as fast, with 10 of their 23 bits.
+    EMCL's own stay exact."""
     deterministic: bool = False
-    """On GPUs, the same bits in every run on the same machines, as on CPUs anyway; what it costs: docs/operations.md."""
+    """On GPUs, the same bits in every run on the same machines, as on CPUs anyway (docs/operations.md)."""
     patience: float = 600.0
-    """Seconds in which some rank has to get on (with a step, a batch of an evaluation, a video's features) before the run
-    ends, naming the rank that the others wait for; six times that for what does not say how it gets on, such as saving.
-    A rank that gives no sign of life for 20 seconds is named at once."""
+    """Seconds in which some rank has to get on (with a step, a batch of an evaluation, a video's features) before the
+    run ends, naming the rank that the others wait for; six times that for what does not say how it gets on, such as
+    saving. A rank that gives no sign of life for 20 seconds is named at once."""
     deepspeed: str = "deepspeed/zero1.json"
     """A DeepSpeed JSON file: a path, or one of configs/. Batch size, precision and clipping come from here."""
     tasks: dict[str, Any] = field(default_factory=dict)

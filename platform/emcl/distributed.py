@@ -6,6 +6,7 @@ Models and losses take a `Ranks` as an argument; `ALONE` is one process.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -181,6 +182,8 @@ def quiet_start() -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # DeepSpeed 0.19 calls collectives by names that PyTorch 2.14 has renamed
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
 
 
 def start() -> Ranks:

@@ -18,7 +18,8 @@ def keep_statistics_in_full_precision(model: nn.Module) -> None:
     """Lets every batch norm of `model`, timm's with an activation too, take weights of less precision than buffers."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _MixedPrecision):
-            module.__class__ = _mixed_precision(type(module))
+            kind: Any = type(module)
+            module.__class__ = _mixed_precision(kind)
 
 
 class _MixedPrecision:
@@ -37,5 +38,5 @@ class _MixedPrecision:
 
 
 @cache
-def _mixed_precision(kind: type[nn.Module]) -> type[nn.Module]:
+def _mixed_precision(kind: Any) -> Any:
     return type(kind.__name__, (_MixedPrecision, kind), {})

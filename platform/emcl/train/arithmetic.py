@@ -19,7 +19,8 @@ def set_arithmetic(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would show reads of what nobody wrote, at a price
+    # it would show reads of what nobody wrote, at a price
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # the fastest algorithm may be another one tomorrow
     # of attention's three kernels this one's backward pass adds up in the order in which blocks happen to finish
     torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)

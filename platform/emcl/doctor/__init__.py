@@ -1,0 +1,1 @@
+"""What a machine makes of the platform (`emcl doctor`), and what a machine without internet needs (`emcl bundle`)."""

@@ -1,0 +1,101 @@
+"""The GPU's numbers beside the CPU's, in fp32 without TF32: features, EMCL, losses, gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emcl.config import Config
+from emcl.data.steps import StepLoader
+from emcl.data.text import Tokens
+from emcl.doctor.checks import Check
+from emcl.doctor.trainers import ALL_TASKS, Bench, settings
+from emcl.model.towers import tokenizer
+from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.task import to_device
+from emcl.train.arithmetic import set_arithmetic
+from emcl.train.inputs import open_inputs
+
+TOLERANCE = 1e-4
+"""Of a tensor's largest number; of a gradient's norm."""
+MODELS: dict[str, tuple[str, ...]] = {
+    "sample model": (),
+    "ViT-B-32": ("model.name=ViT-B-32", "data.size=224", "data.batch_size=4", "data.frames=4"),
+}
+NO_CHANCE = ("tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0")
+"""Dropout draws other numbers on each kind of device."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward pass gave, on the CPU."""
+
+    features: Tensor
+    similarity: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def exactness(bench: Bench) -> Iterator[Check]:
+    """The bench's device beside the CPU, for both variants of EMCL and all tasks at once."""
+    if not bench.on_gpu:
+        yield Check("GPU beside CPU", "no GPU here")
+        return
+    for model, overrides in MODELS.items():
+        for variant in ("reference", "compact"):
+            config = settings(bench, *NO_CHANCE, f"emcl.variant={variant}", *overrides, tasks=ALL_TASKS)
+            yield from compare(bench, config, f"{model}, EMCL {variant}", torch.device("cpu"), bench.device)
+
+
+def compare(bench: Bench, config: Config, name: str, one: torch.device, other: torch.device) -> Iterator[Check]:
+    """The same model and batch on two devices."""
+    set_arithmetic(config)
+    inputs = open_inputs(config, bench.ranks)
+    config = inputs.config
+    torch.manual_seed(0)
+    model = VideoLanguageModel(config).train()
+    texts = Tokens(tokenizer(config.model.name, config.data.words))
+    collators = {
+        task: type(head).collator(config.tasks[task], config, texts, training=True)
+        for task, head in model.heads.items()
+    }
+    (batch,) = next(StepLoader(inputs.shards, config.data, inputs.batches, collators).steps(0))
+    passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
+    for part in ("features", "similarity", "loss"):
+        yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))
+    worst = max(_gradient_difference(passes[0], passes[1], weight) for weight in passes[0].gradients)
+    yield _check(f"{name}: gradients", worst)
+
+
+def _pass(model: VideoLanguageModel, batch: Any, device: torch.device) -> Pass:
+    model.to(device)
+    moved = to_device(batch, device)
+    with torch.no_grad():
+        video = model(moved, part="video")
+        text = model.backbone.encode_text(moved["retrieval"]["text"])
+        retrieval: Any = copy.deepcopy(model.heads["retrieval"])  # EMCL's state moves in training
+        similarity = retrieval.similarity(text, video, moved["video_mask"], model.ranks, retrieval.emcl)
+    loss = total_loss(model(moved))
+    loss.backward()
+    gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.grad is not None}
+    return Pass(video.cpu(), similarity.cpu(), loss.detach().cpu(), gradients)
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max().clamp_min(1e-12))
+
+
+def _gradient_difference(one: Pass, other: Pass, weight: str) -> float:
+    """Of a weight's gradient, or of all of them together where its own is next to nothing."""
+    whole = torch.stack([gradient.norm() for gradient in one.gradients.values()]).norm()
+    size = torch.maximum(one.gradients[weight].norm(), 1e-3 * whole)
+    return float((one.gradients[weight] - other.gradients[weight]).norm() / size)
+
+
+def _check(name: str, difference: float) -> Check:
+    return Check(name, f"{difference:.1e}", f"<= {TOLERANCE:.0e}", difference <= TOLERANCE)

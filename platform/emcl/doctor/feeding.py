@@ -1,0 +1,35 @@
+"""What the loaders can feed: frames a second of one loader process, and of all that the cores allow."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from emcl.data.steps import StepLoader
+from emcl.doctor.checks import Check
+from emcl.doctor.trainers import Bench, settings
+from emcl.train.inputs import open_inputs
+
+BATCHES = 24
+WARM = 4
+"""Batches that are not counted: processes start meanwhile."""
+
+
+def feeding(bench: Bench) -> Iterator[Check]:
+    """Sample clips at 224 pixels, 12 frames each."""
+    cores = len(os.sched_getaffinity(0))
+    yield Check("cores for this process", str(cores))
+    for workers in sorted({1, max(1, cores - 1)}):
+        config = settings(bench, "data.size=224", "data.frames=12", f"data.workers={workers}")
+        inputs = open_inputs(config, bench.ranks)
+        steps = StepLoader(inputs.shards, config.data, inputs.batches, {}).steps(0)
+        for _ in range(WARM):
+            next(steps)
+        began, frames = time.perf_counter(), 0
+        for _ in range(BATCHES):
+            (batch,) = next(steps)
+            frames += len(batch["frames"])
+        steps.close()  # type: ignore[attr-defined]
+        rate = frames / (time.perf_counter() - began)
+        yield Check(f"{workers} loader process{'es' if workers > 1 else ''}", f"{rate:,.0f} frames/s")

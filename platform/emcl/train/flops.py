@@ -1,0 +1,67 @@
+"""The arithmetic of a training step, counted from the configuration, and what a GPU could do at most: for MFU.
+
+MFU is the model's arithmetic a second over the device's peak (Chowdhery et al., PaLM, 2022, appendix B): a forward
+pass and twice that for the backward pass of what learns; what is computed again to save memory does not count. The
+towers and the temporal transformer are counted, which are nearly all of a step; heads and the similarity are not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from emcl.config import Config
+from emcl.model.backbone import Backbone
+
+PEAKS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
+    "V100": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "T4": 65e12,
+}  # fmt: skip
+"""Dense bf16 (V100, T4: fp16) FLOP a second by NVIDIA's data sheets; a device's name is looked for in this order."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's peak in this precision; None for one that is not in the table, and for fp32, whose peak depends on
+    TF32."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one video and of one sentence in a training step."""
+
+    video: float
+    text: float
+    frames: int
+    """Of a video."""
+
+    @staticmethod
+    def of(config: Config) -> Flops:
+        """Counted on the meta device: nothing is computed."""
+        model, data = config.model, config.data
+        with torch.device("meta"):
+            backbone = Backbone(model, words=data.words, load_weights=False).eval()
+            pixels = torch.zeros(data.frames, data.size, data.size, 3, dtype=torch.uint8)
+            text = torch.zeros(1, data.words, dtype=torch.long)
+            if model.cache_features:
+                pixels, text = torch.zeros(data.frames, backbone.image.width), torch.zeros(1, backbone.text.width)
+            slots, mask = torch.arange(data.frames), torch.ones(1, data.frames, dtype=torch.bool)
+        counts = []
+        for tower, call in (
+            ("image", lambda: backbone.encode_video(pixels, slots, mask)),
+            ("text", lambda: backbone.encode_text(text)),
+        ):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            frozen = tower in backbone.frozen_towers and not model.cache_features
+            counts.append(float(counter.get_total_flops() * (1 if frozen else 3)))
+        return Flops(counts[0], counts[1], data.frames)
+
+    def of_step(self, frames: int, texts: int) -> float:
+        """Of a step on so many frames and sentences."""
+        return self.video * frames / self.frames + self.text * texts
