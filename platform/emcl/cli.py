@@ -326,9 +326,6 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    import os
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of what the checks run would hide the checks' own lines
     from emcl.doctor.command import doctor
 
     if not doctor(options.out, options.shards, options.only, options.minutes):

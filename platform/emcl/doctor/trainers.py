@@ -92,10 +92,10 @@ def losses_of(made: Trainer, steps: int) -> list[float]:
     return [sum(float(loss) for loss in one_step(made, step, batches).values()) for step, batches in taken(made, steps)]
 
 
-def taken(made: Trainer, steps: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """So many steps' batches with their numbers."""
-    found = made._steps(0)
-    for step in range(steps):
+def taken(made: Trainer, steps: int, start: int = 0) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The batches of so many steps with their numbers."""
+    found = made._steps(start)
+    for step in range(start, start + steps):
         batches, _ = next(found)
         yield step, batches
 
