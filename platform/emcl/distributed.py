@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,8 @@ LONGEST_WAIT = timedelta(days=1)
 """How long a rank may wait for another in a collective. Not what ends a run whose ranks wait in vain: that is the
 watch's (train/watch.py), which knows what the others do and ends it long before. The backends' own 10 and 30 minutes
 would end validations, saving and features of frozen towers that are merely slow."""
+
+_exchanging: Callable[[], AbstractContextManager[None]] = nullcontext
 
 # names that PyTorch has had since 2.13; the older ones warn there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -49,7 +52,8 @@ class Ranks:
         if self.world_size == 1:
             return tensor
         total = tensor.detach().clone()
-        dist.all_reduce(total)
+        with _exchanging():
+            dist.all_reduce(total)
         return total
 
     def maximum(self, tensor: Tensor) -> Tensor:
@@ -57,7 +61,8 @@ class Ranks:
         if self.world_size == 1:
             return tensor.detach()
         highest = tensor.detach().clone()
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        with _exchanging():
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return highest
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
@@ -135,7 +140,8 @@ class _GatherRows(torch.autograd.Function):
         ctx.ranks = ranks
         tensor = tensor.contiguous()
         out = tensor.new_empty((ranks.world_size * len(tensor), *tensor.shape[1:]))
-        _all_gather(out, tensor)
+        with _exchanging():
+            _all_gather(out, tensor)
         return out
 
     @staticmethod
@@ -143,7 +149,8 @@ class _GatherRows(torch.autograd.Function):
         # in bf16 the sum of 512 ranks' shares was 2.7% off
         gradient = gradients[0].float().contiguous()
         share = gradient.new_empty((len(gradient) // ctx.ranks.world_size, *gradient.shape[1:]))
-        _reduce_scatter(share, gradient)
+        with _exchanging():
+            _reduce_scatter(share, gradient)
         return share.to(gradients[0].dtype), None
 
 
@@ -160,7 +167,8 @@ class _SumWithGrad(torch.autograd.Function):
 def _summed(tensor: Tensor) -> Tensor:
     """Over ranks, in fp32 at least; in the tensor's own precision again."""
     total = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-    dist.all_reduce(total)
+    with _exchanging():
+        dist.all_reduce(total)
     return total.to(tensor.dtype)
 
 
@@ -246,6 +254,31 @@ def _meet() -> tuple[dist.Store, int, int]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: look at the other nodes' output "
             f"({first_line(error)[:200]})"
         ) from None
+
+
+def observe_exchanges(during: Callable[[], AbstractContextManager[None]]) -> None:
+    """Has `during()` entered around every collective on tensors that this process waits for, DeepSpeed's too."""
+    global _exchanging
+    _exchanging = during
+    from deepspeed.comm import comm
+
+    for name in _DEEPSPEED_COLLECTIVES:
+        if hasattr(type(comm.cdb), name):
+            setattr(comm.cdb, name, _observed(getattr(type(comm.cdb), name).__get__(comm.cdb)))
+
+
+_DEEPSPEED_COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather",
+    "all_gather_coalesced", "reduce_scatter_coalesced", "all_reduce_coalesced", "barrier",
+)  # fmt: skip
+
+
+def _observed(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        with _exchanging():
+            return collective(*arguments, **options)
+
+    return call
 
 
 def stop() -> None:

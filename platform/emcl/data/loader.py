@@ -2,13 +2,15 @@
 
 A batch is a dictionary: `frames` (n, H, W, 3) uint8, all frames of its B videos one after another; `frame_slot` (n,)
 each one's place in the flattened (B, T); `video_mask` (B, T) bool; `ids`; `bad`, which samples did not decode and
-why; and one entry per task with what its collator made.
+why; `loading`, what a `LoadingTime` says; and one entry per task with what its collator made.
 """
 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from emcl.config import DataConfig
 from emcl.data.augment import augmentation
 from emcl.data.decode import DecodeError, decode
 from emcl.data.features import FeatureStore
+from emcl.data.loading_time import LoadingTime
 from emcl.data.order import Draw, RankBatches
 from emcl.data.samples import Sample
 from emcl.data.shards import Row, ShardSet
@@ -54,6 +57,8 @@ class Clips(Dataset[Any]):
         self.video_of = video_of
         """Which row's video each row is shown with, in place of its own."""
         self.augment = augmentation(data.augment) if training else None
+        self.spent = LoadingTime()
+        """On the samples since somebody looked last."""
         self._cache: dict[int, Clip] = {}
         self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
 
@@ -64,8 +69,11 @@ class Clips(Dataset[Any]):
         random_times = self.data.jitter and self.training
         found = self._cache.get(index)
         if found is None:
+            began = time.perf_counter()
+            video = self.shards.read(row)
+            read = time.perf_counter()
             found = decode(
-                self.shards.read(row),
+                video,
                 frames=self.data.frames,
                 size=self.data.size,
                 fps=self.data.fps,
@@ -74,6 +82,7 @@ class Clips(Dataset[Any]):
                 jitter=np.random.default_rng(seed) if random_times else None,
                 keyframes=self.data.keyframes,
             )
+            self.spent += LoadingTime.of_sample(row.sample.id, read - began, time.perf_counter() - read)
             if not random_times and found.nbytes <= self._room:
                 self._cache[index] = found
                 self._room -= found.nbytes
@@ -179,12 +188,23 @@ def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate, *, l
     return DataLoader(
         clips,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_Timed(clips, collate),
         num_workers=data.workers,
         worker_init_fn=_one_thread,
         pin_memory=torch.cuda.is_available(),
         timeout=look,
     )
+
+
+class _Timed:
+    """Adds what the clips of a batch took to load; beside the data set in the loader's process."""
+
+    def __init__(self, clips: Clips, collate: Collate) -> None:
+        self.clips, self.collate = clips, collate
+
+    def __call__(self, items: Any) -> dict[str, Any]:
+        spent, self.clips.spent = self.clips.spent, LoadingTime()
+        return {**self.collate(items), "loading": astuple(spent)}
 
 
 def _one_thread(_: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.inputs import Inputs
 from emcl.train.memory import keep_freed_memory
+from emcl.train.meter import Meter
 from emcl.train.optimizer import group_names
 from emcl.train.profile import StepProfile, phase
 from emcl.train.start import start_from
@@ -37,6 +37,9 @@ from emcl.train.watch import Watch
 
 LOSS_SCALES = 17
 """Steps that fp16 may leave out at its start: each halves the loss scale."""
+
+STRAGGLERS_KEPT = 1000
+"""Lines of ranks that the others waited for, in the run's record."""
 
 Step = tuple[list[dict[str, Any]], float]
 """A step's micro-batches and the seconds it was waited for."""
@@ -89,7 +92,8 @@ class Trainer:
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
         allowed = config.data.max_bad_fraction
         self.bad = BadClips(ranks, folder, len(self.shards), allowed, self.shards.damaged)
-        self.meter = _Meter(ranks, device, self.bad)
+        self.meter = Meter(config, ranks, device, self.bad)
+        self.stragglers: list[str] = []
         self.stop = StopRequest()
 
     @property
@@ -149,14 +153,16 @@ class Trainer:
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
 
     def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
-        sums: dict[str, Tensor] = {}
+        clock, sums = self.meter.clock, dict[str, Tensor]()
         for batch in micro_batches:
-            with phase("forward"):
-                losses = self.engine(to_device(batch, self.device))
+            with clock.part("transfer"):
+                batch = to_device(batch, self.device)
+            with phase("forward"), clock.part("forward"):
+                losses = self.engine(batch)
                 loss = total_loss(losses)
-            with phase("backward"):
+            with phase("backward"), clock.part("backward"):
                 self.engine.backward(loss)
-            with phase("optimizer"):
+            with phase("optimizer"), clock.part("optimizer"):
                 self.engine.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
@@ -187,7 +193,11 @@ class Trainer:
         return True
 
     def _report(self, bar: tqdm[Any], done: int) -> None:
-        found = self.meter.read(self.loader.restarts)
+        found, straggler = self.meter.read(self.loader.restarts)
+        if straggler:
+            self._say(f"step {done}: {straggler}")
+            self.stragglers.append(f"step {done}: {straggler}")
+            self.tracker.text("\n".join(self.stragglers[-STRAGGLERS_KEPT:]), "stragglers.txt")
         bar.set_postfix_str(
             f"loss {found.get('train/loss', float('nan')):.3f}, {found['samples_per_second']:.0f} samples/s, "
             f"waiting {100 * found['data_wait_share']:.0f}%"
@@ -252,69 +262,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.ranks.first:
             tqdm.write(text)
-
-
-@dataclass
-class _Meter:
-    """Sums between two reports. Only `read` waits for the device."""
-
-    ranks: Ranks
-    device: torch.device
-    bad: BadClips
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets the time so far, which an evaluation took."""
-        self.losses: dict[str, Tensor] = {}
-        self.counted, self.samples, self.waited = 0, 0, 0.0
-        self.began = time.perf_counter()
-
-    def add(
-        self, losses: dict[str, Tensor], micro_batches: list[dict[str, Any]], waited: float, *, skipped: bool = False
-    ) -> None:
-        """Takes a step; the losses of a skipped one do not count."""
-        for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + (torch.zeros_like(value) if skipped else value)
-        self.counted += not skipped
-        for batch in micro_batches:
-            self.samples += len(batch["ids"])
-            self.bad.add(batch["bad"])
-        self.waited += waited
-
-    def read(self, restarts: int) -> dict[str, float]:
-        """Means over ranks and steps since the last time; `restarts` of this rank's loaders so far.
-
-        Raises:
-            UserError: a loss that is not finite, or too many broken clips.
-        """
-        elapsed = time.perf_counter() - self.began
-        names = list(self.losses) if self.counted else []  # of steps that were all left out there is no loss
-        counts = torch.tensor(
-            [self.samples, len(self.bad.new), self.waited / elapsed, restarts], device=self.device, dtype=torch.float64
-        )
-        losses = [self.losses[name].double() / self.counted for name in names]
-        values = torch.cat([*(loss.view(1) for loss in losses), counts])
-        sums = self.ranks.sum(values).tolist()
-        means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
-        samples, bad, waiting, restarted = sums[len(names) :]
-        self.restart()
-        for name, value in means.items():
-            if not abs(value) < float("inf"):
-                raise UserError(
-                    f"{name} is {value}: lower optim.lr, or train with precision=fp32; the last checkpoint is kept"
-                )
-        if bad:
-            self.bad.exchange()
-        return {
-            **means,
-            **({"train/loss": sum(means.values())} if means else {}),
-            "samples_per_second": samples / elapsed,
-            "data_wait_share": waiting / self.ranks.world_size,
-            "bad_clips": float(len(self.bad)),
-            "loader_restarts": restarted,
-        }
 
 
 def write_run(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:

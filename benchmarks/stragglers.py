@@ -1,0 +1,105 @@
+"""Is the rank that holds up the others named, with its cause, and nobody where nobody does?
+
+    python benchmarks/stragglers.py --runs 20
+
+Real runs of 2 and 4 ranks over gloo on a small model, in turns: with a slow rank, a slow disk and huge clips on some
+rank, and clean ones. A run with a slow rank is right if its log names that rank and that cause, and no other; a clean
+one if it names nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice, product
+from pathlib import Path
+
+from emcl.prepare.sample import generate
+from local_ranks import start_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+CAUSES = {
+    "compute": ("0.1", "forward"),
+    "disk": ("0.1", "loading (reading shards"),
+    "clip": ("2.0", "loading (decoding"),
+}
+"""How much slower, and what the log is to say."""
+CLIPS = 480
+SETTINGS = (
+    "data.generate=false", "data.size=32", "data.frames=3", "data.words=16", "data.val=null", "data.test=null",
+    "data.batch_size=8", "data.cache_gib=0", "optim.max_steps=50", "tracking.enabled=false",
+    "checkpoint.every_steps=100000",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    world_size: int
+    kind: str
+    """One of `CAUSES`, or empty for a clean run."""
+    rank: int
+
+
+def trials(runs: int) -> Iterator[Trial]:
+    """As many with a slow rank as clean ones."""
+    slow = [Trial(size, kind, rank) for kind, size, rank in product(CAUSES, (2, 4), range(4)) if rank < size]
+    clean = [Trial(size, "", 0) for size in (2, 4)]
+    for pair in islice(zip(cycle(slow), cycle(clean), strict=False), runs):
+        yield from pair
+
+
+def named(trial: Trial, shards: Path, *settings: str) -> list[str]:
+    """What a run's log says of ranks that others wait for."""
+    seconds = CAUSES[trial.kind][0] if trial.kind else "0"
+    environment = {
+        **os.environ, "SLOW_BY": trial.kind, "SLOW_RANK": str(trial.rank), "SLOW_SECONDS": seconds,
+        "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "platform"),
+    }  # fmt: skip
+    command = [
+        sys.executable, "-u", str(ROOT / "benchmarks" / "slow_rank.py"), "--task", "retrieval", "name=run",
+        f"data.train={shards}/train-*.tar", f"model.name={ROOT / 'tests' / 'tiny_clip.json'}", *SETTINGS, *settings,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
+        ranks = start_ranks(
+            command, trial.world_size, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
+        )
+        codes = [rank.wait() for rank in ranks]
+        log.seek(0)
+        said = log.read()
+    if any(codes):
+        raise RuntimeError(said[-2000:])
+    return [line for line in re.split(r"[\r\n]", said) if "the others wait for rank" in line]
+
+
+def right(trial: Trial, lines: list[str]) -> bool:
+    if not trial.kind:
+        return not lines
+    wanted = f"the others wait for rank {trial.rank}: {CAUSES[trial.kind][1]}"
+    return bool(lines) and all(wanted in line for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20, help="with a slow rank, and as many clean ones (%(default)s)")
+    runs = parser.parse_args().runs
+    counts = {True: 0, False: 0}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "shards"
+        generate(shards, counts={"train": CLIPS, "val": 1, "test": 1}, seed=0)
+        for trial in trials(runs):
+            lines = named(trial, shards)
+            good = right(trial, lines)
+            counts[bool(trial.kind)] += good
+            print(f"{'right' if good else 'WRONG'}: {trial}: {lines[0] if lines else 'nobody'}", flush=True)
+    print(f"named right: {counts[True]} of {runs}; clean runs that name nobody: {counts[False]} of {runs}")
+    return 0 if counts == {True: runs, False: runs} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The rank that the others wait for is named with its cause, and nobody where nobody is slow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from emcl.data.loading_time import LoadingTime
+from emcl.train.clock import PARTS, WAITING, StepClock
+from emcl.train.stragglers import find_straggler
+from stragglers import Trial, named, right
+
+USUAL = np.array([0.2, 0.1, 2.0, 4.0, 1.0])
+SECONDS = 8.0
+
+
+def work(ranks: int, seed: int) -> np.ndarray:
+    """Of ranks that are alike but for 5% of noise."""
+    return USUAL * np.random.default_rng(seed).normal(1, 0.05, (ranks, len(PARTS)))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 512])
+def test_ranks_that_are_alike_are_not_named(ranks: int) -> None:
+    assert all(find_straggler(work(ranks, seed), SECONDS) is None for seed in range(100))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 512])
+@pytest.mark.parametrize("part", PARTS)
+def test_the_slow_rank_and_its_part_are_named(ranks: int, part: str) -> None:
+    for seed in range(20):
+        found = work(ranks, seed)
+        found[ranks - 1, PARTS.index(part)] += 5
+        straggler = find_straggler(found, SECONDS + 5)
+        assert straggler is not None and (straggler.rank, straggler.part) == (ranks - 1, part)
+        assert straggler.excess == pytest.approx(5, abs=1.5)
+
+
+def test_a_node_whose_ranks_are_all_slow_does_not_count_as_usual() -> None:
+    found = work(8, 0)
+    found[4:, PARTS.index("loading")] += 4
+    straggler = find_straggler(found, SECONDS + 4)
+    assert straggler is not None and straggler.rank >= 4 and straggler.part == "loading"
+
+
+def test_one_rank_and_next_to_no_time_name_nobody() -> None:
+    assert find_straggler(work(1, 0), SECONDS) is None
+    assert find_straggler(np.array([[0.0] * 5, [0.01] * 5]) / 5, 0.01) is None
+
+
+def test_the_clock_tells_work_from_waiting_for_others() -> None:
+    clock = StepClock(torch.device("cpu"))
+    with clock.part("forward"):
+        time.sleep(0.05)
+        with clock.wait():
+            time.sleep(0.1)
+    with clock.wait():  # of an evaluation between steps
+        time.sleep(0.05)
+    clock.loaded(0.3)
+    found = clock.read()
+    assert found["loading"] == 0.3
+    assert found["forward"] == pytest.approx(0.05, abs=0.03)
+    assert found[WAITING] == pytest.approx(0.1, abs=0.03)
+    assert sum(clock.read().values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        ([("a", 0.1, 0.2), ("b", 0.1, 3.0)], "decoding: b alone took 3.1 s"),
+        ([("a", 1.0, 0.2), ("b", 1.1, 0.1), ("c", 1.0, 0.1)], "reading shards: 3.1 s of the loaders' 3.5"),
+        ([], ""),
+    ],
+)
+def test_loading_says_whether_it_read_or_decoded_and_which_clip(
+    samples: list[tuple[str, float, float]], said: str
+) -> None:
+    assert sum((LoadingTime.of_sample(*sample) for sample in samples), LoadingTime()).detail() == said
+
+
+@pytest.mark.parametrize("trial", [Trial(2, "compute", 1), Trial(2, "disk", 0), Trial(2, "clip", 1), Trial(2, "", 0)])
+def test_a_real_run_names_the_slow_rank_and_a_clean_one_nobody(trial: Trial, sample_shards: Path) -> None:
+    lines = named(trial, sample_shards, "optim.epochs=10", "optim.max_steps=24", "data.batch_size=2")
+    assert right(trial, lines), lines
