@@ -6,7 +6,8 @@ Models and losses take a `Ranks` as an argument; `ALONE` is one process.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -184,6 +185,21 @@ def start() -> Ranks:
 
 def stop() -> None:
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(world_size: int) -> Iterator[Ranks]:
+    """The first of so many ranks that are not there: collectives have the right shapes and exchange nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if world_size == 1:
+        yield ALONE
+        return
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield Ranks(0, world_size)
+    finally:
         dist.destroy_process_group()
 
 
