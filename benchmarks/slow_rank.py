@@ -1,8 +1,7 @@
-"""launch.py with one rank slowed down: SLOW_RANK says which, SLOW_BY by what (`compute`, `disk`, `clip`), SLOW_SECONDS how
-much.
+"""launch.py with one rank slowed down.
 
-`compute` adds the seconds to each forward pass, `disk` to each video that is read, `clip` to every twentieth that is
-decoded.
+SLOW_RANK says which, SLOW_SECONDS by how much, SLOW_BY at what: `compute` at each forward pass, `disk` at each video
+that is read, `clip` at every twentieth that is decoded.
 """
 
 from __future__ import annotations

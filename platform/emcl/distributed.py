@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -283,6 +283,21 @@ def _observed(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def stop() -> None:
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(world_size: int) -> Iterator[Ranks]:
+    """The first of so many ranks that are not there: collectives have the right shapes and exchange nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    if world_size == 1:
+        yield ALONE
+        return
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield Ranks(0, world_size)
+    finally:
         dist.destroy_process_group()
 
 

@@ -62,6 +62,8 @@ AllReduce = Callable[[Tensor], Tensor]
 
 VARIANTS = ("reference", "compact")
 _EPSILON = 1e-6
+_ROUNDS, _SQUARINGS = 4, 3
+"""Of the search for the codes' own axes: so many QR decompositions, of the matrix's power of two to so many."""
 _NOISE = 1e-6
 """A variance below this share of the squared norm is rounding, not signal."""
 
@@ -181,8 +183,28 @@ def fit_compact(covariance: Tensor, start: Tensor, *, iterations: int) -> tuple[
         bases = torch.linalg.qr(image + _tiny(total) * bases)[0]  # the tiny term: a basis of no variance stays one
     image = covariance @ bases
     objective.append(total - (bases * image).sum())
-    variance, rotation = torch.linalg.eigh(bases.T @ image)  # the codes' own axes: distinct, uncorrelated
-    return bases @ rotation.flip(1), variance.flip(0).clamp_min(0), objective
+    variance, rotation = _own_axes(bases.T @ image)
+    return bases @ rotation, variance, objective
+
+
+def _own_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Axes (K, K) in which codes of this covariance are uncorrelated, by falling variance, and those variances (K,).
+
+    By QR iterations, and a fixed number of them: `eigh` looks whether it has converged, so that the host would wait for
+    the device at each step. Two axes of nearly the same variance may stay mixed, which changes next to nothing, as
+    they have nearly the same weight; and training goes on from the axes of the step before.
+    """
+    size = covariance.diagonal().sum().clamp_min(_EPSILON**2)
+    turned = (covariance / size).double()  # powers need the range
+    rotation = torch.eye(len(turned), dtype=turned.dtype, device=turned.device)
+    for _ in range(_ROUNDS):
+        power = turned
+        for _ in range(_SQUARINGS):
+            power = power @ power
+        turn = torch.linalg.qr(power)[0]
+        turned, rotation = turn.T @ turned @ turn, rotation @ turn
+    variance, order = turned.diagonal().sort(descending=True)
+    return variance.float().clamp_min(0) * size, rotation[:, order].float()
 
 
 class EMCL(nn.Module):

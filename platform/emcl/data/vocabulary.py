@@ -57,6 +57,11 @@ class UsedTokens:
         return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
     @staticmethod
+    def of_first(count: int) -> str:
+        """So many tokens from the first on, CLIP's most frequent ones: where the captions are not known yet."""
+        return base64.b64encode(np.packbits(np.ones(count, bool)).tobytes()).decode()
+
+    @staticmethod
     def open(folder: str | None, bits: str) -> UsedTokens:
         """From what `of_captions` gave; `folder` holds a Hugging Face tokenizer, CLIP's BPE is taken without one."""
         used = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8)))

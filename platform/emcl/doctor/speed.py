@@ -13,6 +13,7 @@ from emcl.doctor.checks import Check
 from emcl.doctor.trainers import Bench, free, one_step, settings, taken, trainer
 from emcl.train.flops import Flops, peak_flops
 from emcl.train.loop import Trainer
+from emcl.train.plan import planned_peak
 
 GIB = 2**30
 REPEATS = 3
@@ -90,8 +91,6 @@ def _tower(
 
 
 def _memory(config: Any, case: str, peak: float) -> Check:
-    from emcl.train.plan import planned_peak
-
     planned = planned_peak(config, gpus=1)
     if planned is None:
         return Check(f"{case}: peak memory", f"{peak / GIB:.2f} GiB (no plan on this PyTorch)")

@@ -31,6 +31,7 @@ class CaptionDecoder(nn.Module):
         shared: dict[str, Any] = {
             "add_cross_attention": True, "pad_token_id": self.padding, "bos_token_id": self.start,
             "eos_token_id": self.end, "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
+            "attn_implementation": "sdpa",  # which takes the masks of `forward`
         }  # fmt: skip
         if pretrained is None:
             config = GPT2Config(
@@ -48,11 +49,14 @@ class CaptionDecoder(nn.Module):
         Args:
             place_K: which, as places in the flattened ids; padding is left out.
         """
+        # Whole masks: of one number a token transformers asks whether all are set, and a GPU's host waits for the answer.
+        length = ids_NL.shape[1]
+        causal_LL = torch.ones(length, length, dtype=torch.bool, device=ids_NL.device).tril()
         hidden_NLW = self.decoder.transformer(
             input_ids=ids_NL,
-            attention_mask=torch.ones_like(ids_NL),  # padding comes last, where no token looks
+            attention_mask=causal_LL[None, None],  # padding comes last, where no token looks
             encoder_hidden_states=self.frames(frames_NTD),
-            encoder_attention_mask=mask_NT.long(),
+            encoder_attention_mask=mask_NT[:, None, None].expand(-1, -1, length, -1),
             use_cache=False,
         ).last_hidden_state
         return self.decoder.lm_head(hidden_NLW.flatten(0, 1)[place_K])

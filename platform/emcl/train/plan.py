@@ -1,28 +1,50 @@
 """What a run would do, without doing it: `deepspeed platform/launch.py --recipe NAME --dry-run`.
 
-The model is built on the meta device: it takes no memory, and no weights are read or downloaded.
+The model is built on the meta device: it takes no memory, and no weights are read or downloaded. Memory is that of the
+real step, run on fake tensors (train/fake_step.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from emcl.config import Config
 from emcl.data.at_hand import missing, wanted
 from emcl.data.mixture import open_training, training_patterns
+from emcl.data.samples import Sample
 from emcl.data.shards import open_shards
 from emcl.data.vocabulary import UsedTokens
 from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
-from emcl.train.engine import deepspeed_settings
+from emcl.shipped import find_file
+from emcl.train.engine import deepspeed_settings, zero_stage
+from emcl.train.fake_cuda import NoFakeCudaError, in_clean_process
+from emcl.train.fake_step import (
+    BUFFERS,
+    DTYPES,
+    GRADIENTS,
+    PARAMETERS,
+    FakeStep,
+    build_on_meta,
+    fake_steps,
+)
 from emcl.train.optimizer import parameter_groups
 from emcl.train.start import learn_settings
 
 GIB = 2**30
 GPUS = (1, 8, 64)
+STAGES = (0, 1, 2, 3)
+EXAMPLES = 128
+"""Training samples at most, those with the longest captions, of which the planned batch is made."""
+LIKELY_TOKENS = 10_000
+"""Different tokens in a large data set's captions, for a vocabulary that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +61,9 @@ class Plan:
     steps: int | None = None
     test: int | None = None
     activations: float = 0.0
-    """Bytes that the towers keep of one video and one caption for the backward pass."""
+    """Bytes that the towers keep of one video and one caption for the backward pass; an estimate for torch versions
+    on which the step itself cannot be planned."""
+    examples: Sequence[Sample] = ()
 
 
 def plan(config: Config) -> tuple[Plan, Config]:
@@ -51,10 +75,12 @@ def plan(config: Config) -> tuple[Plan, Config]:
     weights = missing_weights(config.model)
     lacking = [*missing(wanted(config.data, training=True)), *weights]
     samples = steps_per_epoch = steps = test = None
+    examples: list[Sample] = []
     if not missing(list(training_patterns(config.data))):
         shards, order = open_training(config.data, config.seed)
         config = learn_settings(config, shards) if not weights else config
         samples, steps_per_epoch = len(shards), order.steps_per_epoch
+        examples = heapq.nlargest(EXAMPLES, (row.sample for row in shards.rows), key=_longest_caption)
         steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
     else:
         config = _with_guesses(config)
@@ -75,13 +101,9 @@ def plan(config: Config) -> tuple[Plan, Config]:
         steps=steps,
         test=test,
         activations=activation_bytes(model, config),
+        examples=examples,
     )
     return found, config
-
-
-def build_on_meta(config: Config) -> VideoLanguageModel:
-    with torch.device("meta"):
-        return VideoLanguageModel(config, load_weights=False)
 
 
 def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
@@ -89,8 +111,7 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
 
     Heads and the similarity come on top; they are small beside it at the batches of the recipes.
     """
-    precision = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    backbone = model.to(precision).backbone.train()
+    backbone = model.to(DTYPES[config.precision]).backbone.train()
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -117,14 +138,88 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
 def state_gib(plan: Plan, precision: str, stage: int, gpus: int) -> float:
     """Weights, gradients and Adam's state of one GPU.
 
-    ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020). In half
-    precision the optimiser holds weights in single precision besides its two moments.
+    ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020).
     """
     number = 4 if precision == "fp32" else 2
     weights, gradients = number * plan.parameters, number * plan.trained
-    optimizer = (8 if precision == "fp32" else 12) * plan.trained
-    shared = [optimizer if stage >= 1 else 0, gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
-    return (weights + gradients + optimizer - sum(shared) + sum(shared) / gpus) / GIB
+    shared = [gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
+    whole = weights + gradients - sum(shared) + sum(shared) / gpus
+    return (whole + _optimizer_bytes(plan, precision, stage, gpus)) / GIB
+
+
+def _optimizer_bytes(plan: Plan, precision: str, stage: int, gpus: int) -> float:
+    """In half precision the optimiser holds weights in single precision besides its two moments."""
+    return (8 if precision == "fp32" else 12) * plan.trained / (gpus if stage >= 1 else 1)
+
+
+def bucket_bytes(zero: Mapping[str, Any], parameters: int, number: int) -> int:
+    """What DeepSpeed 0.19 holds beside a step's own tensors for its messages.
+
+    Stages 1 and 2 allocate the whole reduction bucket, whatever the model's size, and a second one where communication
+    overlaps the backward pass; `allgather_bucket_size` only cuts messages of weights where they lie. Stage 3 has one
+    reduction bucket, and gathers weights up to `stage3_max_live_parameters`, those that it prefetches among them. Stage
+    0 copies gradients together after the backward pass, when the activations are gone.
+
+    Args:
+        zero: `zero_optimization` of the DeepSpeed file.
+        parameters: of the model.
+        number: bytes of one.
+    """
+    stage = int(zero.get("stage", 0))
+    if stage == 0:
+        return 0
+    bucket = int(zero.get("reduce_bucket_size", 5e8))
+    if not zero.get("contiguous_gradients", True):  # gradients are copied together when a bucket is full
+        bucket = min(bucket, parameters)
+    if stage == 3:
+        return number * (bucket + min(parameters, int(zero.get("stage3_max_live_parameters", 1e9))))
+    return number * bucket * (2 if zero.get("overlap_comm") else 1)
+
+
+def zero_settings(config: Config, stage: int) -> dict[str, Any]:
+    """`zero_optimization` of the run's DeepSpeed file where it is of this stage, else of the shipped one that is."""
+    name = config.deepspeed if zero_stage(config) == stage else f"deepspeed/zero{stage}.json"
+    return dict(json.loads(find_file(name, "deepspeed").read_text()).get("zero_optimization", {}))
+
+
+def planned_steps(found: Plan, config: Config, gpus: Sequence[int] = GPUS) -> dict[int, FakeStep]:
+    """The step of one rank by number of GPUs, run on fake tensors in a process of its own.
+
+    Raises:
+        NoFakeCudaError: this torch cannot.
+    """
+    sizes = [(count, _videos(config, count)) for count in gpus]
+    return dict(zip(gpus, in_clean_process(fake_steps, config, sizes, found.examples), strict=True))
+
+
+def planned_peak(config: Config, gpus: int) -> float | None:
+    """Bytes of one GPU at the peak of a step; None where this torch cannot plan it."""
+    found, config = plan(config)
+    try:
+        step = planned_steps(found, config, [gpus])[gpus]
+    except NoFakeCudaError:
+        return None
+    return sum(memory_parts(found, step, config, zero_stage(config), gpus).values())
+
+
+def memory_parts(found: Plan, step: FakeStep, config: Config, stage: int, gpus: int) -> dict[str, float]:
+    """Bytes of one GPU at the peak of a step, by what holds them."""
+    several = config.optim.accumulation > 1
+    held = dict(step.held_without_gradients if stage >= 2 or several else step.held)
+    gradients: float = held.pop(GRADIENTS, 0)
+    if stage >= 2:
+        gradients = step.gradients / gpus
+    elif several:  # those of earlier micro-batches are there
+        gradients = step.gradients
+    weights = held.pop(PARAMETERS)
+    number = DTYPES[config.precision].itemsize
+    return {
+        "weights": (weights / gpus if stage == 3 else weights) + held.pop(BUFFERS),
+        "gradients": gradients,
+        "optimiser": _optimizer_bytes(found, config.precision, stage, gpus),
+        "buckets": bucket_bytes(zero_settings(config, stage), found.parameters, number),
+        **held,
+    }
 
 
 def describe_plan(config: Config) -> str:
@@ -149,24 +244,57 @@ def describe_plan(config: Config) -> str:
         )
     if found.test is not None:
         lines.append(f"test: {found.test:,} videos")
-    lines.append("GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:")
-    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in range(4)) + "   activations (videos a GPU and step)")
-    for gpus in GPUS:
-        cells = "".join(f"{state_gib(found, config.precision, stage, gpus):8.2f}" for stage in range(4))
-        videos = -(-data.batch_size // (gpus * config.optim.accumulation))
-        lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
+    try:
+        lines += _memory_lines(found, config, planned_steps(found, config))
+    except NoFakeCudaError as error:
+        lines += [f"activations not planned: {error}; estimated from the towers alone", *_estimate_lines(found, config)]
     lines += [f"missing: {item}" for item in found.missing]
     return "\n".join(lines)
 
 
+def _memory_lines(found: Plan, config: Config, steps: Mapping[int, FakeStep]) -> list[str]:
+    """The table by GPUs and stages, and what holds the memory at the run's own stage."""
+    lines = ["GiB a GPU at the peak of a step, planned on fake tensors, buckets of DeepSpeed included:"]
+    lines.append("  GPUs  videos of each" + "".join(f"  ZeRO {stage}" for stage in STAGES))
+    for gpus, step in steps.items():
+        peaks = [sum(memory_parts(found, step, config, stage, gpus).values()) / GIB for stage in STAGES]
+        lines.append(f"{gpus:>6}{_videos(config, gpus):>16}" + "".join(f"{peak:8.2f}" for peak in peaks))
+    lines.append(f"of it, with {config.deepspeed}:")
+    for gpus, step in steps.items():
+        parts = memory_parts(found, step, config, zero_stage(config), gpus)
+        named = [f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB]
+        lines.append(f"{gpus:>6}  {', '.join(named)}")
+    lines += sorted({f"odd: {odd}" for step in steps.values() for odd in step.odd})
+    return lines
+
+
+def _estimate_lines(found: Plan, config: Config) -> list[str]:
+    lines = ["GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:"]
+    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in STAGES) + "   activations (videos a GPU and step)")
+    for gpus in GPUS:
+        cells = "".join(f"{state_gib(found, config.precision, stage, gpus):8.2f}" for stage in STAGES)
+        videos = _videos(config, gpus)
+        lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
+    return lines
+
+
+def _videos(config: Config, gpus: int) -> int:
+    """Of one GPU in one micro-batch."""
+    return -(-config.data.batch_size // (gpus * config.optim.accumulation))
+
+
+def _longest_caption(sample: Sample) -> int:
+    return max(map(len, sample.captions), default=0)
+
+
 def _with_guesses(config: Config) -> Config:
-    """Vocabularies of the size that the settings allow, for counting weights."""
+    """Vocabularies of a likely size, or of the size that the settings allow, for counting."""
     tasks = {}
     for name, settings in config.tasks.items():
         learned: dict[str, object] = {}
         if hasattr(settings, "answers_kept") and settings.answers is None:
             learned["answers"] = [str(number) for number in range(settings.answers_kept)]
         if hasattr(settings, "captions_per_video") and settings.vocabulary is None and settings.pretrained is None:
-            learned["vocabulary"] = UsedTokens.of_captions(settings.tokenizer, ["a video"])
+            learned["vocabulary"] = UsedTokens.of_first(LIKELY_TOKENS)
         tasks[name] = dataclasses.replace(settings, **learned) if learned else settings
     return dataclasses.replace(config, tasks=tasks)

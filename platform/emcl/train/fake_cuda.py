@@ -1,0 +1,122 @@
+"""Fake CUDA tensors with a backward pass, on any machine: what a step on a GPU would do, without a GPU.
+
+torch's FakeTensorMode gives tensors that hold shape, type and device alone. Their forward pass needs no GPU; their
+backward pass asks torch's CUDA part for a context, which `pretended_context` answers. A process that does so is good
+for nothing else: `in_clean_process` runs a function in one of its own, which sees no GPU even where there is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+GPU = torch.device("cuda", 0)
+Result = TypeVar("Result")
+_HEADER = "include/ATen/detail/AcceleratorHooksInterface.h"
+_SLOTS = 64
+"""Entries of the table that are copied: more than torch's hooks have before the one that is replaced."""
+
+
+class NoFakeCudaError(Exception):
+    """This torch runs no backward pass on fake CUDA tensors; the message says why."""
+
+
+@contextlib.contextmanager
+def pretended_context() -> Iterator[None]:
+    """Lets autograd run on fake CUDA tensors in a process that sees no GPU.
+
+    Autograd asks torch's CUDA hooks whether device 0 has a context, which raises where there is no driver. That virtual
+    function is replaced, in a copy of the hooks' table, by one that says yes. Its place is counted in the header that
+    torch ships. Backward stays on the calling thread, as autograd has no thread for a device that is not there.
+
+    Raises:
+        NoFakeCudaError: torch has no CUDA part, sees a GPU, or is not built as this expects.
+    """
+    if torch.version.cuda is None:
+        raise NoFakeCudaError("this torch is built without CUDA")
+    if torch.cuda.is_available():
+        raise NoFakeCudaError("this process sees a GPU")
+    folder = Path(torch.__file__).parent
+    try:
+        lines = (line.strip() for line in (folder / _HEADER).read_text().splitlines())
+        declared = [line for line in lines if line.startswith("virtual ")]
+        # the destructor, which comes first, takes two places
+        place = 1 + next(number for number, line in enumerate(declared) if "hasPrimaryContext" in line)
+        find = ctypes.CDLL(str(folder / "lib" / "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
+    except (OSError, StopIteration, AttributeError) as error:
+        raise NoFakeCudaError(f"torch {torch.__version__} keeps its CUDA hooks elsewhere ({error!r})") from None
+    if not 0 < place < _SLOTS:
+        raise NoFakeCudaError(f"torch {torch.__version__} has another table of CUDA hooks")
+    find.restype = ctypes.c_void_p
+    hooks = ctypes.cast(find(), ctypes.POINTER(ctypes.c_void_p))
+    before, size = hooks[0], ctypes.sizeof(ctypes.c_void_p)
+    assert before is not None
+    # two words before the table are its own: the offset to the object, and its type
+    copy = (ctypes.c_void_p * (_SLOTS + 2)).from_buffer_copy(ctypes.string_at(before - 2 * size, (_SLOTS + 2) * size))
+    answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda _, index: index == 0)
+    copy[2 + place] = ctypes.cast(answer, ctypes.c_void_p).value
+    hooks[0] = ctypes.addressof(copy) + 2 * size
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        hooks[0] = before
+
+
+def try_backward() -> None:
+    """The smallest step that needs the trick.
+
+    Raises:
+        NoFakeCudaError: it does not work with this torch.
+    """
+    with pretended_context():
+        try:
+            with FakeTensorMode():
+                weight = torch.nn.Parameter(torch.empty(2, 2, device=GPU))
+                (weight @ weight).sum().backward()
+            works = weight.grad is not None and weight.grad.device == GPU
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise NoFakeCudaError(f"torch {torch.__version__}: {str(error).splitlines()[0]}") from None
+    if not works:
+        raise NoFakeCudaError(f"torch {torch.__version__} gives fake tensors no gradient")
+
+
+def why_not() -> str | None:
+    """Why fake CUDA tensors have no backward pass with this torch; None where they have."""
+    try:
+        in_clean_process(try_backward)
+    except NoFakeCudaError as error:
+        return str(error)
+    return None
+
+
+def in_clean_process(call: Callable[..., Result], *arguments: Any) -> Result:
+    """`call(*arguments)` in a new process without GPUs, so that nothing of it stays in this one.
+
+    Raises:
+        NoFakeCudaError: as `call` does, or the process dies.
+    """
+    variables = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)  # the new process takes them over before it imports torch
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(call, *arguments).result()
+    except BrokenProcessPool:
+        raise NoFakeCudaError(f"torch {torch.__version__} ends the process that tries") from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

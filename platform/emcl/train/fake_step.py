@@ -1,0 +1,330 @@
+"""One rank's training step on fake CUDA tensors: its memory and what holds it, its messages, its operators.
+
+The platform's own collators, model, losses and backward pass run as `Trainer` runs them, among so many pretended ranks
+(torch's fake process group). Tensors hold no numbers, so a step of any size takes some seconds and no memory. Whatever
+mixes devices, or wants a tensor's value on the host, raises.
+"""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from emcl import distributed
+from emcl.config import Config
+from emcl.data.loader import Collate
+from emcl.data.order import Draw
+from emcl.data.samples import Sample
+from emcl.data.text import Caption, TextSource, Tokens
+from emcl.model.towers import tokenizer
+from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.registry import task_class
+from emcl.task import to_device
+from emcl.train.fake_cuda import GPU, pretended_context
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARAMETERS, BUFFERS, GRADIENTS = "parameters", "buffers", "gradients"
+INPUTS, BACKWARD = "inputs", "backward in flight"
+_WORDS = ("the", "man", "in", "a", "red", "shirt", "is", "playing", "with", "small", "dog", "on", "grass", "people")
+_ALIGNMENT = 512
+"""Bytes: torch's CUDA allocator rounds up to so many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FakeStep:
+    """What a step of one rank takes."""
+
+    peak: int
+    """Most bytes at once: parameters, buffers, gradients and all else that the step makes."""
+    held: dict[str, int]
+    """What holds them: parameters, buffers, gradients; and by where a tensor was made, the inputs, a tower, a head."""
+    peak_without_gradients: int
+    """Most bytes at once when each finished gradient goes away (ZeRO-2 and 3)."""
+    held_without_gradients: dict[str, int]
+    gradients: int
+    """Bytes of all of them, at the end."""
+    messages: dict[str, tuple[int, int]]
+    """Kind and type of a collective -> calls, and bytes of its larger side."""
+    forward_operators: int
+    """Views, which launch nothing, do not count."""
+    operators: int
+    odd: list[str]
+    """What should not be: tensors outside parameters and buffers, parameters without gradient, messages that NCCL
+    refuses."""
+
+
+def fake_steps(config: Config, sizes: Sequence[tuple[int, int]], samples: Sequence[Sample] = ()) -> list[FakeStep]:
+    """A step for each (ranks, videos of one rank); call it by `in_clean_process`.
+
+    Args:
+        config: with the tasks' vocabularies.
+        samples: whose captions and questions make the batch, in turn; made up without any.
+
+    Raises:
+        NoFakeCudaError: this torch cannot.
+    """
+    with pretended_context():
+        return [fake_step(config, ranks, videos, samples) for ranks, videos in sizes]
+
+
+def fake_step(config: Config, world_size: int, videos: int, samples: Sequence[Sample] = ()) -> FakeStep:
+    """Forward, losses and backward of one rank; within `pretended_context`."""
+    with distributed.pretended(world_size) as ranks:
+        model = build_on_meta(config).train()
+        batch = batch_of(config, videos, samples)
+        model.ranks = ranks
+        mode = FakeTensorMode(allow_non_fake_inputs=False)
+        move_to_fake_gpu(model, DTYPES[config.precision], mode)
+        odd = [f"{name}: a tensor outside parameters and buffers" for name in stray_tensors(model)]
+        watch = _Watch()
+        with mode, parts_of(model, watch):
+            host = _fake(batch, mode)
+            host["frames"] = torch.empty(_frames_shape(config, model, len(host["frames"])), dtype=host["frames"].dtype)
+            watch.begin(model)
+            with watch:
+                loss = total_loss(model(to_device(host, GPU)))
+                forward = sum(watch.operators.values())
+                watch.part = BACKWARD
+                loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            odd.append(f"{name} got no gradient")
+    return FakeStep(
+        peak=watch.peak,
+        held=watch.held_at_peak,
+        peak_without_gradients=watch.lean_peak,
+        held_without_gradients=watch.held_at_lean_peak,
+        gradients=watch.held[GRADIENTS],
+        messages={name: (calls, watch.message_bytes[name]) for name, calls in watch.messages.items()},
+        forward_operators=forward,
+        operators=sum(watch.operators.values()),
+        odd=odd + watch.odd,
+    )
+
+
+def build_on_meta(config: Config) -> VideoLanguageModel:
+    with torch.device("meta"):
+        return VideoLanguageModel(config, load_weights=False)
+
+
+def move_to_fake_gpu(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+    """As DeepSpeed would hold the model: parameters in the run's precision, buffers as they are."""
+    made: dict[int, Tensor] = {}  # tied parameters stay tied
+    with mode:
+        for module in model.modules():
+            for key, old in module._parameters.items():
+                if old is not None:
+                    if id(old) not in made:
+                        new = torch.empty(old.shape, dtype=dtype, device=GPU)
+                        made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
+                    module._parameters[key] = made[id(old)]  # type: ignore[assignment]
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    if id(buffer) not in made:
+                        made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
+                    module._buffers[key] = made[id(buffer)]
+
+
+def stray_tensors(model: nn.Module) -> list[str]:
+    """Tensors that modules hold outside parameters and buffers: `.to(device)` would leave them behind."""
+    found = []
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                found += [f"{name}.{key}" for item in tree_leaves(value) if isinstance(item, Tensor)]
+    return found
+
+
+def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> dict[str, Any]:
+    """By the collators of the tasks: videos of full length, each sample's longest caption, frames of one pixel."""
+    texts: TextSource = Tokens(tokenizer(config.model.name, config.data.words))
+    if config.model.cache_features:
+        with torch.device("meta"):
+            texts = _Remembered(VideoLanguageModel(config, load_weights=False).backbone.text.width)
+    collators = {
+        name: task_class(name).collator(settings, config, texts, training=True)
+        for name, settings in config.tasks.items()
+    }
+    shown = samples or made_up_samples(min(videos, 64), config.data.words)
+    clip: Any = np.zeros((config.data.frames, 1, 1, 3), np.uint8)
+    if config.model.cache_features:
+        clip = np.zeros((config.data.frames, 1), np.float32)
+    items: list[Any] = []
+    for number in range(videos):
+        sample = shown[number % len(shown)]
+        longest = max(range(len(sample.captions)), key=lambda place: len(sample.captions[place]), default=None)
+        items.append((Draw(number, longest, number), sample, clip, []))
+    return Collate(collators, frames=config.data.frames)(items)
+
+
+def made_up_samples(count: int, words: int) -> list[Sample]:
+    """With captions and questions of so many words."""
+    draw = random.Random(0)
+    made = []
+    for number in range(count):
+        captions = [" ".join(draw.choices(_WORDS, k=words)) for _ in range(4)]
+        asked = [{"question": " ".join(draw.choices(_WORDS, k=8)), "answer": str(number % 7)} for _ in range(4)]
+        made.append(Sample(id=str(number), captions=captions, qa=asked))
+    return made
+
+
+class _Remembered:
+    """A frozen text tower's outputs (n, W)."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def __call__(self, captions: Sequence[Caption]) -> Tensor:
+        return torch.zeros(len(captions), self.width)
+
+    def filler(self) -> Tensor:
+        return self([Caption(0, 0, "")])
+
+
+def _frames_shape(config: Config, model: VideoLanguageModel, count: int) -> tuple[int, ...]:
+    side = config.data.size
+    return (count, model.backbone.image.width) if config.model.cache_features else (count, side, side, 3)
+
+
+def _fake(item: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(item, Tensor):
+        return mode.from_tensor(item)
+    return {key: _fake(value, mode) for key, value in item.items()} if isinstance(item, dict) else item
+
+
+class _Watch(TorchDispatchMode):
+    """Counts operators and messages, and the bytes of the storages that are alive, by the part that made them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.messages: Counter[str] = Counter()
+        self.message_bytes: Counter[str] = Counter()
+        self.odd: list[str] = []
+        self.part = INPUTS
+        self.held: Counter[str] = Counter()
+        self.now = self.peak = self.lean_peak = 0
+        self.held_at_peak: dict[str, int] = {}
+        self.held_at_lean_peak: dict[str, int] = {}
+        self._alive: dict[int, tuple[int, str]] = {}
+
+    def begin(self, model: nn.Module) -> None:
+        """Counts the model's own tensors, and knows its gradients when they are done."""
+        for kind, tensors in ((PARAMETERS, model.parameters()), (BUFFERS, model.buffers())):
+            self.part = kind
+            for tensor in tensors:
+                self._count(tensor)
+        self.part = INPUTS
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._finished)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._message(func.overloadpacket.__name__.strip("_"), tree_leaves((args, kwargs)))
+        elif not func.is_view and func.overloadpacket is not torch.ops.aten._unsafe_view:
+            self.operators[func.overloadpacket.__name__] += 1
+        for item in tree_leaves(out):
+            if isinstance(item, Tensor):
+                self._count(item)
+        return out
+
+    def _message(self, name: str, items: Sequence[Any]) -> None:
+        tensors = [item for item in items if isinstance(item, Tensor)]
+        self.odd += [f"{name} of a tensor on {t.device}: NCCL takes none" for t in tensors if t.device != GPU]
+        self.odd += [f"{name} of a {tuple(t.shape)} in pieces" for t in tensors if not t.is_contiguous()]
+        largest = max(tensors, key=lambda tensor: tensor.nbytes)
+        label = f"{name} {str(largest.dtype).removeprefix('torch.')}"
+        self.messages[label] += 1
+        self.message_bytes[label] += largest.nbytes
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor.device != GPU:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive:
+            return
+        size = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
+        self._alive[key] = size, self.part
+        self.held[self.part] += size
+        self.now += size
+        weakref.finalize(storage, self._gone, key)
+        if self.now > self.peak:
+            self.peak, self.held_at_peak = self.now, dict(self.held)
+        if self.now - self.held[GRADIENTS] > self.lean_peak:
+            self.lean_peak, self.held_at_lean_peak = self.now - self.held[GRADIENTS], dict(self.held)
+
+    def _gone(self, key: int) -> None:
+        size, part = self._alive.pop(key)
+        self.held[part] -= size
+        self.now -= size
+
+    def _finished(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._count(parameter.grad)
+        key = parameter.grad.untyped_storage()._cdata
+        size, part = self._alive[key]
+        self._alive[key] = size, GRADIENTS
+        self.held[part] -= size
+        self.held[GRADIENTS] += size
+
+
+@contextmanager
+def parts_of(model: VideoLanguageModel, watch: _Watch) -> Iterator[None]:
+    """Lets `watch` know which part of the model is at work, in recomputations too."""
+    stack: list[str] = []
+    handles = []
+
+    def enter(part: str) -> None:
+        stack.append(watch.part)
+        watch.part = part
+
+    def leave() -> None:
+        watch.part = stack.pop()
+
+    def hook(module: nn.Module, part: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda *_: enter(part)))
+        handles.append(module.register_forward_hook(lambda *_: leave(), always_call=True))
+
+    for name, module in model.named_modules():
+        first, _, rest = name.partition(".")
+        second = rest.partition(".")[0]
+        if first == "backbone" and second:
+            hook(module, {"image": "image tower", "text": "text tower", "temporal": "temporal"}.get(second, second))
+        elif first == "tasks" and second:
+            hook(module, second)
+    for name, head in model.heads.items():
+        _name_losses(head, name, enter, leave)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _name_losses(head: Any, name: str, enter: Any, leave: Any) -> None:
+    """A head's `losses` calls its modules and works between them."""
+    losses = head.losses
+
+    def named(*arguments: Any) -> Any:
+        enter(name)
+        try:
+            return losses(*arguments)
+        finally:
+            leave()
+
+    head.losses = named
