@@ -101,25 +101,27 @@ class RetrievalTask(Task):
     def similarity_in_tiles(
         self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: EMCL | None
     ) -> np.ndarray:
-        """(Q, G) on every rank, from tiles of texts x videos, whose rows the ranks share.
+        """(Q, G) on rank 0 and (0, G) elsewhere, from tiles of texts x videos, whose rows the ranks share.
 
         The reference's EM sees one tile of `tile` x `tile` at a time, whichever rank computes it, and its scores depend
         on that; without it, or with compact bases, any tile gives the same scores, and large ones are taken.
         """
         if layer is None or layer.variant == "compact":
             tile = LARGE_TILE
+        own: dict[int, np.ndarray] = {}
+        for first in range(0, len(text_QD), tile)[ranks.rank :: ranks.world_size]:
+            strip = [
+                self.similarity(text_QD[first : first + tile], frames_GTD[videos], mask_GT[videos], ALONE, layer)
+                for videos in (slice(start, start + tile) for start in range(0, len(frames_GTD), tile))
+            ]
+            own[first] = torch.cat(strip, 1).float().cpu().numpy()  # the host waits once a strip
+        everyone = ranks.collect_objects(own)
+        if everyone is None:
+            return np.empty((0, len(frames_GTD)), np.float32)
         scores_QG = np.empty((len(text_QD), len(frames_GTD)), np.float32)
-        strips = range(0, len(text_QD), tile)
-        for first in strips[ranks.rank :: ranks.world_size]:
-            for start in range(0, len(frames_GTD), tile):
-                texts, videos = slice(first, first + tile), slice(start, start + tile)
-                part = self.similarity(text_QD[texts], frames_GTD[videos], mask_GT[videos], ALONE, layer)
-                scores_QG[texts, videos] = part.cpu().numpy()
-        if ranks.world_size > 1:
-            mine = {first: scores_QG[first : first + tile] for first in strips[ranks.rank :: ranks.world_size]}
-            for others in ranks.gather_objects(mine):
-                for first, strip in others.items():
-                    scores_QG[first : first + tile] = strip
+        for strips in everyone:
+            for first, rows in strips.items():
+                scores_QG[first : first + tile] = rows
         return scores_QG
 
     def scorer(self, config: Config) -> Scorer:
@@ -181,13 +183,22 @@ class _RetrievalScorer(Scorer):
         return found, video_rows
 
     def result(self, evaluation: Evaluation) -> Scores:
+        """Of all ranks' scores, counted on rank 0: a matrix of 100,000 x 10,000 has 4 GB."""
         ranks = evaluation.ranks
         kept, video_rows = self.embeddings(evaluation)
-        owner, device = kept.owner, self.task.logit_scale.device
-        settings = self.config.evaluate
+        device = self.task.logit_scale.device
         scores_QG = self.task.similarity_in_tiles(
-            kept.text.to(device), kept.frames.to(device), kept.mask.to(device), settings.tile, ranks, self.task.emcl
+            kept.text.to(device), kept.frames.to(device), kept.mask.to(device), self.config.evaluate.tile, ranks,
+            self.task.emcl,
+        )  # fmt: skip
+        scores = self._scores(scores_QG, kept, video_rows) if ranks.first else None
+        metrics, protocol, chosen = ranks.from_first(
+            (scores.metrics, scores.protocol, scores.chosen) if scores else None
         )
+        return scores or Scores(metrics, protocol, chosen)
+
+    def _scores(self, scores_QG: np.ndarray, kept: Embeddings, video_rows: list[int]) -> Scores:
+        owner, settings = kept.owner, self.config.evaluate
         plain, ranked = protocol_metrics(scores_QG, owner)
         found = {"": plain}
         if settings.dsl:
