@@ -10,7 +10,9 @@ import pytest
 from conftest import launch
 from emcl.config import resolve
 from emcl.shipped import configs_folder, find_file
-from emcl.train.plan import Plan, plan, state_gib
+from emcl.train import plan as planning
+from emcl.train.fake_cuda import NoFakeCudaError
+from emcl.train.plan import Plan, bucket_bytes, describe_plan, plan, state_gib
 
 # EMCL.md's table: global batch, epochs, words, frames
 PUBLISHED = {
@@ -80,6 +82,26 @@ def test_zero_shares_what_its_stages_say() -> None:
         assert state_gib(whole, "bf16", stage, 8) == pytest.approx(bytes_ * gib)
 
 
+def test_buckets_are_those_that_deepspeed_allocates() -> None:
+    assert bucket_bytes({"stage": 0}, 10**8, 2) == 0
+    assert bucket_bytes({"stage": 1}, 10**8, 2) == 2 * 5 * 10**8  # all of it, however small the model
+    assert bucket_bytes({"stage": 2, "reduce_bucket_size": 10**6, "overlap_comm": True}, 10**8, 2) == 4 * 10**6
+    assert bucket_bytes({"stage": 1, "contiguous_gradients": False}, 10**8, 2) == 2 * 10**8
+    gathered = {"stage": 3, "reduce_bucket_size": 10**6, "stage3_max_live_parameters": 10**7}
+    assert bucket_bytes(gathered, 10**8, 4) == 4 * (10**6 + 10**7)
+    assert bucket_bytes({**gathered, "stage3_max_live_parameters": 10**9}, 10**8, 4) == 4 * (10**6 + 10**8)
+
+
+def test_where_the_step_cannot_be_planned_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(*_: object) -> None:
+        raise NoFakeCudaError("this torch is built without CUDA")
+
+    monkeypatch.setattr(planning, "in_clean_process", cannot)
+    text = describe_plan(resolve(None, "msrvtt_retrieval"))
+    assert "activations not planned: this torch is built without CUDA; estimated from the towers alone" in text
+    assert "activations (videos a GPU and step)" in text
+
+
 def test_steps_are_those_of_the_shards(sample_shards: Path) -> None:
     patterns = [f"data.{split}={sample_shards}/{split}-*.tar" for split in ("train", "val", "test")]
     config = resolve(None, "msrvtt_retrieval", [*patterns, "data.batch_size=8"])
@@ -91,6 +113,11 @@ def test_steps_are_those_of_the_shards(sample_shards: Path) -> None:
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
     done = launch("--recipe", "msrvtt_retrieval", f"data.root={tmp_path}/msrvtt", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("tasks: retrieval", "GiB a GPU", f"missing: no shard matches {tmp_path}/msrvtt/train-*.tar"):
+    for line in (
+        "tasks: retrieval",
+        "GiB a GPU",
+        "image tower",
+        f"missing: no shard matches {tmp_path}/msrvtt/train-*.tar",
+    ):
         assert line in done.stdout
     assert not list(tmp_path.iterdir())
