@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.data.image_ops import augmented
 from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
@@ -147,7 +148,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for batch in micro_batches:
             with phase("forward"):
-                losses = self.engine(to_device(batch, self.device))
+                losses = self.engine(augmented(to_device(batch, self.device)))
                 loss = total_loss(losses)
             with phase("backward"):
                 self.engine.backward(loss)
