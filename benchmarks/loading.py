@@ -6,6 +6,8 @@ OpenCV seeks frame by frame, PIL and torchvision transforms, normalised float32,
 
 Tars hold the files as they are, but for `as emcl prepare stores them` (short side 256, 3 frames a second): the same
 videos after that command, beside the field's loader on the files that they were made from, and on what they became.
+
+Last, what a loader process can feed a GPU by how videos are stored and augmented (`feeding.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import feeding
 from emcl.config import DataConfig
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
@@ -223,6 +226,8 @@ def measure(repeats: int) -> list[Row]:
             rows += rows_of(case, root / "real", repeats, others=(PREPARED,))
         case = Case("long clips, 60 s", long, size=224, times=4, batch=4, field_times=4)
         rows += rows_of(case, root / "repeated", repeats, others=(KEY_FRAMES, PREPARED))
+        if real:
+            rows += feeding.rows(real, root / "feeding", repeats)
     return rows
 
 

@@ -16,6 +16,7 @@ import torch
 from conftest import SHARED
 from emcl.config import DataConfig
 from emcl.data.decode import DecodeError, decode
+from emcl.data.image_ops import augmented
 from emcl.data.loader import evaluation_loader, training_loader
 from emcl.data.order import Order, RankBatches
 from emcl.data.shards import ShardSet, find_shards, open_shards
@@ -34,7 +35,7 @@ def batches(
 ) -> list[dict[str, Any]]:
     order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
     mine = RankBatches(order, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
-    return list(training_loader(shards, data, mine, {"ids": ids}))
+    return [augmented(batch) for batch in training_loader(shards, data, mine, {"ids": ids})]
 
 
 @pytest.mark.parametrize("settings", [{}, {"jitter": True}, {"augment": "rand-m7-n4-mstd0.5-inc1"}])
@@ -61,6 +62,20 @@ def test_jitter_and_augmentation_change_from_epoch_to_epoch(sample_shards: Path)
         for name, frames in zip(batch["ids"], batch["frames"].split(4), strict=True):
             found.setdefault(name, []).append(frames)
     assert all(not torch.equal(*twice) for twice in found.values())
+
+
+def test_training_frames_are_augmented_by_their_clips_seeds_and_evaluations_never(sample_shards: Path) -> None:
+    shards = open_shards(f"{sample_shards}/train-000000.tar")
+    plain = batches(shards, DATA, steps=2)
+    data = replace(DATA, augment="rand-m7-n4-mstd0.5-inc1")
+    for one, other in zip(plain, batches(shards, data, steps=2), strict=True):
+        assert one["ids"] == other["ids"]
+        assert not torch.equal(one["frames"], other["frames"])
+        assert (one["frames"].shape, one["frames"].dtype) == (other["frames"].shape, other["frames"].dtype)
+        assert "augment" not in other, "what is done is not done twice"
+    assert not any(
+        "augment" in batch for batch in evaluation_loader(shards, data, {}, batch_size=4, rank=0, world_size=1)
+    )
 
 
 def test_evaluation_takes_every_sample_exactly_once_over_the_ranks(sample_shards: Path) -> None:

@@ -27,11 +27,12 @@ STEPS = 40
 
 
 def settings(shards: Path, stage: int) -> list[str]:
-    """Retrieval with captions, whose dropout draws in every step."""
+    """Retrieval with captions, whose dropout draws in every step, as augmentation does."""
     return [
         *small(shards), "data.val=null", "data.test=null", f"optim.max_steps={STEPS}", "optim.epochs=100", "name=run",
         "optim.lr=1e-3", "optim.clip_lr=1e-3", "tracking.every_steps=1", "checkpoint.every_steps=7",
         f"deepspeed=deepspeed/zero{stage}.json", "tasks.captioning.width=64", "tasks.captioning.layers=1",
+        "data.augment=rand-m7-n4-mstd0.5-inc1",
     ]  # fmt: skip
 
 

@@ -178,6 +178,12 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="store videos as they are, not as small H.264")
     parser.add_argument("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
     parser.add_argument("--fps", type=float, default=3.0, help="frames a second, at most (default: %(default)s)")
+    parser.add_argument(
+        "--store", choices=("mp4", "jpeg", "raw"), default="mp4",
+        help="H.264; or squares of the training's size, larger and cheaper to read (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--size", type=int, default=224, help="pixels of the squares: data.size (default: %(default)s)")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 95 (default: %(default)s)")
     parser.add_argument("--processes", type=int, help="default: one a core")
     parser.add_argument(
         "--part", metavar="I/N", default="1/1", help="write every N-th shard: for N jobs that do it together"
@@ -229,7 +235,14 @@ def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, p
         Videos(options.videos),
         out,
         Options(
-            encoding=Encoding(keep=options.keep, short_side=options.short_side, fps=options.fps),
+            encoding=Encoding(
+                keep=options.keep,
+                short_side=options.short_side,
+                fps=options.fps,
+                store=options.store,
+                size=options.size,
+                quality=options.quality,
+            ),
             shard_size=options.shard_size,
             processes=options.processes,
             part=(int(number), int(parts)),

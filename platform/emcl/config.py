@@ -106,7 +106,8 @@ class DataConfig:
     size: int = 224
     """Square side in pixels that the image tower gets."""
     augment: str = "none"
-    """`none`, or a timm RandAugment string such as `rand-m7-n4-mstd0.5-inc1`, the same draw for all frames."""
+    """`none`, or a timm RandAugment string such as `rand-m7-n4-mstd0.5-inc1`: timm's draw, the same for all frames of a
+    clip, done on the training device."""
     jitter: bool = False
     """In training, draw each frame's time at random within its slice of the video."""
     pairs: str = "clip"

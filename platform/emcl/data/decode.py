@@ -152,6 +152,8 @@ def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, 
             if not container.streams.video:
                 raise DecodeError("no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise DecodeError("FFmpeg does not know how it is coded")
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 A batch is a dictionary: `frames` (n, H, W, 3) uint8, all frames of its B videos one after another; `frame_slot` (n,)
 each one's place in the flattened (B, T); `video_mask` (B, T) bool; `ids`; `bad`, which samples did not decode and
-why; `loading`, what a `LoadingTime` says; and one entry per task with what its collator made.
+why; `loading`, what a `LoadingTime` says; `augment`, in training, how the frames are to be changed (data/image_ops.py
+does it on the device); and one entry per task with what its collator made.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from emcl.config import DataConfig
-from emcl.data.augment import augmentation
+from emcl.data.augment import Augmentation, augmentation
 from emcl.data.decode import DecodeError, decode
 from emcl.data.features import FeatureStore
 from emcl.data.loading_time import LoadingTime
@@ -56,7 +57,6 @@ class Clips(Dataset[Any]):
         self.shards, self.data, self.training, self.features = shards, data, training, features
         self.video_of = video_of
         """Which row's video each row is shown with, in place of its own."""
-        self.augment = augmentation(data.augment) if training else None
         self.spent = LoadingTime()
         """On the samples since somebody looked last."""
         self._cache: dict[int, Clip] = {}
@@ -86,8 +86,6 @@ class Clips(Dataset[Any]):
             if not random_times and found.nbytes <= self._room:
                 self._cache[index] = found
                 self._room -= found.nbytes
-        if self.augment is not None and seed is not None:
-            found = self.augment(found, seed)
         return found
 
     def __getitem__(self, draw: Draw) -> tuple[Draw, Sample, Clip | None, list[str]]:
@@ -114,8 +112,16 @@ class Clips(Dataset[Any]):
 class Collate:
     """Joins the clips and lets every task take its part."""
 
-    def __init__(self, collators: Mapping[str, Collator], *, frames: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        collators: Mapping[str, Collator],
+        *,
+        frames: int,
+        shuffle_seed: int | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self.collators, self.frames, self.shuffle_seed = dict(collators), frames, shuffle_seed
+        self.augmentation = augmentation
 
     def __call__(self, items: Sequence[tuple[Draw, Sample, Clip | None, list[str]]]) -> dict[str, Any]:
         good = [(draw, sample, frames) for draw, sample, frames, _ in items if frames is not None]
@@ -137,6 +143,10 @@ class Collate:
         batch["frames"] = torch.from_numpy(np.concatenate(clips))
         batch["frame_slot"] = torch.from_numpy(np.concatenate(slots))
         batch["video_mask"] = torch.from_numpy(mask)
+        if self.augmentation is not None:
+            _, height, width, _ = clips[0].shape
+            seeds = [draw.seed for draw, _, _ in good]
+            batch["augment"] = self.augmentation.plan(seeds, list(map(len, clips)), height, width)
         for name, collator in self.collators.items():
             batch[name] = collator([sample for _, sample, _ in good], [draw for draw, _, _ in good])
         return batch
@@ -151,7 +161,11 @@ def training_loader(
 ) -> DataLoader[Any]:
     """Of which `data/steps.py` takes a step's batches; it looks after the workers every LOOK seconds."""
     clips = Clips(shards, data, training=True, features=features)
-    return _loader(clips, data, batches, Collate(collators, frames=data.frames), look=LOOK if data.workers else 0)
+    # remembered features are of frames as they are
+    collate = Collate(
+        collators, frames=data.frames, augmentation=augmentation(data.augment) if features is None else None
+    )
+    return _loader(clips, data, batches, collate, look=LOOK if data.workers else 0)
 
 
 def evaluation_loader(

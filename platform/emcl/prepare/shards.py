@@ -26,12 +26,14 @@ from emcl.data.decode import DecodeError, decode
 from emcl.data.samples import Sample
 from emcl.errors import UserError
 from emcl.prepare.clips import Clip, Report
-from emcl.prepare.videos import Place, Videos, reencode
+from emcl.prepare.videos import Place, Videos, as_frames, reencode
 from emcl.prepare.writer import write_shard
 from emcl.version import __version__
 
 NOTES = ".prepare"
 INDEX, REPORT = "index.json", "report.json"
+STORES = ("mp4", "jpeg", "raw")
+LARGEST_SIZE = 4096
 AHEAD = 4
 """Clips that wait for their turn, a process."""
 
@@ -41,9 +43,33 @@ class Encoding:
     """How videos are stored."""
 
     keep: bool = False
-    """As they are, and whole; otherwise H.264, cut to the clip."""
+    """As they are, and whole; otherwise cut to the clip."""
     short_side: int = 256
+    """Pixels, at most, of H.264."""
     fps: float = 3.0
+    store: str = "mp4"
+    """`mp4` (H.264), or squares of the training's size that cost next to nothing to decode: `jpeg` or `raw`."""
+    size: int = 224
+    """Pixels of the squares."""
+    quality: int = 90
+    """Of JPEG, on libjpeg's scale of 1 to 95."""
+
+    def __post_init__(self) -> None:
+        if self.store not in STORES:
+            raise UserError(f"--store {self.store}: one of {', '.join(STORES)}")
+        if self.keep and self.store != "mp4":
+            raise UserError(f"--keep stores videos as they are, --store {self.store} does not: give one of them")
+        if not 1 <= self.quality <= 95:
+            raise UserError(f"--quality {self.quality}: from 1 to 95")
+        if not 1 <= self.size <= LARGEST_SIZE:
+            raise UserError(f"--size {self.size}: from 1 to {LARGEST_SIZE} pixels")
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the stored bytes."""
+        if self.store == "mp4":
+            return {"keep": self.keep, "short_side": self.short_side, "fps": self.fps}
+        quality = {"quality": self.quality} if self.store == "jpeg" else {}
+        return {"store": self.store, "size": self.size, "fps": self.fps, **quality}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +150,7 @@ def _fingerprint(shards: list[Shard], options: Options) -> str:
     content = [
         (shard.name, [(asdict(clip), place.name, place.size) for clip, place in shard.clips]) for shard in shards
     ]
-    text = json.dumps([asdict(options.encoding), content], sort_keys=True)
+    text = json.dumps([options.encoding.facts(), content], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -185,9 +211,13 @@ def _make(item: tuple[Clip, Place], *, encoding: Encoding, source: str) -> tuple
     try:
         if encoding.keep:
             decode(video, frames=1, size=32, start=start, end=end)
-        else:
+        elif encoding.store == "mp4":
             video = reencode(video, short_side=encoding.short_side, fps=encoding.fps, start=start, end=end)
             start, end, ending = None, None, "mp4"  # what is stored is the clip alone
+        else:
+            quality = encoding.quality if encoding.store == "jpeg" else None
+            video = as_frames(video, size=encoding.size, fps=encoding.fps, quality=quality, start=start, end=end)
+            start, end, ending = None, None, "mov"
     except DecodeError as error:
         return str(error)
     sample = Sample(
@@ -216,7 +246,7 @@ def _finish(out: Path, shards: list[Shard], report: Report, options: Options, so
         "emcl": __version__,
         "source": source,
         "protocol": protocol,
-        "encoding": asdict(options.encoding),
+        "encoding": options.encoding.facts(),
         "splits": splits,
         "shards": {
             name: {key: note[key] for key in ("samples", "bytes", "sha256")}

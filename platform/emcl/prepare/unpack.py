@@ -12,12 +12,18 @@ from emcl.errors import UserError
 from emcl.prepare.writer import key_of
 
 TABLE = "captions.csv"
-_STARTS = ((4, b"ftyp", "mp4"), (8, b"AVI ", "avi"), (0, b"\x1aE\xdf\xa3", "mkv"), (0, b"FLV", "flv"))
+_STARTS = (
+    (4, b"ftypqt", "mov"),
+    (4, b"ftyp", "mp4"),
+    (8, b"AVI ", "avi"),
+    (0, b"\x1aE\xdf\xa3", "mkv"),
+    (0, b"FLV", "flv"),
+)
 """Where a container's signature stands, the signature, the file's ending."""
 
 
 def unpack(pattern: str, out: Path, *, progress: bool = True) -> int:
-    """Writes `out/ID.mp4` for each sample and `out/captions.csv`; files that are there already are left.
+    """Writes `out/ID.mp4`, or what the video is, for each sample and `out/captions.csv`; files already there are left.
 
     Returns the number of samples.
 

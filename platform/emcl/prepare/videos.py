@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
-from emcl.data.decode import frame_rate, resampled
+from av.video.reformatter import VideoReformatter
+
+from emcl.data.decode import frame_rate, resampled, square
 from emcl.data.samples import VIDEO_ENDINGS
 from emcl.errors import UserError
-from emcl.prepare.writer import encode_mp4
+from emcl.prepare.writer import encode_mov, encode_mp4
 
 KEY_EVERY = 4
 """Frames of a re-encoded video from one key frame to the next."""
@@ -94,5 +96,25 @@ def reencode(
     Raises:
         DecodeError: nothing could be decoded.
     """
-    rate = min(Fraction(fps).limit_denominator(1000), frame_rate(video) or Fraction(fps))
+    rate = _rate(video, fps)
     return encode_mp4(resampled(video, rate, start=start, end=end), rate, short_side=short_side, key_every=KEY_EVERY)
+
+
+def as_frames(
+    video: bytes, *, size: int, fps: float, quality: int | None, start: float | None = None, end: float | None = None
+) -> bytes:
+    """The part [start, end] as squares that training with `data.size` = `size` takes as they are: JPEG, or raw frames.
+
+    Args:
+        quality: of JPEG; None for raw.
+
+    Raises:
+        DecodeError: nothing could be decoded.
+    """
+    rate, scaler = _rate(video, fps), VideoReformatter()
+    frames = (square(frame, size, scaler) for frame in resampled(video, rate, start=start, end=end))
+    return encode_mov(frames, rate, quality=quality)
+
+
+def _rate(video: bytes, fps: float) -> Fraction:
+    return min(Fraction(fps).limit_denominator(1000), frame_rate(video) or Fraction(fps))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.data.image_ops import augmented
 from emcl.data.source import Source
 from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
@@ -158,7 +159,7 @@ class Trainer:
             with clock.part("transfer"):
                 batch = to_device(batch, self.device)
             with phase("forward"), clock.part("forward"):
-                losses = self.engine(batch)
+                losses = self.engine(augmented(batch))
                 loss = total_loss(losses)
             with phase("backward"), clock.part("backward"):
                 self.engine.backward(loss)

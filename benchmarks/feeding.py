@@ -1,0 +1,128 @@
+"""What a loader process can feed a GPU: clips as `emcl prepare --store` keeps them, with and without augmentation.
+
+Figures are frames per second of a core's time: of one loader process on a core of its own. `augmented by PIL` is how
+loaders did it before, timm's RandAugment on each frame; ours draws, and the training device changes the pixels.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from emcl.config import DataConfig
+from emcl.data.augment import Augmentation
+from emcl.data.image_ops import augment
+from emcl.data.loader import Clips, Collate
+from emcl.data.order import Draw
+from emcl.data.shards import ShardSet, open_shards
+from emcl.prepare.clips import Clip
+from emcl.prepare.shards import STORES, Encoding, Options, prepare_shards
+from emcl.prepare.videos import Videos
+from emcl.train.memory import keep_freed_memory
+from timing import Row, alternate, compared
+
+FRAMES, SIZE, BATCH, TIMES = 12, 224, 4, 6
+"""Clips are gone through TIMES times, so that a process's start is a small part."""
+AUGMENT = "rand-m7-n4-mstd0.5-inc1"
+PLAIN, BY_PIL = "without augmentation", "augmented by PIL"
+
+
+class ByPIL:
+    """timm's RandAugment on each frame of a clip."""
+
+    def __init__(self) -> None:
+        from timm.data.auto_augment import rand_augment_transform
+
+        self.transform: Any = rand_augment_transform(AUGMENT, {"translate_const": 100})
+
+    def __call__(self, frames: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
+        out = []
+        for frame in frames:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            out.append(np.asarray(self.transform(Image.fromarray(frame))))
+        return np.stack(out)
+
+
+class ClipsByPIL(Clips):
+    def __getitem__(self, draw: Draw) -> Any:
+        draw, sample, frames, bad = super().__getitem__(draw)
+        if not hasattr(self, "by_pil"):
+            self.by_pil = ByPIL()
+        return draw, sample, frames if frames is None else self.by_pil(frames, draw.seed), bad
+
+
+def frames_per_core_second(shards: ShardSet, side: str) -> float:
+    data = DataConfig(frames=FRAMES, size=SIZE, workers=1)
+    clips = (ClipsByPIL if side == BY_PIL else Clips)(shards, data, training=True)
+    draws = [Draw(row, None, number) for number, row in enumerate(list(range(len(shards))) * TIMES)]
+    batches: Any = [draws[first : first + BATCH] for first in range(0, len(draws), BATCH)]
+    collate = Collate({}, frames=FRAMES, augmentation=Augmentation(AUGMENT) if side == "ours" else None)
+    before = _of_children()
+    loader: DataLoader[Any] = DataLoader(
+        clips, batch_sampler=batches, collate_fn=collate, num_workers=1, worker_init_fn=_one_thread
+    )
+    frames = sum(len(batch["frames"]) for batch in loader)
+    return frames / (_of_children() - before)
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _of_children() -> float:
+    """Seconds of a core that processes took which have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
+    """A CPU's cost of the augmentation itself, one thread."""
+    mine, theirs = Augmentation(AUGMENT), ByPIL()
+    frames, counts = torch.from_numpy(np.concatenate(clips)), [len(clip) for clip in clips]
+    keep_freed_memory()  # as training does
+    torch.set_num_threads(1)
+    seeds = range(TIMES * len(clips))
+
+    def ours() -> None:
+        for first in range(0, len(seeds), len(clips)):
+            augment(frames, mine.plan(seeds[first : first + len(clips)], counts, SIZE, SIZE))
+
+    def pil() -> None:
+        for seed in seeds:
+            theirs(clips[seed % len(clips)], seed)
+
+    def milliseconds(work: Callable[[], None]) -> float:
+        began = time.process_time()
+        work()
+        return 1000 * (time.process_time() - began) / len(seeds)
+
+    found = alternate({"ours": partial(milliseconds, ours), "PIL": partial(milliseconds, pil)}, repeats)
+    return compared("loading", "augmenting a clip on a CPU", "ms", found)
+
+
+def rows(files: list[Path], folder: Path, repeats: int) -> list[Row]:
+    """A row for each way of storing the videos, and one for the augmentation itself."""
+    made = []
+    for store in STORES:
+        clips = [Clip(id=path.stem, file=path.name, split="train", captions=["x"]) for path in files]
+        options = Options(encoding=Encoding(store=store, size=SIZE), progress=False)
+        prepare_shards(clips, Videos(files[0].parent), folder / store, options, source="bench")
+        shards = open_shards(f"{folder / store}/train-*.tar")
+        sides = {name: partial(frames_per_core_second, shards, name) for name in ("ours", PLAIN, BY_PIL)}
+        found = alternate(sides, repeats)
+        size = sum(row.size for row in shards.rows) / len(shards) / 1000
+        made.append(compared("loading", f"a core, --store {store}", "frames/s", found, note=f"{size:,.0f} kB a clip"))
+    decoded = Clips(shards, DataConfig(frames=FRAMES, size=SIZE), training=False)
+    some = [decoded[Draw(row, None, 0)][2] for row in range(min(BATCH, len(shards)))]
+    return [*made, augmentation_row([clip for clip in some if clip is not None], repeats)]

@@ -1,0 +1,197 @@
+"""RandAugment's image operations on batches of uint8 frames (n, H, W, 3), as PIL does them one image at a time.
+
+They run where the frames are, CPU or GPU, and never wait for a value: everything that decides shapes is in the plan
+(data/augment.py), which the host made. Results are PIL's, bit for bit, but for resampled ones (rotate, shear,
+translate): the same pixels with the same weights, summed in single precision where PIL has double, so that few
+pixels differ by 1 (in ten thousand; in a hundred where a bilinear shift is a simple fraction of a pixel, since true
+values are then whole numbers that PIL's sums now and then miss). `posterize` to 0 bits gives black; in PIL 13 it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emcl.data.augment import BLUR_PASSES, BLUR_REACH, Plan
+
+FILL = 128
+"""Of what lies outside the frame; timm's."""
+FRAMES_AT_ONCE = {"cpu": 12, "cuda": 192}
+"""So many keep a CPU's cache warm, and a GPU's memory free."""
+NUDGE = 2.0**-11
+"""Added before a resampled value is cut to a whole number: sums of weights are 1 but for rounding."""
+
+
+def augmented(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its frames augmented by its plan, if it has one."""
+    if "augment" not in batch:
+        return batch
+    rest = {key: value for key, value in batch.items() if key != "augment"}
+    return {**rest, "frames": augment(batch["frames"], batch["augment"])}
+
+
+@torch.no_grad()
+def augment(frames: Tensor, plan: Plan) -> Tensor:
+    """(n, H, W, 3) uint8 to the same; `frames` are left as they are."""
+    frames = frames.clone()
+    at_once = FRAMES_AT_ONCE.get(frames.device.type, FRAMES_AT_ONCE["cpu"])
+    for operation in plan["operations"]:
+        work = {name: where.of(plan["numbers"]) for name, where in operation.arrays.items()}
+        step = at_once
+        if operation.kind == "affine":
+            step = max(1, at_once // work["frames"].shape[1])
+        for first in range(0, len(work["frames"]), step):
+            part = {name: array[first : first + step] for name, array in work.items()}
+            places = part.pop("frames")
+            chosen = frames.index_select(0, places.flatten()).view(*places.shape, *frames.shape[1:])
+            made = OPERATIONS[operation.kind](chosen, **part, **operation.options)
+            frames.index_copy_(0, places.flatten(), made.reshape(-1, *frames.shape[1:]))
+    return frames
+
+
+def table(frames: Tensor, table: Tensor) -> Tensor:
+    """Each value by its frame's table (n, 256)."""
+    return _looked_up(frames, table[:, None].expand(-1, 3, -1))
+
+
+def auto_contrast(frames: Tensor) -> Tensor:
+    """Each channel stretched to 0 to 255."""
+    flat = frames.flatten(1, 2)
+    low, high = (extreme.double()[..., None] for extreme in (flat.amin(1), flat.amax(1)))  # (n, 3, 1)
+    values = torch.arange(256, device=frames.device, dtype=torch.float64)
+    scale = 255.0 / (high - low)
+    stretched = (values * scale + -low * scale).clamp(0, 255)
+    return _looked_up(frames, torch.where(high > low, stretched, values).to(torch.uint8))
+
+
+def equalize(frames: Tensor) -> Tensor:
+    """Each channel's values spread by their ranks."""
+    index = _table_index(frames).flatten().long()
+    histogram = torch.zeros(len(frames) * 3 * 256, dtype=torch.int32, device=frames.device)
+    histogram = histogram.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(-1, 3, 256)
+    values = torch.arange(256, device=frames.device)
+    last = torch.where(histogram > 0, values, 0).amax(-1, keepdim=True)
+    step = (histogram.sum(-1, keepdim=True) - histogram.gather(-1, last)) // 255
+    before = histogram.cumsum(-1) - histogram
+    spread = ((step // 2 + before) // step.clamp_min(1)).clamp_max(255)
+    return _looked_up(frames, torch.where(step > 0, spread, values).to(torch.uint8))
+
+
+def contrast(frames: Tensor, factor: Tensor) -> Tensor:
+    """Blended with the mean of its grey."""
+    area = frames.shape[1] * frames.shape[2]
+    mean = (_grey(frames).flatten(1).sum(1).double() / area + 0.5).floor().float()[:, None]  # (n, 1)
+    values = torch.arange(256, device=frames.device, dtype=torch.float32)
+    return table(frames, _blend(mean, values, factor[:, None]))
+
+
+def color(frames: Tensor, factor: Tensor) -> Tensor:
+    """Blended with its grey."""
+    return _blend(_grey(frames)[..., None].float(), frames.float(), factor[:, None, None, None])
+
+
+def sharpness(frames: Tensor, factor: Tensor) -> Tensor:
+    """Blended with a smoothed one: a pixel five times and its eight neighbours, the frame's edge left as it is."""
+    exact = frames.float()
+    rows = exact[:, :-2] + exact[:, 1:-1] + exact[:, 2:]
+    sums = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * exact[:, 1:-1, 1:-1]
+    smooth = exact.clone()
+    smooth[:, 1:-1, 1:-1] = ((sums + 6.5) / 13).floor()
+    return _blend(smooth, exact, factor[:, None, None, None])
+
+
+def gaussian_blur(frames: Tensor, weights: Tensor) -> Tensor:
+    """Three boxes along each row, then three along each column; `weights` (n, 7) are a box's, in 2^-24."""
+    for along in (2, 1):
+        size = frames.shape[along]
+        for _ in range(BLUR_PASSES):
+            sums = torch.zeros(frames.shape, dtype=torch.int64, device=frames.device)
+            for number in range(2 * BLUR_REACH + 1):
+                places = torch.arange(size, device=frames.device).add_(number - BLUR_REACH).clamp_(0, size - 1)
+                sums += frames.index_select(along, places).long() * weights[:, number, None, None, None]
+            frames = ((sums + (1 << 23)) >> 24).to(torch.uint8)
+    return frames
+
+
+def affine(clips: Tensor, matrix: Tensor, *, axis: str, cubic: bool) -> Tensor:
+    """Clips (c, T, H, W, 3) resampled, each by its matrix (c, 6), in double precision up to the weights.
+
+    Args:
+        axis: `x` or `y` where pixels move along that one alone, otherwise `both`.
+        cubic: bicubic, otherwise bilinear.
+    """
+    count, length, height, width, _ = clips.shape
+    a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
+    x = torch.arange(width, device=clips.device, dtype=torch.float64) + 0.5
+    y = (torch.arange(height, device=clips.device, dtype=torch.float64) + 0.5)[:, None]
+    from_x, from_y = a * x + b * y + c, d * x + e * y + f  # (c, H, W)
+    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
+    columns, x_weights = _taps(from_x, width, cubic) if axis != "y" else _alone(x, inside)
+    rows, y_weights = _taps(from_y, height, cubic) if axis != "x" else _alone(y, inside)
+    first = torch.arange(count, device=clips.device, dtype=torch.int32)[:, None, None, None, None] * (height * width)
+    index = (rows[..., :, None] * width + columns[..., None, :] + first).flatten(0, 2).flatten(1)
+    weights = (y_weights[..., :, None] * x_weights[..., None, :]).flatten(0, 2).flatten(1)
+    # a place's pixels in all frames of the clip are one row: found once, weighed together
+    pixels = clips.permute(0, 2, 3, 1, 4).reshape(count * height * width, length * 3).float()
+    found = F.embedding_bag(index, pixels, per_sample_weights=weights, mode="sum")
+    found = torch.where(inside.view(-1, 1), found.add_(NUDGE).clamp_(0, 255), FILL).to(torch.uint8)
+    return found.view(count, height, width, length, 3).permute(0, 3, 1, 2, 4)
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "table": table,
+    "auto_contrast": auto_contrast,
+    "equalize": equalize,
+    "contrast": contrast,
+    "color": color,
+    "sharpness": sharpness,
+    "gaussian_blur": gaussian_blur,
+    "affine": affine,
+}
+"""By their names in a plan."""
+
+
+def _taps(position: Tensor, size: int, cubic: bool) -> tuple[Tensor, Tensor]:
+    """The pixels about each position on a line of `size` pixels, the outermost repeated, and their weights."""
+    middle = position - 0.5  # pixel k's centre is at k + 0.5
+    before = middle.floor()
+    t = (middle - before).float()
+    if cubic:  # the kernel with slope -1
+        t2, t3 = t * t, t * t * t
+        weights = torch.stack([2 * t2 - t - t3, 1 - 2 * t2 + t3, t + t2 - t3, t3 - t2], -1)
+    else:
+        weights = torch.stack([1 - t, t], -1)
+    steps = torch.arange(-1 if cubic else 0, 3 if cubic else 2, device=position.device, dtype=torch.int32)
+    return (before.int()[..., None] + steps).clamp_(0, size - 1), weights
+
+
+def _alone(position: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Each position's own pixel."""
+    places = position.int().expand(like.shape)[..., None]
+    return places, torch.ones_like(places, dtype=torch.float32)
+
+
+def _blend(one: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    """From `one` (factor 0) over `other` (1) and beyond, cut to whole values."""
+    return (one + factor * (other - one)).clamp(0, 255).to(torch.uint8)
+
+
+def _grey(frames: Tensor) -> Tensor:
+    """(n, H, W) int32, luma by ITU-R 601 in 2^-16."""
+    red, green, blue = frames.int().unbind(-1)
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _table_index(frames: Tensor) -> Tensor:
+    """Each value's place in tables (n, 3, 256)."""
+    tables = torch.arange(len(frames) * 3, device=frames.device, dtype=torch.int32).view(-1, 1, 1, 3)
+    return frames.int() + 256 * tables
+
+
+def _looked_up(frames: Tensor, tables: Tensor) -> Tensor:
+    """Each value by its frame's and channel's table, of (n, 3, 256)."""
+    return tables.flatten().index_select(0, _table_index(frames).flatten()).view_as(frames)
