@@ -26,6 +26,7 @@ from emcl.registry import expand, task_class
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.checkpoint import checkpoints
+from emcl.train.cores import place, too_few_cores
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
 from emcl.train.features import open_source
@@ -71,6 +72,9 @@ def run(
         tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
         with _Finished(tracker):
             return _score(export, config, ranks, device, _home(export), tracker, step=0)
+    line = too_few_cores(ranks.gather_objects(place()), config.data.workers)
+    if line and ranks.first:
+        print(f"note: {line}", flush=True)
     folder = folder or Path(config.runs) / name
     return _train(inputs, ranks, device, folder, resuming=resume is not None, init=init)
 
