@@ -72,9 +72,6 @@ def run(
         tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
         with _Finished(tracker):
             return _score(export, config, ranks, device, _home(export), tracker, step=0)
-    line = too_few_cores(ranks.gather_objects(place()), config.data.workers)
-    if line and ranks.first:
-        print(f"note: {line}", flush=True)
     folder = folder or Path(config.runs) / name
     return _train(inputs, ranks, device, folder, resuming=resume is not None, init=init)
 
@@ -82,6 +79,9 @@ def run(
 def _train(
     inputs: Inputs, ranks: Ranks, device: torch.device, folder: Path, *, resuming: bool, init: Path | None
 ) -> dict[str, Scores]:
+    few = too_few_cores(ranks.gather_objects(place()), inputs.config.data.workers)
+    if few and ranks.first:
+        print(f"note: {few}", flush=True)
     lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
     trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming)
