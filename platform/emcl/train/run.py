@@ -27,6 +27,7 @@ from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
 from emcl.train.checkpoint import checkpoints
+from emcl.train.cores import place, too_few_cores
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import exported_config, find_export, open_export
 from emcl.train.features import open_source
@@ -89,6 +90,9 @@ def _train(
     resuming: bool,
     init: Path | None,
 ) -> dict[str, Scores]:
+    few = too_few_cores(ranks.gather_objects(place()), inputs.config.data.workers)
+    if few and ranks.first:
+        print(f"note: {few}", flush=True)
     lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
     trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming, watch=watch)
