@@ -156,7 +156,8 @@ def fit_reference(
     """
     cross = moments.total[:, None] * mu[None, :]  # X^T M, (D, K)
     for _ in range(iterations):
-        bases = torch.softmax(cross / temperature, dim=1)  # Z, (D, K)
+        # In this order: a feature between two bases falls to one by its last bits.
+        bases = torch.softmax(cross if temperature == 1 else cross / temperature, dim=1)  # Z, (D, K)
         bases = bases / (_EPSILON + bases.sum(0))
         unscaled = moments.gram @ bases  # X^T X Z, (D, K)
         norm = _EPSILON + (bases * unscaled).sum(0).clamp_min(0).sqrt()  # (K,)
@@ -166,23 +167,28 @@ def fit_reference(
 
 
 @torch.no_grad()
-def fit_compact(covariance: Tensor, start: Tensor, *, iterations: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def fit_compact(
+    covariance: Tensor, start: Tensor, *, iterations: int, observe: bool = True
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """EM for K bases of rows with this covariance (D, D), from orthonormal `start` (D, K).
 
     With Z^T Z = 1, both steps together are Z <- orth(C Z): U^T A = N C Z, and (A^T A)^-1 leaves its span.
 
     Returns:
-        orthonormal bases (D, K), sorted by the variance of their codes; those variances (K,); and the objective, the
-        mean squared reconstruction error, before the first iteration and after each.
+        orthonormal bases (D, K), sorted by the variance of their codes; those variances (K,); and with `observe` the
+        objective, the mean squared reconstruction error, before the first iteration and after each.
     """
     total = covariance.diagonal().sum()
+    tiny = _tiny(total)  # times the bases, so that one of no variance stays one
     bases, objective = start, []
     for _ in range(iterations):
         image = covariance @ bases
-        objective.append(total - (bases * image).sum())
-        bases = torch.linalg.qr(image + _tiny(total) * bases)[0]  # the tiny term: a basis of no variance stays one
+        if observe:
+            objective.append(total - (bases * image).sum())
+        bases = torch.linalg.qr(torch.addcmul(image, tiny, bases))[0]
     image = covariance @ bases
-    objective.append(total - (bases * image).sum())
+    if observe:
+        objective.append(total - (bases * image).sum())
     variance, rotation = _own_axes(bases.T @ image)
     return bases @ rotation, variance, objective
 
@@ -305,7 +311,7 @@ class EMCL(nn.Module):
     def _learn(self, parts: Sequence[Moments], momentum: float) -> Correction:
         """Takes the rows' moments into the moving sums and goes on with EM from the present bases."""
         self._take(parts, momentum)
-        bases, _, _ = fit_compact(self._covariance(), self.start, iterations=self.iterations)
+        bases, _, _ = fit_compact(self._covariance(), self.start, iterations=self.iterations, observe=False)
         self.start.copy_(bases)
         return self._compact()
 
@@ -313,19 +319,20 @@ class EMCL(nn.Module):
         """Moves the sums by each modality's moments, an equal weight each."""
         if "start" not in self.state_names:
             self._allocate(parts[0].gram.shape[0], parts[0].gram.device)
+        gram, total = torch.stack([part.gram for part in parts]), torch.stack([part.total for part in parts])
+        count = torch.stack([part.count for part in parts])
         # no .item(): the device need not be waited for
-        finite = [part.gram.isfinite().all() & part.total.isfinite().all() for part in parts]
-        present = torch.stack([((part.count > 0) & whole).float() for part, whole in zip(parts, finite, strict=True)])
+        whole = (gram.sum((1, 2)) + total.sum(1)).isfinite()  # (modalities,)
+        present = ((count > 0) & whole).float()
         share = present / present.sum().clamp_min(1)
-        gram, mean = torch.zeros_like(self.gram), torch.zeros_like(self.total)
-        for part, weight, whole in zip(parts, share, finite, strict=True):
-            count = part.count.clamp_min(1)
-            centre = torch.where(whole, part.total, 0.0) / count
-            gram += weight * (torch.where(whole, part.gram, 0.0) / count - torch.outer(centre, centre))
-            mean += weight * centre
+        count = count.clamp_min(1)
+        centre = torch.where(whole[:, None], total, 0.0) / count[:, None]
+        mean = share @ centre
+        second = torch.tensordot(share / count, torch.where(whole[:, None, None], gram, 0.0), 1)
+        covariance = torch.addmm(second, (share[:, None] * centre).T, centre, alpha=-1)
         fresh = (present.sum() > 0).float()
         keep = torch.where(fresh > 0, momentum, 1.0)
-        self.gram.mul_(keep).add_(gram)
+        self.gram.mul_(keep).add_(covariance)
         self.total.mul_(keep).add_(mean * fresh)
         self.count.mul_(keep).add_(fresh)
 
@@ -433,7 +440,7 @@ class EMCL(nn.Module):
 def _gram(rows: Tensor, blocks: int = 4) -> Tensor:
     """rows^T rows (D, D); by symmetry only the blocks on and above the diagonal are computed."""
     width = rows.shape[1]
-    if width % blocks or width // blocks < 64:  # too small to gain
+    if rows.is_cuda or width % blocks or width // blocks < 64:  # too small to gain, or launches cost more
         return rows.T @ rows
     size = width // blocks
     out = rows.new_empty(width, width)

@@ -49,7 +49,7 @@ class CaptionDecoder(nn.Module):
         Args:
             place_K: which, as places in the flattened ids; padding is left out.
         """
-        # Whole masks: of one number a token transformers asks whether all are set, and the host waits for the answer.
+        # whole masks: of one number a token transformers asks whether all are set, and a GPU's host waits for that
         length = ids_NL.shape[1]
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=ids_NL.device).tril()
         hidden_NLW = self.decoder.transformer(
