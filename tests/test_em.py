@@ -12,7 +12,7 @@ import torch
 
 from conftest import ROOT, shared
 from emcl.distributed import Ranks
-from emcl.em import EMCL
+from emcl.em import EMCL, Moments
 from emcl.model.similarity import similarity
 from ranks import run_on_ranks
 from straightforward import reference_em
@@ -125,3 +125,20 @@ def test_the_file_needs_torch_alone(tmp_path: Path) -> None:
 def test_impossible_settings_are_refused(arguments: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         EMCL(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("variant", ["reference", "compact"])
+def test_tf32_is_off_where_bases_are_found_and_left_as_it_was(variant: str) -> None:
+    layer, seen = EMCL(variant=variant, bases=4, width=16), []
+    rows = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+
+    def measure() -> list[Moments]:
+        seen.append(torch.get_float32_matmul_precision())
+        return layer.measure(rows, rows)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        layer.correction(measure)(rows)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

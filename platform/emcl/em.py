@@ -49,7 +49,8 @@ so a row's embedding depends on that row alone. Gradients flow through x_hat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Correction:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (..., D) with beta times their reconstruction added."""
-        with torch.autocast(rows.device.type, enabled=False):
+        with _without_tf32(), torch.autocast(rows.device.type, enabled=False):
             flat = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]  # (N, D)
             x = (flat.detach() if self.constant else flat).float()
             codes, bases = (x @ self.bases) * self.weights, self.bases  # (N, K)
@@ -294,7 +295,10 @@ class EMCL(nn.Module):
         """The map for the present rows, whose moments `measure` gives where they are needed; moves the state."""
         if self.variant == "compact" and not self.training:
             return self._compact()
-        parts = measure()
+        with _without_tf32():
+            return self._fitted(measure(), all_reduce)
+
+    def _fitted(self, parts: list[Moments], all_reduce: AllReduce | None) -> Correction:
         with torch.autocast(parts[0].gram.device.type, enabled=False):  # sums over many rows want float32
             parts = Moments.sum(parts, all_reduce)
             return self._reference(parts[0]) if self.variant == "reference" else self._learn(parts, self.momentum)
@@ -435,6 +439,18 @@ class EMCL(nn.Module):
             if moved.is_floating_point() and moved.dtype != torch.float32:  # .half() and .bfloat16() would round it
                 setattr(self, name, value.to(moved.device))
         return self
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """float32 products with all their bits, whatever the run allows elsewhere: a feature between two bases falls to one
+    by its last."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _gram(rows: Tensor, blocks: int = 4) -> Tensor:
