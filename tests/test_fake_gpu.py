@@ -162,7 +162,7 @@ def stated_bytes(tasks: str, layer: str, precision: str, ranks: int, width: int,
     modalities = 2 if layer == "compact" else 1
     columns = 3 * 4 * everyone  # highest, sum, and the sum's gradient
     if "retrieval" in tasks:
-        total += everyone * frames * (2 * width * number + 1) + columns
+        total += everyone * frames * (width * (number + 4) + 1) + columns
         total += moments(width) * modalities * (layer != "off")
     if "captioning" in tasks:
         total += moments(width) * (layer != "off")
