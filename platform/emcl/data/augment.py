@@ -57,7 +57,6 @@ class Operation:
     kind: str
     arrays: dict[str, Slice]
     """`frames`, the frames' places in the batch, and what each of them, or for `affine` each clip, takes."""
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -133,17 +132,17 @@ def plan_of(draws: Sequence[Sequence[Drawn]], counts: Sequence[int], height: int
     start = 0
     for turn in range(max(map(len, draws), default=0)):
         now = [(draw[turn], frames) for draw, frames in zip(draws, frames_of, strict=True) if len(draw) > turn]
-        for kind, arrays, options in _grouped(now, height, width):
+        for kind, arrays in _grouped(now, height, width):
             slices = {}
             for name, (array, dtype) in arrays.items():
                 slices[name] = Slice(start, array.shape, dtype)
                 numbers.append(array.ravel().astype(np.float64))
                 start += array.size
-            operations.append(Operation(kind, slices, options))
+            operations.append(Operation(kind, slices))
     return {"operations": operations, "numbers": torch.from_numpy(np.concatenate(numbers))}
 
 
-_Group = tuple[str, dict[str, tuple[Array, torch.dtype]], dict[str, Any]]
+_Group = tuple[str, dict[str, tuple[Array, torch.dtype]]]
 
 
 def _grouped(now: list[tuple[Drawn, range]], height: int, width: int) -> Iterator[_Group]:
@@ -151,15 +150,22 @@ def _grouped(now: list[tuple[Drawn, range]], height: int, width: int) -> Iterato
     groups: dict[tuple[Any, ...], list[tuple[Drawn, range]]] = {}
     for op, frames in now:
         key: tuple[Any, ...] = ("table" if op.kind in TABLES else op.kind,)
-        if op.kind in GEOMETRIC:  # clips of as many frames, moved along the same axis
-            key = ("affine", "both" if op.kind == "rotate" else op.kind.split("_")[1], op.cubic, len(frames))
+        if op.kind in GEOMETRIC:  # clips of as many frames
+            key = ("affine", len(frames))
         groups.setdefault(key, []).append((op, frames))
-    for (kind, *more), members in groups.items():
+    for (kind, *_), members in groups.items():
         if kind == "affine":
             places = np.array([list(frames) for _, frames in members])
             matrices = np.array([matrix(op, height, width) for op, _ in members])
-            arrays = {"frames": (places, torch.int64), "matrix": (matrices, torch.float64)}
-            yield kind, arrays, {"axis": more[0], "cubic": more[1]}
+            cubic = np.array([op.cubic for op, _ in members])
+            yield (
+                kind,
+                {
+                    "frames": (places, torch.int64),
+                    "matrix": (matrices, torch.float64),
+                    "cubic": (cubic, torch.bool),
+                },
+            )
             continue
         each = [op for op, frames in members for _ in frames]
         arrays = {"frames": (np.array([place for _, frames in members for place in frames]), torch.int64)}
@@ -169,7 +175,7 @@ def _grouped(now: list[tuple[Drawn, range]], height: int, width: int) -> Iterato
             arrays["factor"] = (np.array([op.argument for op in each]), torch.float32)
         elif kind == BLUR:
             arrays["weights"] = (np.array([box_weights(op.argument) for op in each]), torch.int64)
-        yield kind, arrays, {}
+        yield kind, arrays
 
 
 def _table(op: Drawn) -> Array:
