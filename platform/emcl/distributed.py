@@ -219,19 +219,42 @@ def start() -> Ranks:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if on_gpu else "gloo"
     store, rank, world_size = _meet()
+    if world_size > 1 and (interface := _interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=LONGEST_WAIT)
     if on_gpu and world_size > 1:
-        dist.new_group(backend="gloo", timeout=LONGEST_WAIT, group_desc=_OBJECTS)
+        global _objects
+        _objects = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     return _joined()
 
 
-_OBJECTS = "emcl objects"
+_objects: Any = None
+"""The group for Python objects of this process, where it is not that of tensors."""
 
 
 def _joined() -> Ranks:
-    groups = [group for group in dist.distributed_c10d._world.pg_map if group.group_desc == _OBJECTS]
-    return Ranks(dist.get_rank(), dist.get_world_size(), groups[0] if groups else None)
+    return Ranks(dist.get_rank(), dist.get_world_size(), _objects)
+
+
+def _interface() -> str | None:
+    """The network interface by which this process reaches the place where the ranks met.
+
+    gloo by itself goes by the host's name, which on many clusters stands for an address that other nodes do not reach.
+    """
+    import socket
+
+    import psutil
+
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:  # nothing is sent
+            probe.connect(place)
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if any(one.address == address for one in found)), None)
 
 
 def _meet() -> tuple[dist.Store, int, int]:
