@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from emcl import distributed
+from emcl.config import Config
+from emcl.errors import UserError
 from emcl.train.watch import BEAT, SILENT, SLOW, Judge, Line
+from local_ranks import free_port
 
 PATIENCE = 600.0
 
@@ -57,3 +68,25 @@ def test_many_silent_ranks_are_told_in_one_short_line() -> None:
     lines = lambda n: {rank: line(n if rank < 256 else 0) for rank in range(512)}  # noqa: E731
     _, said = looks_until_it_says(Judge(0, SILENT), lines)
     assert "and 248 others" in said and len(said) < 500
+
+
+def test_collectives_may_wait_longer_than_the_watch_does() -> None:
+    distributed.start()
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    assert options._timeout > timedelta(seconds=2 * SLOW * Config().patience)
+
+
+def test_gloo_goes_by_the_interface_on_which_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert "127.0.0.1" in [one.address for one in psutil.net_if_addrs()[str(distributed._interface())]]
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    assert distributed._interface() is None
+
+
+def test_ranks_that_do_not_come_are_waited_for_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=2))
+    with pytest.raises(UserError, match="not all 2 ranks came within .* minutes to 127.0.0.1"):
+        distributed._meet()
