@@ -68,8 +68,7 @@ def compare(bench: Bench, config: Config, name: str, one: torch.device, other: t
     passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
     for part in ("features", "similarity", "loss"):
         yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))
-    worst = max(_gradient_difference(passes[0], passes[1], weight) for weight in passes[0].gradients)
-    yield _check(f"{name}: gradients", worst)
+    yield _check(f"{name}: gradients", _gradient_difference(passes[0].gradients, passes[1].gradients))
 
 
 def _pass(model: VideoLanguageModel, batch: Any, device: torch.device) -> Pass:
@@ -90,11 +89,11 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / one.abs().max().clamp_min(1e-12))
 
 
-def _gradient_difference(one: Pass, other: Pass, weight: str) -> float:
-    """Of a weight's gradient, or of all of them together where its own is next to nothing."""
-    whole = torch.stack([gradient.norm() for gradient in one.gradients.values()]).norm()
-    size = torch.maximum(one.gradients[weight].norm(), 1e-3 * whole)
-    return float((one.gradients[weight] - other.gradients[weight]).norm() / size)
+def _gradient_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest of any weight's, relative to its gradient, or to all of them where its own is next to nothing."""
+    sizes = {name: gradient.norm() for name, gradient in one.items()}
+    least = 1e-3 * torch.stack(list(sizes.values())).norm()
+    return max(float((one[name] - other[name]).norm() / torch.maximum(size, least)) for name, size in sizes.items())
 
 
 def _check(name: str, difference: float) -> Check:
