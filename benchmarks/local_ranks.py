@@ -15,13 +15,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def environments(ranks: int) -> list[dict[str, str]]:
+    """By rank, the variables that the launcher would give it."""
+    group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    every = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in variables.items()} for variables in every]
+
+
 def start_ranks(
     command: Sequence[str], ranks: int, *, env: Mapping[str, str] = os.environ, **how: Any
 ) -> list[subprocess.Popen[bytes]]:
-    """A process a rank, with the variables that the launcher would give it; `how` is for `Popen`."""
-    group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    processes = []
-    for rank in range(ranks):
-        own = {name: str(value) for name, value in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(subprocess.Popen([*command, f"--local_rank={rank}"], env={**env, **own}, **how))
-    return processes
+    """A process a rank; `how` is for `Popen`."""
+    return [
+        subprocess.Popen([*command, f"--local_rank={rank}"], env={**env, **own}, **how)
+        for rank, own in enumerate(environments(ranks))
+    ]

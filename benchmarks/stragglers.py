@@ -15,15 +15,17 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
+from typing import Any
 
 from emcl.prepare.sample import generate
 from local_ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
+SLOW_RANK = ROOT / "benchmarks" / "slow_rank.py"
 CAUSES = {
     "compute": ("0.1", "forward"),
     "disk": ("0.1", "loading (reading shards"),
@@ -54,24 +56,35 @@ def trials(runs: int) -> Iterator[Trial]:
         yield from pair
 
 
-def named(trial: Trial, shards: Path, *settings: str, seconds: str | None = None) -> list[str]:
-    """What a run's log says of ranks that others wait for; `seconds` in place of those of `CAUSES`."""
+def start(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Path, log: Path) -> list[Any]:
+    """A process a rank; all write into the log."""
+    command = [sys.executable, "-u", str(SLOW_RANK), *arguments]
+    with log.open("w") as out:
+        return start_ranks(command, ranks, env=environment, cwd=cwd, stdout=out, stderr=subprocess.STDOUT)
+
+
+def named(
+    trial: Trial, shards: Path, *settings: str, seconds: str | None = None, start: Callable[..., list[Any]] = start
+) -> list[str]:
+    """What a run's log says of ranks that others wait for.
+
+    Args:
+        seconds: in place of those of `CAUSES`.
+        start: starts the ranks, which are asked to `wait`, as the function of this name does.
+    """
     seconds = seconds or (CAUSES[trial.kind][0] if trial.kind else "0")
     environment = {
         **os.environ, "SLOW_BY": trial.kind, "SLOW_RANK": str(trial.rank), "SLOW_SECONDS": seconds,
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "platform"),
     }  # fmt: skip
-    command = [
-        sys.executable, "-u", str(ROOT / "benchmarks" / "slow_rank.py"), "--task", "retrieval", "name=run",
-        f"data.train={shards}/train-*.tar", f"model.name={ROOT / 'tests' / 'tiny_clip.json'}", *SETTINGS, *settings,
+    arguments = [
+        "--task", "retrieval", "name=run", f"data.train={shards}/train-*.tar",
+        f"model.name={ROOT / 'tests' / 'tiny_clip.json'}", *SETTINGS, *settings,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        ranks = start_ranks(
-            command, trial.world_size, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT
-        )
-        codes = [rank.wait() for rank in ranks]
-        log.seek(0)
-        said = log.read()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        codes = [rank.wait() for rank in start(arguments, trial.world_size, environment, Path(folder), log)]
+        said = log.read_text()
     if any(codes):
         raise RuntimeError(said[-2000:])
     return [line for line in re.split(r"[\r\n]", said) if "the others wait for rank" in line]

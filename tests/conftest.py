@@ -1,4 +1,4 @@
-"""Fixtures: where the real data lies, small shards rendered on the fly, and the launch command as a user types it."""
+"""Fixtures: where the real data lies, small shards rendered on the fly, runs and what MLflow knows of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient, entities
 
-from local_ranks import free_port, start_ranks
+from forked import STACKS, Program, start_program, start_ranks, start_server
+from local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -37,18 +41,50 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small sample set: 24 / 8 / 12 clips."""
     from emcl.prepare.sample import generate
 
+    start_server()  # it imports meanwhile
     folder = tmp_path_factory.mktemp("shards") / "sample"
     generate(folder, counts={"train": 24, "val": 8, "test": 12}, seed=1, shard_size=12, processes=1, progress=False)
     return folder
 
 
 def small(shards: Path) -> list[str]:
-    """Settings for a few steps of a tiny model on `sample_shards`."""
+    """Settings for a few steps of a tiny model on `sample_shards`, of which MLflow learns nothing."""
     return [
         "data.generate=false", f"data.train={shards}/train-*.tar", f"data.val={shards}/val-000000.tar",
         f"data.test={shards}/test-000000.tar", f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16",
         "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1",
+        "tracking.enabled=false",
     ]  # fmt: skip
+
+
+@cache
+def _empty_store() -> bytes:
+    """An MLflow store with its tables and nothing in them, for which MLflow takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mlflow.db")
+        MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+        return path.read_bytes()
+
+
+def recorded(cwd: Path, store: str = "mlflow.db") -> list[str]:
+    """Settings of a run in `cwd` that MLflow is to know, each step of it; its store is made ready."""
+    (cwd / store).write_bytes(_empty_store())
+    return ["tracking.enabled=true", "tracking.every_steps=1"]
+
+
+def mlflow_run(cwd: Path, store: str = "mlflow.db") -> tuple[MlflowClient, entities.Run]:
+    """The only run that the store of `cwd` knows."""
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/{store}")
+    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
+    return client, run
+
+
+def losses(cwd: Path, store: str = "mlflow.db") -> dict[int, float]:
+    """By step, of the only MLflow run; each step once."""
+    client, run = mlflow_run(cwd, store)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert len({metric.step for metric in history}) == len(history), "a step's loss was written twice"
+    return {metric.step: metric.value for metric in history}
 
 
 def short_run(shards: Path, folder: Path, *settings: str) -> Path:
@@ -58,7 +94,7 @@ def short_run(shards: Path, folder: Path, *settings: str) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        quick = ["optim.max_steps=2", "tracking.enabled=false", "name=one", "data.test=null", "emcl.variant=compact"]
+        quick = ["optim.max_steps=2", "name=one", "data.test=null", "emcl.variant=compact"]
         run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8", *settings])
     finally:
         os.chdir(before)
@@ -75,51 +111,95 @@ def write_clips(shards: Path, folder: Path) -> None:
         (folder / f"{row.sample.id}.mp4").write_bytes(found.read(row))
 
 
-def launch_environment(env: dict[str, str] | None = None) -> dict[str, str]:
+def launch_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **(env or {})}
     return {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
 
 
-def launch_command(
-    *arguments: str, ranks: int = 1, env: dict[str, str] | None = None, script: Path = LAUNCH
-) -> tuple[list[str], dict[str, str]]:
-    """The user's own command, `deepspeed platform/launch.py ...`, and its environment."""
-    command = [
-        "deepspeed", "--master_port", str(free_port()), "--num_accelerators", str(ranks),
-        str(script), *arguments,
-    ]  # fmt: skip
-    return command, launch_environment(env)
+Outcome = subprocess.CompletedProcess[str]
 
 
 def launch(
     *arguments: str,
     cwd: Path,
     ranks: int = 1,
-    env: dict[str, str] | None = None,
+    env: Mapping[str, str] | None = None,
+    script: Path = LAUNCH,
     timeout: int = 900,
-    launcher: bool = False,
-) -> subprocess.CompletedProcess[str]:
-    """launch.py in `cwd` on so many CPU processes, with all that they say.
+) -> Outcome:
+    """launch.py in `cwd` on so many CPU processes, with all that they say. The ranks start without the launcher.
 
-    With `launcher` by the user's own command. Where that is not what a test is about, the ranks are started with the
-    variables that it would give them: it takes as long as they do.
-
-    Raises:
-        TimeoutExpired: they do not end; nor, once one has failed, do the others within a minute.
+    The test fails if they do not end in `timeout` seconds, or, once one has failed, the others in a minute.
     """
-    if launcher:
-        command, environment = launch_command(*arguments, ranks=ranks, env=env)
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
-    command = [sys.executable, "-u", str(LAUNCH), *arguments]
-    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as complained:
-        processes = start_ranks(command, ranks, env=launch_environment(env), cwd=cwd, stdout=said, stderr=complained)
-        ended = _all_end(processes, timeout)
-        said.seek(0)
-        complained.seek(0)
-        if not ended:
-            raise subprocess.TimeoutExpired(command, timeout, said.read(), complained.read())
-        code = next((process.returncode for process in processes if process.returncode), 0)
-        return subprocess.CompletedProcess(command, code, said.read(), complained.read())
+    environment = launch_environment(env)
+
+    def start(stdout: Path, stderr: Path) -> list[Program]:
+        return start_ranks(script, arguments, ranks, env=environment, cwd=cwd, stdout=stdout, stderr=stderr)
+
+    return _outcome(start, arguments, timeout)
+
+
+def run_program(
+    program: Path | str, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: int = 600
+) -> Outcome:
+    """A script (a path) or a module (a name) in a process of its own."""
+    environment = launch_environment(env)
+
+    def start(stdout: Path, stderr: Path) -> list[Program]:
+        return [start_program(program, *arguments, env=environment, cwd=cwd, stdout=stdout, stderr=stderr)]
+
+    return _outcome(start, arguments, timeout)
+
+
+def emcl_command(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Outcome:
+    """`emcl ...` in a process of its own."""
+    return run_program("emcl.cli", *arguments, cwd=cwd, env=env)
+
+
+def _outcome(start: Callable[[Path, Path], list[Program]], arguments: Sequence[str], timeout: int) -> Outcome:
+    with tempfile.TemporaryDirectory() as logs:
+        stdout, stderr = Path(logs, "stdout"), Path(logs, "stderr")
+        programs = start(stdout, stderr)
+        ended = _all_end(programs, timeout)
+        said, complained = (path.read_text(errors="replace") for path in (stdout, stderr))
+    if not ended:
+        pytest.fail(f"it did not end: {said}{complained}")
+    code = next((program.returncode for program in programs if program.returncode), 0)
+    return Outcome(list(arguments), code, said, complained)
+
+
+def _all_end(programs: list[Program], timeout: float) -> bool:
+    """Whether all end by themselves, a minute after the first that fails.
+
+    Those that do not say where they are (their stacks), and are killed.
+    """
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline and any(program.poll() is None for program in programs):
+        if any(program.returncode for program in programs):
+            deadline = min(deadline, time.monotonic() + 60)
+        time.sleep(0.05)
+    if not (ended := all(program.poll() is not None for program in programs)):
+        for program in programs:
+            program.send_signal(STACKS)
+        time.sleep(2)
+    for program in programs:
+        program.kill_session()
+        program.wait()
+    return ended
+
+
+def deepspeed_command(
+    *arguments: str, ranks: int = 1, env: Mapping[str, str] | None = None, script: Path = LAUNCH
+) -> tuple[list[str], dict[str, str]]:
+    """The user's own command, `deepspeed platform/launch.py ...`, and its environment."""
+    chosen = ["--master_port", str(free_port()), "--num_accelerators", str(ranks)]
+    return ["deepspeed", *chosen, str(script), *arguments], launch_environment(env)
+
+
+def deepspeed(*arguments: str, cwd: Path, ranks: int, env: Mapping[str, str] | None = None) -> Outcome:
+    """As `launch`, by the user's own command; it takes several times as long."""
+    command, environment = deepspeed_command(*arguments, ranks=ranks, env=env)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def ends(process: psutil.Process, within: float = 20) -> bool:
@@ -132,17 +212,3 @@ def ends(process: psutil.Process, within: float = 20) -> bool:
                 continue
         return True
     return False
-
-
-def _all_end(processes: list[subprocess.Popen[bytes]], timeout: float) -> bool:
-    """Whether all end by themselves, a minute after the first that fails; what has not is killed."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        if any(process.returncode for process in processes):
-            deadline = min(deadline, time.monotonic() + 60)
-        time.sleep(0.1)
-    ended = all(process.poll() is not None for process in processes)
-    for process in processes:
-        process.kill()
-        process.wait()
-    return ended

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 
 from emcl.distributed import ALONE, Ranks
+from forked import start_server
 from local_ranks import free_port
 
 
@@ -19,7 +20,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, folder: Path, *a
     folder.mkdir(parents=True, exist_ok=True)
     if world_size == 1:
         return [function(ALONE, *arguments)]
-    mp.spawn(_worker, (world_size, free_port(), function, folder, arguments), nprocs=world_size)
+    start_server()
+    how = {"nprocs": world_size, "start_method": "forkserver"}
+    mp.start_processes(_worker, (world_size, free_port(), function, folder, arguments), **how)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_architecture_is_named(
     sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = [*small(sample_shards), "optim.max_steps=1", "tracking.enabled=false", "name=one"]
+    quick = [*small(sample_shards), "optim.max_steps=1", "name=one"]
     run(["retrieval"], overrides=quick)
     wider = ["model.temporal_layers=3"]
     with pytest.raises(UserError, match="another architecture.*temporal"):

@@ -104,7 +104,7 @@ def test_a_java_that_dies_costs_the_scores_that_need_it_alone(fake_java: Path) -
 def test_a_java_that_hangs_is_ended_with_its_children(fake_java: Path, tmp_path: Path) -> None:
     write(fake_java, f"echo $$ > {tmp_path}/pid; sleep 600")
     with pytest.raises(java.JavaError, match="did not answer"):
-        java.meteor({"a": "a dog"}, {"a": ["a dog"]}, timeout=30)
+        java.meteor({"a": "a dog"}, {"a": ["a dog"]}, timeout=10)
     with suppress(psutil.NoSuchProcess):
         assert ends(psutil.Process(int((tmp_path / "pid").read_text())))
 
@@ -124,7 +124,7 @@ def test_a_run_says_at_its_start_what_its_captions_will_be_scored_without(
     fake_java: Path, sample_shards: Path, tmp_path: Path
 ) -> None:
     write(fake_java, "echo 'java version \"1.6.0_45\"' >&2")
-    settings = [*small(sample_shards), "data.val=null", "optim.max_steps=1", "tracking.enabled=false"]
+    settings = [*small(sample_shards), "data.val=null", "optim.max_steps=1"]
     tiny = ["tasks.captioning.width=64", "tasks.captioning.layers=1", "tasks.captioning.generation.max_new_tokens=4"]
     done = launch("--task", "captioning", *settings, *tiny, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
     output = done.stdout + done.stderr

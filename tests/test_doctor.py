@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ROOT, TINY, launch_environment
+from conftest import ROOT, TINY, emcl_command
 from emcl.cli import main
 from emcl.doctor import bundle as bundles
 from emcl.doctor.checks import Check, run_groups, table, write_json
@@ -25,13 +24,10 @@ from emcl.train.flops import Flops
 CPU = torch.device("cpu")
 
 
-def doctor(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "emcl.cli", "doctor", *arguments]
-    return subprocess.run(command, cwd=cwd, env=launch_environment(), capture_output=True, text=True, timeout=600)
-
-
 def test_it_trains_resumes_and_measures_here_and_leaves_a_report(sample_shards: Path, tmp_path: Path) -> None:
-    done = doctor("--shards", str(sample_shards), "--only", "GPU beside CPU", "resuming", "speed", cwd=tmp_path)
+    done = emcl_command(
+        "doctor", "--shards", str(sample_shards), "--only", "GPU beside CPU", "resuming", "speed", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert [check["figure"].partition(" of ")[0] for check in found["checks"]["resuming"]] == ["0", "0"]

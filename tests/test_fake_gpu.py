@@ -7,8 +7,6 @@ that look whether they have converged, the real step shows, DeepSpeed's part inc
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from conftest import ROOT, TINY, launch_environment, small
+from conftest import ROOT, TINY, run_program, small
 from emcl import distributed
 from emcl.config import Config, resolve
 from emcl.multitask import total_loss
@@ -172,6 +170,8 @@ def stated_bytes(tasks: str, layer: str, precision: str, ranks: int, width: int,
     return total
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("fake GPU")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_a_step_is_right_for_a_gpu_sends_what_is_stated_and_holds_what_is_planned(steps: Any, case: Any) -> None:
     step, planned, by_hand, width = steps[case]
@@ -187,6 +187,8 @@ def without_use(item: str, tasks: str) -> bool:
     return tasks in ("captioning", "msrvtt_qa") and item.startswith("backbone.text")
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("fake GPU")
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: "-".join(map(str, case)))
 def test_the_plan_of_a_large_model_is_its_peak(steps: Any, case: Any) -> None:
     step, planned, by_hand, _ = steps[case]
@@ -202,9 +204,8 @@ def test_a_torch_on_which_it_does_not_work_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_the_host_waits_at_known_lines_alone(sample_shards: Path, tmp_path: Path) -> None:
     """Ours have none: a step's losses, for instance, are read every `tracking.every_steps` steps."""
-    command = [sys.executable, str(ROOT / "tests" / "host_waits.py"), *small(sample_shards), "emcl.k=8"]
-    command.append("precision=bf16")
-    done = subprocess.run(command, cwd=tmp_path, env=launch_environment(), capture_output=True, text=True)
+    settings = [*small(sample_shards), "emcl.k=8", "precision=bf16"]
+    done = run_program(ROOT / "tests" / "host_waits.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["operators"] > 1000

@@ -11,8 +11,8 @@ import struct
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import resource_sharer
 from pathlib import Path
@@ -22,9 +22,8 @@ import av
 import psutil
 import pytest
 import torch
-from mlflow import MlflowClient
 
-from conftest import LAUNCH, ROOT, ends, launch, launch_command, small
+from conftest import LAUNCH, ROOT, deepspeed_command, ends, launch, launch_environment, mlflow_run, recorded, small
 from emcl.config import DataConfig
 from emcl.data import loader as loaders
 from emcl.data.decode import DecodeError, decode
@@ -34,6 +33,7 @@ from emcl.data.shards import ShardSet, open_shards
 from emcl.data.steps import StepLoader
 from emcl.errors import OneRankError, UserError
 from emcl.prepare.writer import encode_mp4
+from forked import start_ranks
 
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
 Change = Callable[[str, bytes], "bytes | None"]
@@ -106,14 +106,13 @@ def test_bad_clips_are_replaced_alike_on_all_ranks_counted_and_too_many_end_the_
     rewritten(first, tmp_path / "shards" / "train-000000.tar", change)
     for other in ("train-000001", "val-000000", "test-000000"):
         (tmp_path / "shards" / f"{other}.tar").symlink_to(sample_shards / f"{other}.tar")
-    settings = [*small(tmp_path / "shards"), "tracking.every_steps=1", "name=run"]
-    fine = launch("--task", "retrieval", *settings, "data.max_bad_fraction=0.1", cwd=tmp_path, ranks=2)
+    settings = [*small(tmp_path / "shards"), "data.val=null", "data.test=null", "name=run"]
+    lenient = ["data.max_bad_fraction=0.1", *recorded(tmp_path)]
+    fine = launch("--task", "retrieval", *settings, *lenient, cwd=tmp_path, ranks=2)
     assert fine.returncode == 0, fine.stdout + fine.stderr
     named = (tmp_path / "runs/run/bad_clips.txt").read_text().splitlines()
     assert len(named) == 2 and all("train-000000.tar" in line for line in named)
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
-    assert run.data.metrics["bad_clips"] == 2  # though seen in each of two epochs
+    assert mlflow_run(tmp_path)[1].data.metrics["bad_clips"] == 2  # though seen in each of two epochs
     strict = launch("--task", "retrieval", *settings, "name=strict", cwd=tmp_path, ranks=2)
     assert strict.returncode != 0
     assert "max_bad_fraction=0.001" in strict.stderr and "Traceback" not in strict.stderr
@@ -260,58 +259,87 @@ def test_fewer_shards_than_ranks_and_workers_are_enough(sample_shards: Path, tmp
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@contextmanager
-def long_run(
-    cwd: Path, shards: Path, *settings: str, script: Path = LAUNCH
-) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
-    """A run on two ranks, some steps in, and its training processes by rank; whatever is left of it is killed."""
-    command, environment = launch_command(
-        "--task", "retrieval", *small(shards), "optim.epochs=100000", "evaluate.every_epochs=100000", "name=run",
-        "tracking.every_steps=1", "data.test=null", *settings, ranks=2, script=script,
-        env={"PYTHONPATH": str(ROOT / "platform")},
-    )  # fmt: skip
-    ranks: dict[int, psutil.Process] = {}
-    with (cwd / "log").open("w") as log:
-        running = subprocess.Popen(command, cwd=cwd, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
-    try:
-        until = time.monotonic() + 120
-        while time.monotonic() < until and (len(ranks) < 2 or "samples/s" not in (cwd / "log").read_text()):
-            time.sleep(0.5)
-            with suppress(psutil.NoSuchProcess):  # some of the children do not live long
-                for one in psutil.Process(running.pid).children(recursive=True):
-                    if "--local_rank=" in " ".join(one.cmdline()) and one.parent().pid != os.getpid():
-                        ranks.setdefault(int(one.environ().get("RANK", -1)), one)
-        ranks.pop(-1, None)
-        assert set(ranks) >= {0, 1}, (cwd / "log").read_text()
-        yield running, [ranks[0], ranks[1]]
-    finally:
-        for process in [*ranks.values(), *([psutil.Process(running.pid)] if running.poll() is None else [])]:
-            with suppress(psutil.NoSuchProcess):
-                for one in (*process.children(recursive=True), process):
-                    one.kill()
-        running.wait()
+LONG = [
+    "optim.epochs=100000", "evaluate.every_epochs=100000", "name=run", "tracking.every_steps=1", "data.test=null",
+    "patience=5",
+]  # fmt: skip
+BY_PLATFORM = {"PYTHONPATH": str(ROOT / "platform")}
+
+
+def some_steps_in(log: Path) -> None:
+    until = time.monotonic() + 120
+    while "samples/s" not in log.read_text():
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+
+
+def with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [one for process in processes for one in (process, *process.children(recursive=True))]
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def error_in(log: Path) -> str:
+    output = log.read_text()
+    assert "Traceback" not in output
+    return next((line for line in output.splitlines() if line.startswith("error: ")), output)
 
 
 @pytest.mark.parametrize(
     ("script", "fault", "rank"),
     [
-        pytest.param(LAUNCH, signal.SIGKILL, 1, id="gloo tells the others of a death"),
+        pytest.param(LAUNCH, signal.SIGKILL, 0, id="gloo tells the others of a death"),
         pytest.param(BLOCKING, signal.SIGKILL, 0, id="rank 0 dies, and collectives block"),
         pytest.param(BLOCKING, signal.SIGKILL, 1, id="rank 1 dies, and collectives block"),
         pytest.param(BLOCKING, signal.SIGSTOP, 0, id="rank 0 hangs, and collectives block"),
         pytest.param(BLOCKING, signal.SIGSTOP, 1, id="rank 1 hangs, and collectives block"),
     ],
 )
-def test_a_rank_that_dies_or_hangs_is_named_and_the_others_end(
+def test_a_rank_that_dies_or_hangs_is_named_and_the_other_ends(
     script: Path, fault: signal.Signals, rank: int, sample_shards: Path, tmp_path: Path
 ) -> None:
-    with long_run(tmp_path, sample_shards, "patience=5", script=script) as (running, ranks):
-        everyone = [one for process in ranks for one in (process, *process.children(recursive=True))]
+    """By themselves: there is no launcher that would end them."""
+    log = tmp_path / "log"
+    log.touch()
+    arguments = ["--task", "retrieval", *small(sample_shards), *LONG]
+    environment = launch_environment(BY_PLATFORM)
+    ranks = start_ranks(script, arguments, 2, env=environment, cwd=tmp_path, stdout=log)
+    everyone: list[psutil.Process] = []
+    try:
+        some_steps_in(log)
+        of_each = [with_children([psutil.Process(one.pid)]) for one in ranks]
+        everyone = [*of_each[0], *of_each[1]]
         began = time.monotonic()
         os.kill(ranks[rank].pid, fault)
-        assert running.wait(timeout=120) != 0
-        output = (tmp_path / "log").read_text()
-        assert f"rank {rank}" in next(line for line in output.splitlines() if line.startswith("error: ")), output
+        assert ranks[1 - rank].wait(timeout=100) not in (0, -signal.SIGKILL)
+        assert f"rank {rank}" in error_in(log)
         assert time.monotonic() - began < 100
+        assert all(ends(one) for one in of_each[1 - rank]), "a process is left"
+        if fault == signal.SIGKILL:
+            assert all(ends(one) for one in of_each[rank]), "a loader of the dead rank is left"
+    finally:
+        kill_all([*everyone, *with_children(psutil.Process(one.pid) for one in ranks if one.poll() is None)])
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_a_rank_that_hangs(sample_shards: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    arguments = ["--task", "retrieval", *small(sample_shards), *LONG]
+    command, environment = deepspeed_command(*arguments, ranks=2, script=BLOCKING, env=BY_PLATFORM)
+    with log.open("w") as out:
+        running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+    everyone: list[psutil.Process] = []
+    try:
+        some_steps_in(log)
+        everyone = with_children([psutil.Process(running.pid)])
+        next(one for one in everyone if "--local_rank=1" in one.cmdline()).suspend()  # its loaders come after it
+        assert running.wait(timeout=120) != 0
+        assert "rank 1" in error_in(log)
         assert all(ends(one) for one in everyone), "a process is left"
-        assert "Traceback" not in output
+    finally:
+        kill_all(everyone or with_children([psutil.Process(running.pid)]))
+        running.wait()

@@ -11,7 +11,7 @@ from conftest import launch
 from emcl.prepare.sample import generate
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_shuffled_test_frames_score_clearly_lower(tmp_path: Path) -> None:
     """All of the recipe's steps: order is learnt late, and 6 epochs of them leave a model that is blind to it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, launch, small
+from conftest import ROOT, deepspeed, emcl_command, launch, losses, mlflow_run, recorded, small
 from emcl.cli import build_parser
 
 pytestmark = pytest.mark.xdist_group("launch")
@@ -34,8 +35,9 @@ class Run:
 @pytest.fixture(scope="module")
 def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     cwd = tmp_path_factory.mktemp("launch")
-    settings = [*small(sample_shards), "name=first", "tracking.every_steps=1", "checkpoint.every_steps=2"]
-    done = launch("--task", "retrieval", *settings, cwd=cwd, ranks=2, launcher=True)
+    recorded = ["tracking.enabled=true", "tracking.every_steps=1"]  # in a store that the run itself makes
+    settings = [*small(sample_shards), *recorded, "name=first", "checkpoint.every_steps=2"]
+    done = deepspeed("--task", "retrieval", *settings, cwd=cwd, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(cwd, sample_shards, done.stdout + done.stderr)
 
@@ -52,18 +54,14 @@ def test_the_bar_shows_loss_speed_and_waiting(run: Run) -> None:
 
 
 def test_mlflow_holds_parameters_metrics_commit_table_and_picture(run: Run) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{run.cwd}/mlflow.db")
-    experiment = client.get_experiment_by_name("sample")
-    (found,) = client.search_runs([experiment.experiment_id], filter_string="attributes.run_name = 'first'")
+    client, found = mlflow_run(run.cwd)
+    assert found.info.run_name == "first"
     assert found.data.params["emcl.k"] == "32"
     assert found.data.params["data.batch_size"] == "8"
     assert len(found.data.tags["commit"]) >= 7
     assert found.data.tags["benchmark"] == "sample"
     assert "ties count against" in found.data.tags["test.retrieval.protocol"]
-    steps = client.get_metric_history(found.info.run_id, "train/loss")
-    assert [metric.step for metric in steps] == [1, 2, 3, 4, 5, 6]
+    assert list(losses(run.cwd)) == [1, 2, 3, 4, 5, 6]
     assert "val/retrieval/text_to_video/R1" in found.data.metrics
     assert "test/retrieval/text_to_video/R1" in found.data.metrics
     files = {item.path for item in client.list_artifacts(found.info.run_id)}
@@ -105,24 +103,25 @@ def test_files_and_frames_of_a_video_get_the_same_embedding_as_in_training(run: 
     torch.testing.assert_close(from_file.frames, from_frames.frames)
 
 
-def test_evaluating_the_run_gives_its_own_scores_again(run: Run) -> None:
+def test_evaluating_the_run_gives_its_own_scores_again(run: Run, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(run.folder, copied)
     before = json.loads((run.folder / "scores-test.json").read_text())
-    done = launch(
-        "--task", "retrieval", "--evaluate", str(run.folder), "evaluate.dsl=true", cwd=run.cwd, ranks=1, launcher=True
-    )
+    quiet = ["evaluate.dsl=true", "tracking.enabled=false"]
+    done = launch("--task", "retrieval", "--evaluate", str(copied), *quiet, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "transductive" in done.stdout
-    after = json.loads((run.folder / "scores-test.json").read_text())
+    after = json.loads((copied / "scores-test.json").read_text())
     for name, value in before["tasks"]["retrieval"]["metrics"].items():
         assert after["tasks"]["retrieval"]["metrics"][name] == pytest.approx(value, abs=1e-3), name
 
 
-def test_resume_goes_on_to_more_epochs(run: Run) -> None:
-    done = launch(
-        "--task", "retrieval", "--resume", "runs/first", "optim.epochs=3", cwd=run.cwd, ranks=2, launcher=True
-    )
+def test_resume_goes_on_to_more_epochs(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.folder, tmp_path / "runs/first")
+    longer = ["optim.epochs=3", "tracking.enabled=false"]
+    done = launch("--task", "retrieval", "--resume", "runs/first", *longer, cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (run.folder / "checkpoints" / "step-00000009" / "manifest.json").is_file()
+    assert (tmp_path / "runs/first/checkpoints/step-00000009/manifest.json").is_file()
     output = done.stdout + done.stderr
     assert "6/9" in output
     assert "0/9" not in output
@@ -154,9 +153,9 @@ def test_nothing_is_compiled_to_train_on_cpus(sample_shards: Path, tmp_path: Pat
     build.mkdir(parents=True)
     (build / "lock").touch()
     before = set(Path("/dev/shm").glob("deepspeed*"))
-    short = [*small(sample_shards), "optim.max_steps=2", "data.test=null", "tracking.enabled=false", "name=run"]
+    short = [*small(sample_shards), "optim.max_steps=2", "data.test=null", "name=run"]
     env = {"TORCH_EXTENSIONS_DIR": str(operators)}
-    done = launch("--task", "retrieval", *short, cwd=tmp_path, ranks=2, env=env, timeout=300)
+    done = deepspeed("--task", "retrieval", *short, cwd=tmp_path, ranks=2, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [path.name for path in operators.rglob("*")] == ["deepspeed_shm_comm", "lock"]
     assert set(Path("/dev/shm").glob("deepspeed*")) <= before
@@ -165,15 +164,13 @@ def test_nothing_is_compiled_to_train_on_cpus(sample_shards: Path, tmp_path: Pat
 def test_an_unreachable_mlflow_server_is_named_at_the_start_and_the_local_store_serves(
     sample_shards: Path, tmp_path: Path
 ) -> None:
-    done = launch(
-        "--task", "retrieval", *small(sample_shards), "optim.max_steps=1",
-        cwd=tmp_path, env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"},
-    )  # fmt: skip
+    settings = [*small(sample_shards), "data.val=null", "data.test=null", "optim.max_steps=1", *recorded(tmp_path)]
+    done = launch("--task", "retrieval", *settings, cwd=tmp_path, env={"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout + done.stderr
     assert "http://127.0.0.1:9 does not answer" in output
     assert output.index("does not answer") < output.index("training:")
-    assert (tmp_path / "mlflow.db").is_file()
+    assert list(losses(tmp_path)) == [1]
 
 
 def test_the_picture_is_a_picture(run: Run) -> None:
@@ -188,9 +185,7 @@ def test_the_commands_are_a_map_and_training_is_one_of_them(tmp_path: Path) -> N
     shown = build_parser().format_help()
     ways = ("train", "evaluate", "prepare", "verify", "report", "index", "search", "caption", "ask", "serve")
     assert all(re.search(rf"^    {way} ", shown, re.MULTILINE) for way in ways)
-    command = [sys.executable, "-m", "emcl.cli", "evaluate", "nowhere", "optim.lr=1"]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = emcl_command("evaluate", "nowhere", "optim.lr=1", cwd=tmp_path)
     assert done.returncode != 0 and "nowhere: no such directory" in done.stdout + done.stderr
-    done = subprocess.run([*command[:3], "tasks", "optim.lr=1"], capture_output=True, text=True)
+    done = emcl_command("tasks", "optim.lr=1", cwd=tmp_path)
     assert done.returncode == 2 and "unrecognized arguments: optim.lr=1" in done.stderr

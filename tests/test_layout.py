@@ -93,7 +93,6 @@ def test_the_page_of_settings_is_what_the_code_says() -> None:
     assert page == describe(), "run: emcl config --describe > docs/configuration.md"
 
 
-@pytest.mark.slow
 def test_a_wheel_in_a_clean_environment_imports_lists_tasks_and_finds_configurations(tmp_path: Path) -> None:
     """The environment has the dependencies and the wheel; the checkout and the editable install are not in it."""
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]

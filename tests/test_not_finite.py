@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from conftest import ROOT, launch_command, small
+from conftest import ROOT, Outcome, launch, losses, mlflow_run, recorded, small
 
 pytestmark = pytest.mark.xdist_group("zero")
 
 
-def broken(shards: Path, cwd: Path, bad: str, stage: int, *settings: str) -> subprocess.CompletedProcess[str]:
-    command, environment = launch_command(
+def broken(shards: Path, cwd: Path, bad: str, stage: int, *settings: str) -> Outcome:
+    return launch(
         "--task", "retrieval", *small(shards), "data.val=null", "data.test=null", "name=run", "optim.max_steps=6",
-        "tracking.every_steps=1", f"deepspeed=deepspeed/zero{stage}.json", *settings,
-        ranks=2, env={"BAD_STEPS": bad, "PYTHONPATH": str(ROOT / "platform")}, script=ROOT / "tests" / "not_finite.py",
+        *recorded(cwd), f"deepspeed=deepspeed/zero{stage}.json", *settings, cwd=cwd, ranks=2,
+        env={"BAD_STEPS": bad, "PYTHONPATH": str(ROOT / "platform")}, script=ROOT / "tests" / "not_finite.py",
     )  # fmt: skip
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize(("stage", "variant"), [(0, "reference"), (1, "reference"), (2, "compact"), (3, "reference")])
@@ -31,11 +28,8 @@ def test_a_bad_step_is_left_out_on_all_ranks_and_counted(
     done = broken(sample_shards, tmp_path, "3", stage, f"emcl.variant={variant}", "emcl.k=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3: the gradient is not finite; left out on all ranks (1 in a row)" in done.stdout + done.stderr
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
-    assert run.data.metrics["skipped_steps"] == 1
-    losses = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [metric.step for metric in losses] == [1, 2, 4, 5, 6]  # of a step that was left out there is none
+    assert mlflow_run(tmp_path)[1].data.metrics["skipped_steps"] == 1
+    assert list(losses(tmp_path)) == [1, 2, 4, 5, 6]  # of a step that was left out there is none
     weights = load_file(tmp_path / "runs/run/best/model.safetensors")
     assert all(value.isfinite().all() for value in weights.values() if value.is_floating_point())
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,6 +16,7 @@ import av
 import numpy as np
 import pytest
 
+from conftest import emcl_command, launch_environment
 from emcl.cli import main
 from emcl.data.decode import decode
 from emcl.data.shards import open_shards
@@ -26,6 +25,7 @@ from emcl.prepare.clips import Report
 from emcl.prepare.shards import Encoding, Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos, reencode
+from forked import start_program
 
 
 @pytest.fixture
@@ -187,29 +187,27 @@ def test_other_settings_do_not_go_on_with_shards_that_are_there(many: tuple[Path
         prepare(*many, tmp_path / "out", shard_size=3, keep=True)
 
 
-@pytest.mark.slow
 def test_kills_at_ten_random_moments_leave_the_same_shards(many: tuple[Path, Path], tmp_path: Path) -> None:
     folder, table = many
-    command = [
-        sys.executable, "-m", "emcl.cli", "prepare", "folder", "--videos", str(folder), "--annotations", str(table),
-        "--shard-size", "1", "--processes", "1", "--out",
-    ]  # fmt: skip
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    command = ["prepare", "folder", "--videos", str(folder), "--annotations", str(table), "--shard-size", "1"]
+    command += ["--processes", "1", "--out"]
+    assert emcl_command(*command, str(tmp_path / "whole"), cwd=tmp_path).returncode == 0
     out, rng, killed_at = tmp_path / "killed", random.Random(0), []
     for _ in range(10):
         before = len(list(out.glob("*.tar")))
-        process = subprocess.Popen([*command, str(out)], stderr=subprocess.DEVNULL, start_new_session=True)
+        log = tmp_path / "log"
+        process = start_program("emcl.cli", *command, str(out), env=launch_environment(), cwd=tmp_path, stdout=log)
         # some while it starts, the others after a shard more or two and a moment, in the midst of the next
         wanted, patience = before + rng.randrange(3), time.monotonic() + 60
         while process.poll() is None and len(list(out.glob("*.tar"))) < wanted and time.monotonic() < patience:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.02))
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill_session()
             killed_at.append(len(list(out.glob("*.tar"))))
         process.wait()
     assert len(killed_at) >= 5 and killed_at[-1] > 0, killed_at
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert emcl_command(*command, str(tmp_path / "killed"), cwd=tmp_path).returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 

@@ -7,13 +7,19 @@ import json
 import re
 from pathlib import Path
 
-from mlflow import MlflowClient
-
-from conftest import launch, small
+from conftest import launch, mlflow_run, recorded, small
 
 
 def test_a_profile_names_each_part_and_its_trace_is_kept(sample_shards: Path, tmp_path: Path) -> None:
-    settings = [*small(sample_shards), "optim.epochs=9", "optim.max_steps=12", "evaluate.every_epochs=9", "name=run"]
+    settings = [
+        *small(sample_shards),
+        "optim.epochs=9",
+        "optim.max_steps=12",
+        "data.val=null",
+        "data.test=null",
+        "name=run",
+    ]
+    settings += recorded(tmp_path)
     done = launch("--task", "retrieval,captioning", *settings, "--profile", "4", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "runs/run/profile/summary.txt").read_text()
@@ -26,7 +32,6 @@ def test_a_profile_names_each_part_and_its_trace_is_kept(sample_shards: Path, tm
     with gzip.open(tmp_path / "runs/run/profile/trace.json.gz") as trace:
         names = [event.get("name") for event in json.load(trace)["traceEvents"]]
     assert names.count("emcl: backward") == 4
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
+    client, run = mlflow_run(tmp_path)
     kept = {item.path for item in client.list_artifacts(run.info.run_id, "profile")}
     assert kept == {"profile/trace.json.gz", "profile/summary.txt"}

@@ -34,8 +34,9 @@ def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> No
     videos = ten(tmp_path / "shards")
     done = launch(
         "--task", "retrieval,captioning,msrvtt_qa", "data.generate=false", f"data.train={tmp_path}/shards",
-        "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", "optim.epochs=150",
-        "checkpoint.every_steps=1000", "optim.lr=1e-3", "optim.clip_lr=1e-3", "name=ten", "tracking.enabled=false",
+        "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", f"model.name={TINY}", "data.size=32",
+        "data.frames=4", "optim.epochs=150", "optim.lr=3e-3", "optim.clip_lr=3e-3", "optim.weight_decay=0",
+        "checkpoint.every_steps=1000", "name=ten", "tracking.enabled=false",
         "tasks.captioning.label_smoothing=0", "tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0",
         "tasks.captioning.captions_per_video=3", cwd=tmp_path, ranks=2,
     )  # fmt: skip

@@ -146,12 +146,11 @@ def test_other_schemes_are_refused(pattern: str, tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_two_ranks_train_on_shards_by_url(server: Server, sample_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     settings = [*small(sample_shards), f"data.train={server.url}/train-{{000000..000001}}.tar", "optim.epochs=1"]
-    done = launch("--task", "retrieval", *settings, "tracking.enabled=false", cwd=run, ranks=2)
+    done = launch("--task", "retrieval", *settings, cwd=run, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert server.asked["train-000001.tar"] == 1
 

@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import launch, launch_command, small
+from conftest import LAUNCH, deepspeed_command, launch, launch_environment, losses, recorded, small
 from emcl.errors import UserError
 from emcl.train import checkpoint
 from emcl.train.lock import RunLock
 from emcl.train.universal import PART
+from forked import start_ranks
 
 STEPS = 40
 
@@ -30,53 +31,31 @@ def settings(shards: Path, stage: int) -> list[str]:
     """Retrieval with captions, whose dropout draws in every step, as augmentation does."""
     return [
         *small(shards), "data.val=null", "data.test=null", f"optim.max_steps={STEPS}", "optim.epochs=100", "name=run",
-        "optim.lr=1e-3", "optim.clip_lr=1e-3", "tracking.every_steps=1", "checkpoint.every_steps=7",
+        "optim.lr=1e-3", "optim.clip_lr=1e-3", "checkpoint.every_steps=7",
         f"deepspeed=deepspeed/zero{stage}.json", "tasks.captioning.width=64", "tasks.captioning.layers=1",
         "data.augment=rand-m7-n4-mstd0.5-inc1",
     ]  # fmt: skip
 
 
-def losses(cwd: Path, store: str = "mlflow.db") -> dict[int, float]:
-    """Of the only MLflow run, each step once."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/{store}")
-    (run,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    assert len({metric.step for metric in history}) == len(history), "a step's loss was written twice"
-    return {metric.step: metric.value for metric in history}
-
-
-def killed(arguments: list[str], cwd: Path, ranks: int, at: int) -> None:
-    """SIGKILL to the launcher and all its processes once step `at` is reached."""
-    command, environment = launch_command(*arguments, ranks=ranks)
+def killed(arguments: list[str], cwd: Path, at: int) -> None:
+    """SIGKILL to two ranks and all their processes once step `at` is reached."""
     log = cwd / "killed.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            command, cwd=cwd, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    log.write_text("")
+    ranks = start_ranks(LAUNCH, arguments, 2, env=launch_environment(), cwd=cwd, stdout=log)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         reached = [int(step) for step in re.findall(rf"(\d+)/{STEPS} \[", log.read_text())]
         if reached and max(reached) >= at:
             break
-        assert process.poll() is None, log.read_text()[-3000:]
+        assert all(rank.poll() is None for rank in ranks), log.read_text()[-3000:]
         time.sleep(0.02)
-    children = (
-        subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
-        + subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    )
-    for pid in {process.pid, *map(int, children)}:
-        try:
-            os.killpg(os.getpgid(pid), signal.SIGKILL)  # the launcher gives each rank a session of its own
-        except ProcessLookupError:
-            continue
-    process.wait()
+    for rank in ranks:
+        rank.kill_session()
+        rank.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("resume")
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
     stage: int, sample_shards: Path, tmp_path: Path
 ) -> None:
@@ -85,10 +64,10 @@ def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
     whole.mkdir()
     torn.mkdir()
     arguments = ["--task", "retrieval,captioning", *settings(sample_shards, stage)]
-    done = launch(*arguments, cwd=whole, ranks=2)
+    done = launch(*arguments, *recorded(whole), cwd=whole, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    killed(arguments, torn, 2, rng.randint(9, 20))
-    killed(["--resume", "auto"], torn, 2, rng.randint(22, 34))
+    killed([*arguments, *recorded(torn)], torn, rng.randint(9, 20))
+    killed(["--resume", "auto"], torn, rng.randint(22, 34))
     done = launch("--resume", "auto", cwd=torn, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(torn) == losses(whole)
@@ -113,7 +92,8 @@ def twelve(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     def of_stage(stage: int) -> Path:
         cwd = tmp_path_factory.mktemp(f"zero{stage}")
         short = [*settings(sample_shards, stage), "optim.max_steps=12", "checkpoint.keep=50", "model.frozen=[text]"]
-        done = launch("--task", "retrieval", "--init", str(first / "runs/run"), *short, cwd=cwd, ranks=2)
+        start = ["--init", str(first / "runs/run"), *recorded(cwd)]
+        done = launch("--task", "retrieval", *short, *start, cwd=cwd, ranks=2)
         assert done.returncode == 0, done.stdout + done.stderr
         forget_after(cwd, 6)
         return cwd
@@ -130,7 +110,8 @@ def forget_after(cwd: Path, step: int) -> None:
 def goes_on(cwd: Path, stage: int, ranks: int, store: str) -> dict[int, float]:
     """The losses of the run in `cwd` from its last checkpoint on."""
     where = {"MLFLOW_TRACKING_URI": f"sqlite:///{cwd}/{store}"}
-    done = launch("--resume", "runs/run", f"deepspeed=deepspeed/zero{stage}.json", cwd=cwd, ranks=ranks, env=where)
+    other = [*recorded(cwd, store), f"deepspeed=deepspeed/zero{stage}.json"]
+    done = launch("--resume", "runs/run", *other, cwd=cwd, ranks=ranks, env=where)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "converting it to any" in done.stdout + done.stderr
     return losses(cwd, store)
@@ -141,7 +122,6 @@ def same(found: dict[int, float], whole: dict[int, float], steps: range) -> None
     assert [found[step] for step in steps] == pytest.approx([whole[step] for step in steps], rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("resume")
 @pytest.mark.parametrize(("before", "after", "ranks"), [(1, 2, 4), (3, 3, 1), (2, 3, 1), (0, 3, 4)])
 def test_a_run_goes_on_with_other_ranks_and_stage(
@@ -231,7 +211,8 @@ def test_a_full_disk_is_an_error_that_says_how_much_and_leaves_the_old_ones(
 
 @pytest.mark.xdist_group("resume")
 def test_a_signal_saves_ends_with_75_and_the_run_goes_on(sample_shards: Path, tmp_path: Path) -> None:
-    command, environment = launch_command("--task", "retrieval", *settings(sample_shards, 1), ranks=2)
+    arguments = ["--task", "retrieval", *settings(sample_shards, 1), *recorded(tmp_path)]
+    command, environment = deepspeed_command(*arguments, ranks=2)
     shell = ["bash", "-c", 'trap "" USR1; exec "$@"', "bash", *command]  # as cluster/slurm/train.sbatch does
     log = tmp_path / "log"
     with log.open("w") as out:

@@ -28,6 +28,8 @@ from emcl.prepare.writer import encode_mp4, write_shard
 from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows, scenes
 
+pytestmark = pytest.mark.xdist_group("search")
+
 
 @pytest.fixture(scope="module")
 def trained(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

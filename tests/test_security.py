@@ -13,9 +13,8 @@ from typing import Any
 import av
 import pytest
 import torch
-from mlflow import MlflowClient
 
-from conftest import small
+from conftest import mlflow_run, recorded, small
 from emcl.cli import main
 from emcl.config import resolve
 from emcl.data.decode import DecodeError, decode
@@ -172,10 +171,8 @@ def test_no_secret_reaches_mlflow_or_an_export(
     monkeypatch.setenv("STORE_TOKEN", "topsecretvalue")
     (tmp_path / "topsecretvalue").symlink_to(sample_shards)
     settings = small(Path("${oc.env:STORE_TOKEN}"))
-    run(["retrieval"], overrides=[*settings, "optim.max_steps=1", "name=run"])
-    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
-    (recorded,) = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
-    assert recorded.data.params["data.train"] == "***/train-*.tar"
+    run(["retrieval"], overrides=[*settings, "optim.max_steps=1", "name=run", *recorded(tmp_path)])
+    assert mlflow_run(tmp_path)[1].data.params["data.train"] == "***/train-*.tar"
     shown = capfd.readouterr()
     assert "topsecretvalue" not in shown.out + shown.err
     for path in [

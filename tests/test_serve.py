@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import signal
 import subprocess
@@ -22,13 +21,13 @@ import pytest
 import torch
 
 import emcl
-from conftest import ROOT, short_run, write_clips
+from conftest import ROOT, emcl_command, launch_environment, short_run, write_clips
 from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows
+from forked import start_program
 from local_ranks import free_port
 
 pytestmark = pytest.mark.xdist_group("serve")
-PORTABLE = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 class Server:
@@ -36,14 +35,15 @@ class Server:
 
     def __init__(self, index: Path, run: Path, *options: str) -> None:
         self.port = free_port()
-        command = [sys.executable, "-m", "emcl.cli", "serve", str(index), "--model", str(run), "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [*command, *options], env={**os.environ, **PORTABLE}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        first = self.process.stdout.readline()
-        assert f":{self.port}" in first, first + self.process.stdout.read()
+        self._folder = tempfile.TemporaryDirectory()
+        cwd = Path(self._folder.name)
+        self.log = cwd / "log"
+        self.log.touch()
+        command = ["serve", str(index), "--model", str(run), "--port", str(self.port), *options]
+        self.process = start_program("emcl.cli", *command, env=launch_environment(), cwd=cwd, stdout=self.log)
+        while f":{self.port}" not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
 
     def __call__(
         self, path: str, body: bytes | None = None, method: str | None = None, **headers: str
@@ -264,7 +264,7 @@ def test_a_stop_answers_what_is_under_way(indexed: Path, trained: Path) -> None:
         for thread in threads:
             thread.join()
         assert statuses and set(statuses) == {200}
-    assert stopping.process.stdout is not None and "Traceback" not in stopping.process.stdout.read()
+    assert "Traceback" not in stopping.log.read_text()
 
 
 def test_an_index_made_anew_meanwhile_is_searched(indexed: Path, trained: Path, tmp_path: Path, clip: Path) -> None:
@@ -280,15 +280,12 @@ def test_an_index_made_anew_meanwhile_is_searched(indexed: Path, trained: Path, 
         assert {hit["path"] for hit in hits} == {clip.name, "new.mp4"}
 
 
-def test_the_port_that_is_taken_is_named(indexed: Path, trained: Path, server: Server) -> None:
-    command = [sys.executable, "-m", "emcl.cli", "serve", str(indexed), "--model", str(trained)]
-    done = subprocess.run(
-        [*command, "--port", str(server.port)], env={**os.environ, **PORTABLE}, capture_output=True, text=True
-    )
+def test_the_port_that_is_taken_is_named(indexed: Path, trained: Path, server: Server, tmp_path: Path) -> None:
+    command = ["serve", str(indexed), "--model", str(trained), "--port", str(server.port)]
+    done = emcl_command(*command, cwd=tmp_path)
     assert done.returncode == 2 and re.match(r"error: cannot listen at 127.0.0.1:\d+", done.stderr.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_schemathesis_finds_no_failure(server: Server) -> None:
     """Every operation of the description, with right and wrong input; a body of video is a real one."""
     command = [str(Path(sys.executable).parent / "schemathesis"), "run", "--max-examples", "15", "--seed", "1"]

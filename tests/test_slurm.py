@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from conftest import ROOT, shared, small
+from conftest import ROOT, losses, recorded, shared, short_run, small
 from local_ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -81,23 +81,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         subprocess.run([CLUSTER, "stop", folder], env=environment, check=True)
 
 
-def steps_recorded(cwd: Path) -> list[int]:
-    """Of the only MLflow run's loss."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("sample").experiment_id])
-    assert len(runs) == 1
-    return [metric.step for metric in client.get_metric_history(runs[0].info.run_id, "train/loss")]
-
-
 def checkpoints(slurm: Slurm, name: str) -> list[Path]:
     return sorted((slurm.cwd / "runs" / name / "checkpoints").glob("step-*/manifest.json"))
 
 
 def test_two_nodes_survive_a_signal_a_requeue_and_a_lost_node(slurm: Slurm, sample_shards: Path) -> None:
     settings = [
-        *small(sample_shards), "data.val=null", "optim.epochs=1000", "optim.max_steps=200", "tracking.every_steps=5",
+        *small(sample_shards), "data.val=null", "optim.epochs=1000", "optim.max_steps=200",
+        *recorded(slurm.cwd), "tracking.every_steps=5",
         "checkpoint.every_steps=20",
     ]  # fmt: skip
     job = slurm.submit("--nodes=2", "cluster/slurm/train.sbatch", "--task", "retrieval", *settings, RUN="mine")
@@ -126,11 +117,11 @@ def test_two_nodes_survive_a_signal_a_requeue_and_a_lost_node(slurm: Slurm, samp
     subprocess.run(resume, env=slurm.environment, capture_output=True)  # unless it has come back by itself
     slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"), 400)
     assert slurm.state(job) == "COMPLETED", slurm.logs()
-    assert steps_recorded(slurm.cwd) == list(range(5, 201, 5))  # one run, no step missing or twice
+    assert list(losses(slurm.cwd)) == list(range(5, 201, 5))  # one run, no step missing or twice
     assert json.loads((slurm.cwd / "runs/mine/scores-test.json").read_text())["samples"] == 12
 
 
-def test_an_array_of_jobs_prepares_together_and_a_job_scores_the_run(slurm: Slurm) -> None:
+def test_an_array_of_jobs_prepares_together(slurm: Slurm) -> None:
     videos = shared("data/videos")
     table = videos / "annotations.json"
     job = slurm.submit(
@@ -145,11 +136,16 @@ def test_an_array_of_jobs_prepares_together_and_a_job_scores_the_run(slurm: Slur
           "--shard-size", "2", "--keep")  # fmt: skip
     for shard in whole.glob("*.tar"):
         assert shard.read_bytes() == (slurm.cwd / "shards/clips" / shard.name).read_bytes()
-    if (slurm.cwd / "runs/mine/best").is_dir():
-        job = slurm.submit("--nodes=1", "cluster/slurm/evaluate.sbatch", "runs/mine")
-        slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"))
-        assert slurm.state(job) == "COMPLETED", slurm.logs()
-        assert (slurm.cwd / "runs/mine/report/report.html").is_file()
+
+
+def test_a_job_scores_a_run_and_leaves_its_report(slurm: Slurm, sample_shards: Path) -> None:
+    run = short_run(sample_shards, slurm.cwd).relative_to(slurm.cwd)
+    test = f"data.test={sample_shards}/test-000000.tar"
+    job = slurm.submit("--nodes=1", "cluster/slurm/evaluate.sbatch", str(run), test)
+    slurm.wait(lambda: slurm.state(job) in ("COMPLETED", "FAILED"))
+    assert slurm.state(job) == "COMPLETED", slurm.logs()
+    assert json.loads((slurm.cwd / run / "scores-test.json").read_text())["samples"] == 12
+    assert (slurm.cwd / run / "report/report.html").is_file()
 
 
 SHOW = """

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from emcl.config import resolve
 from emcl.data.loading_time import LoadingTime
+from emcl.distributed import Ranks
+from emcl.train.bad_clips import BadClips
 from emcl.train.clock import PARTS, WAITING, StepClock
+from emcl.train.meter import Meter
 from emcl.train.stragglers import find_straggler
-from stragglers import Trial, named, says
+from forked import Program, start_ranks
+from ranks import run_on_ranks
+from stragglers import SLOW_RANK, Trial, named, says
 
 USUAL = np.array([0.2, 0.1, 2.0, 4.0, 1.0])
 SECONDS = 8.0
@@ -81,6 +87,22 @@ def test_loading_says_whether_it_read_or_decoded_and_which_clip(
     assert sum((LoadingTime.of_sample(*sample) for sample in samples), LoadingTime()).detail() == said
 
 
+def _read_late(ranks: Ranks, folder: Path) -> tuple[float, str]:
+    """A report of a rank that loads for 2 s, of 4 by its own clock and of 40 by the other's."""
+    meter = Meter(resolve(["retrieval"]), ranks, torch.device("cpu"), BadClips(ranks, folder, 10, 0.1, []))
+    meter.began -= 40 if ranks.first else 4
+    meter.clock.loaded(0.0 if ranks.first else 2.0)
+    figures, line = meter.read(restarts=0)
+    return figures["data_wait_share"], line
+
+
+def test_ranks_whose_clocks_differ_find_the_same(tmp_path: Path) -> None:
+    """Else one waits for details that the others do not send."""
+    (share, line), other = run_on_ranks(_read_late, 2, tmp_path, tmp_path)
+    assert (share, line) == other
+    assert share == pytest.approx(1 / 40, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("trial", "seconds"),
     [(Trial(2, "compute", 1), "0.5"), (Trial(2, "disk", 0), "0.8"), (Trial(2, "clip", 1), "6.0")],
@@ -89,5 +111,9 @@ def test_loading_says_whether_it_read_or_decoded_and_which_clip(
 def test_a_real_run_names_the_slow_rank_and_its_cause(trial: Trial, seconds: str, sample_shards: Path) -> None:
     """Slow enough to stand out beside other tests; finer differences, and clean runs: benchmarks/stragglers.py."""
     settings = ("optim.epochs=10", "optim.max_steps=24", "data.batch_size=2")
-    lines = named(trial, sample_shards, *settings, seconds=seconds)
+
+    def forked(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Path, log: Path) -> list[Program]:
+        return start_ranks(SLOW_RANK, arguments, ranks, env=environment, cwd=cwd, stdout=log)
+
+    lines = named(trial, sample_shards, *settings, seconds=seconds, start=forked)
     assert any(says(line, trial) for line in lines), lines

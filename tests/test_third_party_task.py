@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, launch, small
+from conftest import ROOT, emcl_command, launch, small
 
 pytestmark = pytest.mark.xdist_group("third party")
 
@@ -29,10 +28,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": str(target)}
 
 
-def test_the_command_lists_it(installed: dict[str, str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "emcl.cli", "tasks"], env={**os.environ, **installed}, capture_output=True, text=True
-    )
+def test_the_command_lists_it(installed: dict[str, str], tmp_path: Path) -> None:
+    done = emcl_command("tasks", env=installed, cwd=tmp_path)
     assert "temporal_order" in done.stdout and "retrieval" in done.stdout
 
 

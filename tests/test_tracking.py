@@ -94,6 +94,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int, 
     return tmp_path, port, uri
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_for_a_while_gets_everything_once(
     served: tuple[Path, int, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_server_that_is_away_for_a_while_gets_everything_once(
     assert "does not answer" in caplog.text and "answers again" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_could_not_be_sent_at_all_is_kept_and_sent_when_the_run_goes_on(
     served: tuple[Path, int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

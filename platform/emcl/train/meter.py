@@ -74,8 +74,8 @@ class Meter:
         losses = [self.losses[name].double() / self.counted for name in names]
         # everything that a step has queued is over once these are on the host
         sums = self.ranks.sum(torch.cat([*(loss.view(1) for loss in losses), counts])).tolist()
-        elapsed, steps = time.perf_counter() - self.began, max(1, self.steps)
-        parts_RP = self._parts()
+        parts_RP, elapsed = self._parts(time.perf_counter() - self.began)
+        steps = max(1, self.steps)
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
         samples, frames, bad, restarted = sums[len(names) :]
         work_RP = parts_RP[:, : len(PARTS)].numpy()
@@ -101,14 +101,18 @@ class Meter:
             "loader_restarts": restarted,
         }, line
 
-    def _parts(self) -> Tensor:
-        """(ranks, PARTS, WAITING, peak GiB of the device's memory), the same on every rank."""
+    def _parts(self, elapsed: float) -> tuple[Tensor, float]:
+        """(ranks, PARTS, WAITING, peak GiB of the device's memory) and the longest time elapsed, alike on every rank.
+
+        Each rank decides by them whether all tell their details: by its own clock one might wait for the others.
+        """
         mine = self.clock.read()
         peak = torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else 0.0
-        columns = [*(mine[part] for part in (*PARTS, WAITING)), peak]
+        columns = [*(mine[part] for part in (*PARTS, WAITING)), peak, elapsed]
         everyone = torch.zeros(self.ranks.world_size, len(columns), dtype=torch.float64)
         everyone[self.ranks.rank] = torch.tensor(columns, dtype=torch.float64)
-        return self.ranks.sum(everyone.to(self.device)).cpu()
+        everyone = self.ranks.sum(everyone.to(self.device)).cpu()
+        return everyone[:, :-1], float(everyone[:, -1].max())
 
     def _of_device(self, frames: float, samples: float, elapsed: float, peak_gib: float) -> dict[str, float]:
         if self.device.type != "cuda":
