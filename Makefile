@@ -25,12 +25,15 @@ demo: install
 	$(BIN)/emcl index demo/videos --model runs/demo --out demo/index
 	$(BIN)/emcl serve demo/index --model runs/demo --open $(ARGS)
 
-test: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup -m "not nightly"
+# One thread a process: several would wait for each other's cores
+TEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
 
-# Besides, the sample recipe's training to its end, twice a quarter of an hour: what `make train` shows as well
+test: install
+	$(TEST) -m "not nightly"
+
+# And the sample recipe trained to its end, a quarter of an hour more: what `make train` shows as well
 test-all: install
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup
+	$(TEST)
 
 # Every benchmark beside its baseline, some 10 minutes: make bench, make bench ARGS='--only loading step'
 bench: $(VENV)/bench

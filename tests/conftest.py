@@ -52,8 +52,7 @@ def small(shards: Path) -> list[str]:
     return [
         "data.generate=false", f"data.train={shards}/train-*.tar", f"data.val={shards}/val-000000.tar",
         f"data.test={shards}/test-000000.tar", f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16",
-        "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1",
-        "tracking.enabled=false",
+        "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1", "tracking.enabled=false",
     ]  # fmt: skip
 
 
@@ -66,9 +65,13 @@ def _empty_store() -> bytes:
         return path.read_bytes()
 
 
+def make_store(path: Path) -> None:
+    path.write_bytes(_empty_store())
+
+
 def recorded(cwd: Path, store: str = "mlflow.db") -> list[str]:
     """Settings of a run in `cwd` that MLflow is to know, each step of it; its store is made ready."""
-    (cwd / store).write_bytes(_empty_store())
+    make_store(cwd / store)
     return ["tracking.enabled=true", "tracking.every_steps=1"]
 
 

@@ -122,7 +122,10 @@ def test_a_folder_without_scores_is_refused_in_one_line(tmp_path: Path, capsys: 
         Embeddings.open(tmp_path / "embeddings-test.safetensors")
 
 
-def test_every_option_in_one_table_and_again_without_encoding(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_in_one_table_and_again_without_encoding(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(run, tmp_path / "one")
     assert main(["options", str(run), "--bank", "10"]) == 0
     first = capsys.readouterr().out
     lines = [line.split(" | ") for line in first.splitlines()[2:]]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from conftest import make_store
 from emcl import outbox, tracking
 from emcl.config import Config, resolve
 from emcl.tracking import Tracker, open_tracker
@@ -68,6 +69,8 @@ def server(folder: Path, port: int) -> Iterator[None]:
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
         "--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "artifacts"),
     ]  # fmt: skip
+    if not (folder / "server.db").exists():
+        make_store(folder / "server.db")
     with (folder / "server.log").open("a") as log:
         running = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
