@@ -97,7 +97,7 @@ def short_run(shards: Path, folder: Path, *settings: str) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        quick = ["optim.max_steps=2", "name=one", "data.test=null", "emcl.variant=compact"]
+        quick = ["optim.max_steps=2", "name=one", "data.val=null", "data.test=null", "emcl.variant=compact"]
         run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8", *settings])
     finally:
         os.chdir(before)

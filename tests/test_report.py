@@ -29,7 +29,7 @@ def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three tasks, a few steps, scored on 12 clips."""
     place = tmp_path_factory.mktemp("report")
     settings = [
-        "--task", "all", *small(sample_shards), "name=one", "evaluate.dsl=true", "emcl.k=8",
+        "--task", "all", *small(sample_shards), "data.val=null", "name=one", "evaluate.dsl=true", "emcl.k=8",
         "tasks.captioning.width=64", "tasks.captioning.layers=1", "tasks.captioning.generation.max_new_tokens=6",
     ]  # fmt: skip
     done = launch(*settings, cwd=place)
