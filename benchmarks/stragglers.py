@@ -56,7 +56,7 @@ def trials(runs: int) -> Iterator[Trial]:
         yield from pair
 
 
-def start(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Path, log: Path) -> list[Any]:
+def spawn(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Path, log: Path) -> list[Any]:
     """A process a rank; all write into the log."""
     command = [sys.executable, "-u", str(SLOW_RANK), *arguments]
     with log.open("w") as out:
@@ -64,13 +64,13 @@ def start(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Pa
 
 
 def named(
-    trial: Trial, shards: Path, *settings: str, seconds: str | None = None, start: Callable[..., list[Any]] = start
+    trial: Trial, shards: Path, *settings: str, seconds: str | None = None, start: Callable[..., list[Any]] = spawn
 ) -> list[str]:
     """What a run's log says of ranks that others wait for.
 
     Args:
         seconds: in place of those of `CAUSES`.
-        start: starts the ranks, which are asked to `wait`, as the function of this name does.
+        start: starts the ranks, which are then asked to `wait`.
     """
     seconds = seconds or (CAUSES[trial.kind][0] if trial.kind else "0")
     environment = {

@@ -21,6 +21,9 @@ from multiprocessing import forkserver, get_context, set_start_method
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from subprocess import TimeoutExpired
+from unittest import mock
+
+import torch
 
 from local_ranks import environments
 
@@ -123,15 +126,9 @@ def start_ranks(
 
 def start_server() -> None:
     """Where there is none yet in this process: it imports once, for all."""
-    kept = {name: os.environ.get(name) for name in AT_IMPORT}
-    os.environ.update(AT_IMPORT)
-    FORKED.set_forkserver_preload(IMPORTED)
-    forkserver.ensure_running()
-    for name, value in kept.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with mock.patch.dict(os.environ, AT_IMPORT):
+        FORKED.set_forkserver_preload(IMPORTED)
+        forkserver.ensure_running()
 
 
 def _become(start: _Start) -> None:
@@ -143,8 +140,8 @@ def _become(start: _Start) -> None:
     _say_into(start.stdout, start.stderr)
     faulthandler.register(STACKS, all_threads=True)
     set_start_method(None, force=True)  # else its own processes would be forked from the server, too
-    path, argv = _paths(start), [str(start.program), *start.arguments]
-    sys.path[:], sys.argv[:] = path, argv
+    torch.set_num_threads(int(start.env.get("OMP_NUM_THREADS", "1")))  # what PyTorch read on import was one
+    sys.path[:], sys.argv[:] = _paths(start), [str(start.program), *start.arguments]
     code: object = None
     try:
         if isinstance(start.program, Path):

@@ -292,7 +292,7 @@ def error_in(log: Path) -> str:
 @pytest.mark.parametrize(
     ("script", "fault", "rank"),
     [
-        pytest.param(LAUNCH, signal.SIGKILL, 0, id="gloo tells the others of a death"),
+        pytest.param(LAUNCH, signal.SIGKILL, 1, id="gloo tells the others of a death"),
         pytest.param(BLOCKING, signal.SIGKILL, 0, id="rank 0 dies, and collectives block"),
         pytest.param(BLOCKING, signal.SIGKILL, 1, id="rank 1 dies, and collectives block"),
         pytest.param(BLOCKING, signal.SIGSTOP, 0, id="rank 0 hangs, and collectives block"),

@@ -36,6 +36,13 @@ def test_it_sees_what_a_new_interpreter_shows(tmp_path: Path) -> None:
     assert forked.stderr == fresh.stderr == "to the other stream\n"
 
 
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_it_computes_on_as_many_threads_as_it_is_told(threads: str, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import torch; print(torch.get_num_threads())")
+    done = run_program(tmp_path / "program.py", cwd=tmp_path, env={"OMP_NUM_THREADS": threads})
+    assert done.stdout == f"{threads}\n"
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

@@ -87,9 +87,8 @@ def checkpoints(slurm: Slurm, name: str) -> list[Path]:
 
 def test_two_nodes_survive_a_signal_a_requeue_and_a_lost_node(slurm: Slurm, sample_shards: Path) -> None:
     settings = [
-        *small(sample_shards), "data.val=null", "optim.epochs=1000", "optim.max_steps=200",
-        *recorded(slurm.cwd), "tracking.every_steps=5",
-        "checkpoint.every_steps=20",
+        *small(sample_shards), "data.val=null", "optim.epochs=1000", "optim.max_steps=200", *recorded(slurm.cwd),
+        "tracking.every_steps=5", "checkpoint.every_steps=20",
     ]  # fmt: skip
     job = slurm.submit("--nodes=2", "cluster/slurm/train.sbatch", "--task", "retrieval", *settings, RUN="mine")
     log = slurm.cwd / f"emcl-{job}.log"
