@@ -28,7 +28,7 @@ from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
 from emcl.model.emcl_layer import emcl_layer
-from emcl.model.similarity import similarity
+from emcl.model.similarity import similarity, similarity_by_tile
 from emcl.pictures import Example, draw_retrieval
 from emcl.task import Evaluation, Scorer, Scores, Task
 
@@ -110,11 +110,11 @@ class RetrievalTask(Task):
             tile = LARGE_TILE
         own: dict[int, np.ndarray] = {}
         for first in range(0, len(text_QD), tile)[ranks.rank :: ranks.world_size]:
-            strip = [
-                self.similarity(text_QD[first : first + tile], frames_GTD[videos], mask_GT[videos], ALONE, layer)
-                for videos in (slice(start, start + tile) for start in range(0, len(frames_GTD), tile))
-            ]
-            own[first] = torch.cat(strip, 1).float().cpu().numpy()  # the host waits once a strip
+            strip = similarity_by_tile(
+                text_QD[first : first + tile], frames_GTD, mask_GT, tile,
+                temperature=self.settings.pooling_temperature, emcl=layer,
+            )  # fmt: skip
+            own[first] = strip.float().cpu().numpy()  # the host waits once a strip
         everyone = ranks.collect_objects(own)
         if everyone is None:
             return np.empty((0, len(frames_GTD)), np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import sys
@@ -17,10 +18,12 @@ import torch
 from emcl.doctor.checks import Check, Checks, run_groups, table, write_json
 from emcl.doctor.exactness import exactness
 from emcl.doctor.feeding import feeding
+from emcl.doctor.prices import augmentation, comparing, deterministic
 from emcl.doctor.speed import emcl_share, speed
 from emcl.doctor.trainers import Bench, open_bench
 from emcl.doctor.training import host_waits, precisions, resuming, zero_stages
 from emcl.errors import UserError
+from emcl.train.arithmetic import WORKSPACE
 
 GROUPS: dict[str, Callable[[Bench], Any]] = {
     "GPU beside CPU": exactness,
@@ -29,7 +32,10 @@ GROUPS: dict[str, Callable[[Bench], Any]] = {
     "ZeRO": zero_stages,
     "resuming": resuming,
     "loading": feeding,
+    "augmentation": augmentation,
+    "comparing": comparing,
     "EMCL": emcl_share,
+    "deterministic": deterministic,
     "speed": speed,
 }
 """In this order, since what comes last is what a slow machine leaves out."""
@@ -45,6 +51,8 @@ def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) 
     for name in only:
         if name not in GROUPS:
             raise UserError(f"--only {name}: none of {', '.join(GROUPS)}")
+    # PyTorch looks for it once, at the first product on a GPU, long before the checks that want it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     facts = machine()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="emcl-doctor-"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,20 +38,26 @@ def speed(bench: Bench) -> Iterator[Check]:
             yield from _tower(bench, name, videos, rate, recomputed=False, compiled=True)
 
 
+def case_of(bench: Bench) -> tuple[str, list[str]]:
+    """The first of the towers that are timed, with its videos, and its settings."""
+    name, videos = next(iter((TOWERS if bench.on_gpu else SMALL).items()))
+    return f"{name} x {videos}", _of(name, videos)
+
+
 def emcl_share(bench: Bench) -> Iterator[Check]:
     """What of a step is EMCL's, by the same step without it."""
-    name, videos = next(iter((TOWERS if bench.on_gpu else SMALL).items()))
+    name, overrides = case_of(bench)
     for variant in ("reference", "compact"):
-        with trainer(bench, settings(bench, *_of(name, videos), f"emcl.variant={variant}"), f"emcl-{variant}") as made:
+        with trainer(bench, settings(bench, *overrides, f"emcl.variant={variant}"), f"emcl-{variant}") as made:
             ((_, batches),) = taken(made, 1)
             retrieval: Any = made.model.heads["retrieval"]
             layer, seconds = retrieval.emcl, {True: list[float](), False: list[float]()}
             for enabled in (True, False, True, False):  # in turns, since a machine's speed drifts
                 retrieval.emcl = layer if enabled else None
-                seconds[enabled] += _seconds(made, batches)
+                seconds[enabled] += seconds_a_step(made, batches)
             retrieval.emcl = layer
         share = 1 - statistics.median(seconds[False]) / statistics.median(seconds[True])
-        yield Check(f"EMCL {variant}, share of a step of {name} x {videos}", f"{100 * share:.1f}%")
+        yield Check(f"EMCL {variant}, share of a step of {name}", f"{100 * share:.1f}%")
 
 
 def _of(name: str, videos: int) -> list[str]:
@@ -74,7 +80,7 @@ def _tower(
                 made.model.backbone.image.trunk.compile()
             ((_, batches),) = taken(made, 1)
             one_step(made, 0, batches)
-            seconds = _seconds(made, batches)
+            seconds = seconds_a_step(made, batches)
             flops = Flops.of(made.config).of_step(len(batches[0]["frames"]), len(batches[0]["ids"]))
         peak = torch.cuda.max_memory_allocated() - before if bench.on_gpu else None
     except torch.OutOfMemoryError:
@@ -99,31 +105,32 @@ def _memory(config: Any, case: str, peak: float) -> Check:
     return Check(f"{case}: peak memory", figure, f"within {100 * PLANNED_GAP:.0f}%", off <= PLANNED_GAP)
 
 
-def _seconds(made: Trainer, batches: list[dict[str, Any]]) -> list[float]:
-    """A step's, some times over."""
+def seconds_a_step(made: Trainer, batches: list[dict[str, Any]]) -> list[float]:
+    """Some times over."""
     one_step(made, 0, batches)
-    found, steps = [], STEPS.get(made.device.type, 1)
-    for _ in range(REPEATS):
-        _synchronize(made.device)
-        began = time.perf_counter()
+    steps = STEPS.get(made.device.type, 1)
+
+    def run() -> None:
         for step in range(steps):
             one_step(made, step, batches)
-        _synchronize(made.device)
-        found.append((time.perf_counter() - began) / steps)
-    return found
+
+    return [timed(made.device, run) / steps for _ in range(REPEATS)]
+
+
+def timed(device: torch.device, action: Callable[[], Any]) -> float:
+    """Seconds until the device has done it."""
+    _synchronize(device)
+    began = time.perf_counter()
+    action()
+    _synchronize(device)
+    return time.perf_counter() - began
 
 
 def _product_rate(device: torch.device) -> float:
     """FLOP a second that a large bf16 product reaches."""
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(6):
-        _synchronize(device)
-        began = time.perf_counter()
-        left @ right
-        _synchronize(device)
-        times.append(time.perf_counter() - began)
+    times = [timed(device, lambda: left @ right) for _ in range(6)]
     return 2 * size**3 / statistics.median(times[1:])
 
 

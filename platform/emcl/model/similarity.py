@@ -28,6 +28,8 @@ from emcl.model.pooling import frame_scores, pooling_weights
 
 BLOCK_NUMBERS = 2**22
 """Pooling weights of a block, by default: 16 MiB."""
+TILES_AT_ONCE = {"cuda": 64}
+"""Of `similarity_by_tile`: EM's matrices of D = 512 take 64 MiB each."""
 _EPSILON = 1e-12
 
 
@@ -70,6 +72,40 @@ def similarity(
         for text in texts
     ]
     return torch.cat(recomputed)
+
+
+@torch.no_grad()
+def similarity_by_tile(
+    text_AD: Tensor,
+    frames_GTD: Tensor,
+    mask_GT: Tensor,
+    tile: int,
+    *,
+    temperature: float,
+    emcl: EMCL | None = None,
+    at_once: int | None = None,
+) -> Tensor:
+    """The texts with each tile of so many videos by itself, side by side: (A, G).
+
+    The reference's EM, fitted anew in each tile, is hundreds of small operators, whose launches cost a GPU more than
+    their work: there it takes many tiles at once. On CPUs one after another costs no more.
+
+    Args:
+        at_once: tiles; `TILES_AT_ONCE` of the device where not given.
+    """
+    at_once = at_once or TILES_AT_ONCE.get(text_AD.device.type, 1)
+    if emcl is not None and emcl.training:  # each tile moves the layer's state
+        at_once = 1
+
+    def of(frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        return similarity(text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=emcl)
+
+    whole = len(frames_GTD) // tile * tile
+    if at_once == 1 or whole <= tile:
+        return torch.cat([of(*part) for part in zip(frames_GTD.split(tile), mask_GT.split(tile), strict=True)], 1)
+    tiles = (frames_GTD[:whole].unflatten(0, (-1, tile)), mask_GT[:whole].unflatten(0, (-1, tile)))
+    scores = torch.func.vmap(of, chunk_size=at_once)(*tiles).transpose(0, 1).flatten(1)  # (A, whole)
+    return scores if whole == len(frames_GTD) else torch.cat([scores, of(frames_GTD[whole:], mask_GT[whole:])], 1)
 
 
 @dataclass

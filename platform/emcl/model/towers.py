@@ -25,6 +25,7 @@ from emcl.config import ModelConfig
 from emcl.errors import UserError, first_line
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.conv import ConvTower
+from emcl.model.patches import embed_patches_by_product
 from emcl.shipped import find_architecture
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -129,6 +130,7 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
     if state is not None:
         _load(clip, state, Path(str(config.pretrained)), config.name)
     keep_statistics_in_full_precision(clip)
+    embed_patches_by_product(clip.visual)
     image, text = clip.visual, clip.text
     if load_weights and config.image_weights:
         _load_image_weights(image, Path(config.image_weights))

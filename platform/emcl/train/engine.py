@@ -15,6 +15,7 @@ from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.shipped import find_file
+from emcl.train.gradient_norm import take_norms_at_once
 from emcl.train.optimizer import build_optimizer, build_schedule
 
 OURS = (
@@ -83,6 +84,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
     )
+    take_norms_at_once(engine.optimizer)
     # DeepSpeed broadcasts parameters, not buffers
     ranks.broadcast_(engine.module.buffers())
     return engine

@@ -1,0 +1,72 @@
+"""What single settings cost on this device: augmentation, EMCL's reference in evaluation, `deterministic`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from emcl.data.augment import Augmentation
+from emcl.data.image_ops import augment
+from emcl.distributed import ALONE
+from emcl.doctor.checks import Check
+from emcl.doctor.speed import case_of, seconds_a_step, timed
+from emcl.doctor.trainers import Bench, settings, taken, trainer
+from emcl.task import to_device
+
+AUGMENT = "rand-m7-n4-mstd0.5-inc1"
+FRAMES = 12
+SIZES = {"cuda": (64, 1000), "cpu": (4, 64)}
+"""Videos that are augmented together, and texts and videos that are compared."""
+
+
+def augmentation(bench: Bench) -> Iterator[Check]:
+    """A batch's frames augmented on the device: the CPU's pixels, and the time."""
+    videos, _ = SIZES[bench.device.type]
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (videos * FRAMES, 224, 224, 3), dtype=torch.uint8, generator=generator)
+    plan = Augmentation(AUGMENT).plan(range(videos), [FRAMES] * videos, 224, 224)
+    there, moved = frames.to(bench.device), to_device(plan, bench.device)
+    if bench.on_gpu:
+        off = (augment(there, moved).cpu().int() - augment(frames, plan).int()).abs()
+        most = int(off.max())
+        figure = f"{100 * float((off > 0).float().mean()):.4f}% differ, by {most} at most"
+        yield Check(f"augmented pixels beside the CPU's, {len(frames)} frames", figure, "by 1 at most", most <= 1)
+    seconds = _median(bench, lambda: augment(there, moved))
+    yield Check(f"augmenting {videos} x {FRAMES} frames", f"{1000 * seconds:.1f} ms")
+
+
+def comparing(bench: Bench) -> Iterator[Check]:
+    """Every text with every video, as evaluation does it, with the reference's EM in each tile."""
+    _, count = SIZES[bench.device.type]
+    config = settings(bench, "model.name=ViT-B-32", "data.size=224")
+    with trainer(bench, config, "comparing") as made:
+        head: Any = made.model.heads["retrieval"].eval()
+        width = made.model.backbone.embed_dim
+        generator = torch.Generator().manual_seed(0)
+        text_QD = torch.randn(count, width, generator=generator).to(bench.device)
+        frames_GTD = torch.randn(count, FRAMES, width, generator=generator).to(bench.device)
+        mask_GT = torch.ones(count, FRAMES, dtype=torch.bool, device=bench.device)
+        for name, layer in (("reference EMCL", head.emcl), ("no EMCL", None)):
+            arguments = (text_QD, frames_GTD, mask_GT, config.evaluate.tile, ALONE, layer)
+            seconds = _median(bench, lambda: head.similarity_in_tiles(*arguments))  # noqa: B023
+            yield Check(f"{count} texts x {count} videos, {name}", f"{seconds:.2f} s")
+
+
+def deterministic(bench: Bench) -> Iterator[Check]:
+    """A step with `deterministic=true` beside one without."""
+    name, overrides = case_of(bench)
+    seconds = {}
+    for switch in ("false", "true"):
+        with trainer(bench, settings(bench, *overrides, f"deterministic={switch}"), f"deterministic-{switch}") as made:
+            ((_, batches),) = taken(made, 1)
+            seconds[switch] = statistics.median(seconds_a_step(made, batches))
+    yield Check(f"deterministic=true, step of {name}", f"{seconds['true'] / seconds['false']:.2f} of one without")
+
+
+def _median(bench: Bench, action: Callable[[], Any]) -> float:
+    """Seconds, the first time left out."""
+    action()
+    return statistics.median(timed(bench.device, action) for _ in range(3))
