@@ -19,7 +19,7 @@ from emcl.data.loader import Collator, every_caption, pick_caption
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
-from emcl.distributed import ALONE, Ranks
+from emcl.distributed import Ranks
 from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.metrics.rescoring import DualSoftmax

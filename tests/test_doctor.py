@@ -25,13 +25,15 @@ CPU = torch.device("cpu")
 
 
 def test_it_trains_resumes_and_measures_here_and_leaves_a_report(sample_shards: Path, tmp_path: Path) -> None:
-    done = emcl_command(
-        "doctor", "--shards", str(sample_shards), "--only", "GPU beside CPU", "resuming", "speed", cwd=tmp_path
-    )
+    groups = ("GPU beside CPU", "resuming", "augmentation", "comparing", "deterministic", "speed")
+    done = emcl_command("doctor", "--shards", str(sample_shards), "--only", *groups, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "doctor.json").read_text())
     assert [check["figure"].partition(" of ")[0] for check in found["checks"]["resuming"]] == ["0", "0"]
     assert found["checks"]["GPU beside CPU"][0]["figure"] == "no GPU here"
+    assert [check["figure"].endswith(" s") for check in found["checks"]["comparing"]] == [True, True]
+    assert " of one without (spread " in found["checks"]["deterministic"][0]["figure"]
+    assert not [check for checks in found["checks"].values() for check in checks if check["passed"] is False]
     assert found["machine"]["torch"] == torch.__version__.partition("+")[0]
     assert "| speed | a bf16 product of this device |" in done.stdout and "% of this device's product" in done.stdout
     assert "step/s" not in done.stderr  # no bars

@@ -25,7 +25,7 @@ from emcl.multitask import total_loss
 from emcl.task import to_device
 from emcl.train.fake_cuda import GPU, NoFakeCudaError, in_clean_process, pretended_context
 from emcl.train.fake_step import DTYPES, FakeStep, batch_of, build_on_meta, fake_step, move_to_fake_gpu
-from emcl.train.plan import memory_parts, plan
+from emcl.train.plan import memory_parts, plan, planned_peak
 
 TASKS = ("retrieval", "captioning", "msrvtt_qa")
 TOGETHER = ",".join(TASKS)
@@ -194,6 +194,24 @@ def test_the_plan_of_a_large_model_is_its_peak(steps: Any, case: Any) -> None:
     step, planned, by_hand, _ = steps[case]
     assert step.odd == []
     assert planned == pytest.approx(by_hand, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("fake GPU")
+@pytest.mark.parametrize(
+    ("model", "videos", "recomputed", "gib"),
+    [("ViT-B-32", 64, "true", 4.57), ("ViT-L-14", 16, "false", 43.19)],
+)
+def test_the_plan_is_what_an_h100_took(model: str, videos: int, recomputed: str, gib: float) -> None:
+    """`emcl doctor` there: PyTorch 2.11, retrieval in bf16 with 12 frames of 224 pixels, ZeRO 1."""
+    settings = [
+        f"model.name={model}", f"data.batch_size={videos}", f"model.activation_checkpointing={recomputed}",
+        "data.size=224", "data.frames=12", "precision=bf16", "data.generate=false", "data.train=none",
+    ]  # fmt: skip
+    planned = planned_peak(resolve(["retrieval"], "sample", settings), gpus=1)
+    if planned is None:
+        pytest.skip("no backward pass on fake CUDA tensors with this torch")
+    assert planned / 2**30 == pytest.approx(gib, rel=0.1)
 
 
 def test_a_torch_on_which_it_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emcl.em import EMCL
-from emcl.model.similarity import similarity
+from emcl.model.similarity import similarity, similarity_by_tile
 from straightforward import cosines, pooled_rows, reference_similarity
 
 A, B, T, D = 7, 9, 5, 32
@@ -81,3 +81,33 @@ def test_the_largest_tensor_grows_with_frames_and_not_with_the_width() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         similarity(text, frames, mask, temperature=TEMPERATURE, emcl=EMCL()).sum().backward()
     assert max(saved) <= max(frames.numel(), 128 * 128 * 4) < 128 * 128 * 256 / 10
+
+
+@pytest.mark.parametrize("variant", [None, "reference", "compact"])
+@pytest.mark.parametrize("videos", [B, 8, 4, 2])
+def test_tiles_at_once_are_those_one_after_another(variant: str | None, videos: int) -> None:
+    text, frames, mask = inputs()
+    frames, mask = frames[:videos], mask[:videos]
+    emcl = None if variant is None else layer(variant)
+    if emcl is not None:
+        if variant == "compact":
+            emcl(frames, text)
+        emcl.eval()
+    one_by_one = [similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=1)]
+    for first in range(0, videos, 4):
+        tile = slice(first, first + 4)
+        alone = similarity(text, frames[tile], mask[tile], temperature=TEMPERATURE, emcl=emcl)
+        torch.testing.assert_close(one_by_one[0][:, tile], alone, rtol=0, atol=0)
+    for at_once in (2, 64):
+        found = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=at_once)
+        torch.testing.assert_close(found, one_by_one[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_in_training_sees_one_tile_after_another() -> None:
+    text, frames, mask = inputs()
+    moved = []
+    for at_once in (1, 64):
+        emcl = layer("reference").train()
+        similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=at_once)
+        moved.append(emcl.mu)
+    assert torch.equal(*moved) and not torch.equal(moved[0], layer("reference").mu)

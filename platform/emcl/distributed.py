@@ -223,9 +223,7 @@ def start() -> Ranks:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # not told, NCCL's barrier takes the GPU of the rank's number, which need not be this process's
     own = device() if on_gpu else None
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT, device_id=own
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT, device_id=own)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=LONGEST_WAIT)
     if on_gpu and world_size > 1:
         global _objects

@@ -12,7 +12,7 @@ from emcl.data.augment import Augmentation
 from emcl.data.image_ops import augment
 from emcl.distributed import ALONE
 from emcl.doctor.checks import Check
-from emcl.doctor.speed import case_of, seconds_a_step, timed
+from emcl.doctor.speed import case_of, seconds_a_step, spread, timed
 from emcl.doctor.trainers import Bench, settings, taken, trainer
 from emcl.task import to_device
 
@@ -41,7 +41,7 @@ def augmentation(bench: Bench) -> Iterator[Check]:
 def comparing(bench: Bench) -> Iterator[Check]:
     """Every text with every video, as evaluation does it, with the reference's EM in each tile."""
     _, count = SIZES[bench.device.type]
-    config = settings(bench, "model.name=ViT-B-32", "data.size=224")
+    config = settings(bench, *case_of(bench)[1])
     with trainer(bench, config, "comparing") as made:
         head: Any = made.model.heads["retrieval"].eval()
         width = made.model.backbone.embed_dim
@@ -58,12 +58,14 @@ def comparing(bench: Bench) -> Iterator[Check]:
 def deterministic(bench: Bench) -> Iterator[Check]:
     """A step with `deterministic=true` beside one without."""
     name, overrides = case_of(bench)
-    seconds = {}
+    seconds: dict[str, list[float]] = {}
     for switch in ("false", "true"):
         with trainer(bench, settings(bench, *overrides, f"deterministic={switch}"), f"deterministic-{switch}") as made:
             ((_, batches),) = taken(made, 1)
-            seconds[switch] = statistics.median(seconds_a_step(made, batches))
-    yield Check(f"deterministic=true, step of {name}", f"{seconds['true'] / seconds['false']:.2f} of one without")
+            seconds[switch] = seconds_a_step(made, batches)
+    price = statistics.median(seconds["true"]) / statistics.median(seconds["false"])
+    figure = f"{price:.2f} of one without ({spread(seconds['false'])})"
+    yield Check(f"deterministic=true, step of {name}", figure)
 
 
 def _median(bench: Bench, action: Callable[[], Any]) -> float:

@@ -57,7 +57,8 @@ def emcl_share(bench: Bench) -> Iterator[Check]:
                 seconds[enabled] += seconds_a_step(made, batches)
             retrieval.emcl = layer
         share = 1 - statistics.median(seconds[False]) / statistics.median(seconds[True])
-        yield Check(f"EMCL {variant}, share of a step of {name}", f"{100 * share:.1f}%")
+        figure = f"{100 * share:.1f}% (steps: {spread(seconds[True])})"
+        yield Check(f"EMCL {variant}, share of a step of {name}", figure)
 
 
 def _of(name: str, videos: int) -> list[str]:
@@ -87,8 +88,7 @@ def _tower(
         yield Check(case, "does not fit into this GPU's memory")
         return
     frames, median = len(batches[0]["frames"]), statistics.median(seconds)
-    spread = (max(seconds) - min(seconds)) / median
-    yield Check(case, f"{frames / median:,.0f} frames/s (spread {100 * spread:.0f}%)")
+    yield Check(case, f"{frames / median:,.0f} frames/s ({spread(seconds)})")
     nominal = peak_flops(bench.device, "bf16")
     share = f"{100 * flops / median / rate:.1f}% of this device's product"
     yield Check(f"{case}: MFU", (f"{100 * flops / median / nominal:.1f}%, " if nominal else "") + share)
@@ -115,6 +115,11 @@ def seconds_a_step(made: Trainer, batches: list[dict[str, Any]]) -> list[float]:
             one_step(made, step, batches)
 
     return [timed(made.device, run) / steps for _ in range(REPEATS)]
+
+
+def spread(seconds: list[float]) -> str:
+    """How far the times are apart, beside their median."""
+    return f"spread {100 * (max(seconds) - min(seconds)) / statistics.median(seconds):.0f}%"
 
 
 def timed(device: torch.device, action: Callable[[], Any]) -> float:

@@ -25,7 +25,7 @@ from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.shipped import find_file
 from emcl.train.engine import deepspeed_settings, zero_stage
-from emcl.train.fake_cuda import NoFakeCudaError, in_clean_process
+from emcl.train.fake_cuda import NoFakeCudaError, fused_attention, in_clean_process
 from emcl.train.fake_step import (
     BUFFERS,
     DTYPES,
@@ -129,7 +129,7 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
         text = torch.zeros(1, backbone.text.width, device="meta")
     slots = torch.arange(data.frames, device="meta")
     mask = torch.ones(1, data.frames, dtype=torch.bool, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         alive = backbone.encode_video(frames, slots, mask), backbone.encode_text(text)
     del alive
     return float(sum(storage.nbytes() for storage in kept.values()))

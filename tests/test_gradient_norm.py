@@ -1,0 +1,81 @@
+"""Norms taken at once are DeepSpeed's own, and see what is not finite, by few operators."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conftest import TINY
+from emcl import distributed
+from emcl.config import resolve
+from emcl.distributed import Ranks
+from emcl.task import to_device
+from emcl.train.inputs import open_inputs
+from emcl.train.loop import Trainer
+from ranks import run_on_ranks
+
+
+class Operators(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(call: Any) -> tuple[Any, int]:
+    with Operators() as operators:
+        found = call()
+    return found, operators.count
+
+
+def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, stage: int) -> dict[str, Any]:
+    """After a backward pass: what DeepSpeed's methods say of this rank's gradients, and what replaces them."""
+    distributed.quiet_start()
+    config = resolve(
+        ["retrieval"],
+        "sample",
+        [
+            "data.generate=false", f"data.train={shards}/train-*.tar", "data.val=null", "data.test=null",
+            f"model.name={TINY}", "data.size=32", "data.frames=2", "data.batch_size=8", "data.workers=0",
+            "tracking.enabled=false", f"precision={precision}", f"deepspeed=deepspeed/zero{stage}.json",
+        ],
+    )  # fmt: skip
+    device = torch.device("cpu")
+    trainer = Trainer(open_inputs(config, ranks), ranks, device, folder / f"run{ranks.rank}", resuming=False)
+    (batch,), _ = next(trainer._steps(0))
+    trainer.engine.backward(sum(trainer.engine(to_device(batch, device)).values()))
+    optimizer, theirs = trainer.engine.optimizer, DeepSpeedZeroOptimizer
+    groups = [(optimizer.averaged_gradients[i], optimizer.params_in_partition[i]) for i in optimizer.averaged_gradients]
+    found: dict[str, Any] = {}
+    for state in ("finite", "infinite", "not a number"):
+        if state != "finite" and ranks.rank == 0:
+            groups[0][0][0].view(-1)[0] = float("inf") if state == "infinite" else float("nan")
+        norms = [counted(lambda pair=pair: optimizer.get_grad_norm_direct(*pair)) for pair in groups]
+        their_norms = [counted(lambda pair=pair: theirs.get_grad_norm_direct(optimizer, *pair)) for pair in groups]
+        bad, few = counted(optimizer.has_overflow_partitioned_grads_serial)
+        they, many = counted(lambda: theirs.has_overflow_partitioned_grads_serial(optimizer))
+        found[state] = {
+            "norms": [float(norm) for norm, _ in norms], "theirs": [float(norm) for norm, _ in their_norms],
+            "bad": bool(bad), "their bad": bool(they), "shape": (bad.shape, they.shape),
+            "operators": few + sum(count for _, count in norms),
+            "their operators": many + sum(count for _, count in their_norms),
+        }  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
+def test_they_are_deepspeeds(precision: str, stage: int, sample_shards: Path, tmp_path: Path) -> None:
+    everyone = run_on_ranks(asked_both_ways, 2, tmp_path, sample_shards, tmp_path, precision, stage)
+    for rank, found in enumerate(everyone):
+        for state, one in found.items():
+            assert one["norms"] == pytest.approx(one["theirs"], rel=1e-6), state
+            assert one["bad"] == one["their bad"] == (state != "finite" and rank == 0)
+            assert one["shape"][0] == one["shape"][1]
+            assert one["norms"][0] == -1 if state != "finite" else one["norms"][0] > 0  # on all ranks: they summed it
+    assert found["finite"]["operators"] * 4 < found["finite"]["their operators"]
