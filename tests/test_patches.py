@@ -30,10 +30,12 @@ def test_the_product_is_the_convolution_and_leaves_out_the_same_rest(
 def test_only_convolutions_that_tile_the_image_are_taken() -> None:
     others = [
         nn.Conv2d(3, 4, 3, 2), nn.Conv2d(3, 4, 2, 2, padding=1), nn.Conv2d(4, 4, 2, 2, groups=2),
-        nn.Conv2d(3, 4, 2, 2, dilation=2), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 2, 2, padding="valid"),
+        nn.Conv2d(3, 4, 2, 2, dilation=2), nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 2, 2),
     ]  # fmt: skip
-    embed_patches_by_product(nn.ModuleList(others))
-    assert [type(layer) is nn.Conv2d for layer in others] == [True, True, True, True, True, False]
+    tiling = [nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 2, 2, padding="valid")]
+    embed_patches_by_product(nn.ModuleList([*others, *tiling]))
+    assert all(type(layer) is nn.Conv2d for layer in others)
+    assert not any(type(layer) is nn.Conv2d for layer in tiling)
 
 
 def test_clips_vision_transformer_has_one_and_keeps_its_weights_names() -> None:

@@ -91,9 +91,11 @@ def similarity_by_tile(
     their work: there it takes many tiles at once. On CPUs one after another costs no more.
 
     Args:
-        at_once: tiles; `TILES_AT_ONCE` of the device where not given.
+        at_once: tiles; where not given as many as `TILES_AT_ONCE` of the device and `BLOCK_NUMBERS` allow.
     """
-    at_once = at_once or TILES_AT_ONCE.get(text_AD.device.type, 1)
+    if at_once is None:
+        fitting = BLOCK_NUMBERS // max(1, len(text_AD) * tile * frames_GTD.shape[1])
+        at_once = max(1, min(TILES_AT_ONCE.get(text_AD.device.type, 1), fitting))
     if emcl is not None and emcl.training:  # each tile moves the layer's state
         at_once = 1
 
