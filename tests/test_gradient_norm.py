@@ -76,7 +76,7 @@ def test_they_are_deepspeeds(precision: str, stage: int, sample_shards: Path, tm
     everyone = run_on_ranks(asked_both_ways, 2, tmp_path, sample_shards, tmp_path, precision, stage)
     for rank, found in enumerate(everyone):
         for state, one in found.items():
-            assert one["norms"] == pytest.approx(one["theirs"], rel=1e-6), state
+            assert one["norms"] == one["theirs"], state  # to the bit: other ones would train another model
             assert one["bad"] == one["their bad"] == (state != "finite" and rank == 0)
             assert one["shape"][0] == one["shape"][1]
             assert one["norms"][0] == -1 if state != "finite" else one["norms"][0] > 0  # on all ranks: they summed it

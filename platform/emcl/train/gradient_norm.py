@@ -1,8 +1,8 @@
 """The norm of DeepSpeed's gradients, and whether they are finite, by a few launches instead of a dozen a weight.
 
 ZeRO 1 and 2 look at each weight's gradient by itself: for ViT-B-32 that is 5,200 operators a step, which leave a GPU
-waiting for its host. PyTorch takes all norms of a list at once; a norm is finite if, and only if, the gradient and its
-square in single precision are.
+waiting for its host. PyTorch takes all norms of a list at once. They are DeepSpeed's to the bit, in double precision,
+in which a norm is finite if, and only if, the gradient is.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def _norm(optimizer: Any, gradients: Iterable[Tensor], params: Iterable[Tensor],
 
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     norms = _norms(gradient for gradient, _ in zip(real, params, strict=False))
-    square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=optimizer.device)
+    square = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=optimizer.device)
     dist.all_reduce(square, op=dist.ReduceOp.SUM, group=optimizer.dp_process_group)
     norm = square.sqrt()
     return torch.where(norm.isfinite(), norm, -1.0)
 
 
 def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Each one's, in single precision; of an empty one 0."""
+    from deepspeed.runtime.zero.utils import get_norm_dtype
+
     listed = [gradient for gradient in gradients if gradient.numel()]
-    return list(torch._foreach_norm(listed, 2, dtype=torch.float32)) if listed else []
+    return list(torch._foreach_norm(listed, 2, dtype=get_norm_dtype())) if listed else []
