@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from emcl import distributed
+from emcl.doctor.speed import product_rate
 from sample_clips import sample_clips
 from step import synchronize, trainer_of
 from timing import Row, script, spread
@@ -35,20 +36,7 @@ CASES: dict[str, tuple[str, ...]] = {
 SMALL = {"a small model": ("data.batch_size=8", "data.size=64", "precision=fp32")}
 
 
-def product_rate(device: torch.device, size: int) -> float:
-    """FLOP a second of a bf16 matrix product."""
-    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(6):
-        synchronize()
-        began = time.perf_counter()
-        left @ right
-        synchronize()
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(times[1:])
-
-
-def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repeats: int, size: int) -> list[Row]:
+def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repeats: int) -> list[Row]:
     frames = ("data.frames=12", "data.size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
     trainer = trainer_of(folder, clips, *frames, *settings)
     batch, _ = next(trainer._steps(0))
@@ -70,7 +58,7 @@ def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repe
     steps()
     seconds = [steps() for _ in range(repeats)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if trainer.device.type == "cuda" else float("nan")
-    reached = counter.get_total_flops() / product_rate(trainer.device, size)
+    reached = counter.get_total_flops() / product_rate(trainer.device)
     trainer.tracker.finish()
     return [
         _row(case, "frames/s", seconds, lambda one: shown / one),
@@ -92,10 +80,7 @@ def measure(repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as name, sample_clips() as clips:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-        size = 8192 if on_gpu else 512
-        rows = [
-            row for case, settings in cases.items() for row in rows_of(case, settings, folder, clips, repeats, size)
-        ]
+        rows = [row for case, settings in cases.items() for row in rows_of(case, settings, folder, clips, repeats)]
         distributed.stop()
     return rows
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import TINY
+from conftest import small
 from emcl import distributed
 from emcl.config import resolve
 from emcl.distributed import Ranks
@@ -38,16 +37,9 @@ def counted(call: Any) -> tuple[Any, int]:
 def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, stage: int) -> dict[str, Any]:
     """After a backward pass: what DeepSpeed's methods say of this rank's gradients, and what replaces them."""
     distributed.quiet_start()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as `distributed.start` has it: nothing is compiled
-    config = resolve(
-        ["retrieval"],
-        "sample",
-        [
-            "data.generate=false", f"data.train={shards}/train-*.tar", "data.val=null", "data.test=null",
-            f"model.name={TINY}", "data.size=32", "data.frames=2", "data.batch_size=8", "data.workers=0",
-            "tracking.enabled=false", f"precision={precision}", f"deepspeed=deepspeed/zero{stage}.json",
-        ],
-    )  # fmt: skip
+    distributed.compile_nothing()
+    own = ["data.workers=0", f"precision={precision}", f"deepspeed=deepspeed/zero{stage}.json"]
+    config = resolve(["retrieval"], "sample", [*small(shards), *own])
     device = torch.device("cpu")
     trainer = Trainer(open_inputs(config, ranks), ranks, device, folder / f"run{ranks.rank}", resuming=False)
     (batch,), _ = next(trainer._steps(0))

@@ -194,6 +194,17 @@ def quiet_start() -> None:
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
 
 
+def compile_nothing() -> None:
+    """Keeps DeepSpeed, on CPUs, from compiling a reduction for tensor-parallel inference, which nothing here calls.
+
+    That takes a compiler, half a minute, and 66 MiB of shared memory that stay, and a build that is killed leaves a
+    lock that all later runs wait for without a word.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def start() -> Ranks:
     """Joins the process group that the launcher describes; one process where there is none.
 
@@ -213,10 +224,7 @@ def start() -> Ranks:
         torch.cuda.set_device(device())
         # NCCL's own thread would end the process with the name of a collective, before the watch has that of the rank
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    # On CPUs DeepSpeed compiles a reduction for tensor-parallel inference, which nothing here calls: that takes a
-    # compiler, half a minute, and 66 MiB of shared memory that stay, and a build that is killed leaves a lock that all
-    # later runs wait for without a word.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    compile_nothing()
     backend = "nccl" if on_gpu else "gloo"
     store, rank, world_size = _meet()
     if world_size > 1 and (interface := _interface()):

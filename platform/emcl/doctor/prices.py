@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from emcl.data.augment import Augmentation
 from emcl.data.image_ops import augment
 from emcl.distributed import ALONE
 from emcl.doctor.checks import Check
-from emcl.doctor.speed import case_of, seconds_a_step, spread, timed
+from emcl.doctor.speed import REPEATS, case_of, median_seconds, seconds_a_step, spread
 from emcl.doctor.trainers import Bench, settings, taken, trainer
 from emcl.task import to_device
 
@@ -34,7 +35,7 @@ def augmentation(bench: Bench) -> Iterator[Check]:
         most = int(off.max())
         figure = f"{100 * float((off > 0).float().mean()):.4f}% differ, by {most} at most"
         yield Check(f"augmented pixels beside the CPU's, {len(frames)} frames", figure, "by 1 at most", most <= 1)
-    seconds = _median(bench, lambda: augment(there, moved))
+    seconds = median_seconds(bench.device, lambda: augment(there, moved), REPEATS)
     yield Check(f"augmenting {videos} x {FRAMES} frames", f"{1000 * seconds:.1f} ms")
 
 
@@ -50,8 +51,10 @@ def comparing(bench: Bench) -> Iterator[Check]:
         frames_GTD = torch.randn(count, FRAMES, width, generator=generator).to(bench.device)
         mask_GT = torch.ones(count, FRAMES, dtype=torch.bool, device=bench.device)
         for name, layer in (("reference EMCL", head.emcl), ("no EMCL", None)):
-            arguments = (text_QD, frames_GTD, mask_GT, config.evaluate.tile, ALONE, layer)
-            seconds = _median(bench, lambda: head.similarity_in_tiles(*arguments))  # noqa: B023
+            compare = partial(
+                head.similarity_in_tiles, text_QD, frames_GTD, mask_GT, config.evaluate.tile, ALONE, layer
+            )
+            seconds = median_seconds(bench.device, compare, REPEATS)
             yield Check(f"{count} texts x {count} videos, {name}", f"{seconds:.2f} s")
 
 
@@ -66,9 +69,3 @@ def deterministic(bench: Bench) -> Iterator[Check]:
     price = statistics.median(seconds["true"]) / statistics.median(seconds["false"])
     figure = f"{price:.2f} of one without ({spread(seconds['false'])})"
     yield Check(f"deterministic=true, step of {name}", figure)
-
-
-def _median(bench: Bench, action: Callable[[], Any]) -> float:
-    """Seconds, the first time left out."""
-    action()
-    return statistics.median(timed(bench.device, action) for _ in range(3))

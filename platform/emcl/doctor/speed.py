@@ -28,7 +28,7 @@ SMALL = {"sample model": 8}
 
 def speed(bench: Bench) -> Iterator[Check]:
     """Frames a second, MFU and memory, with and without activation checkpointing and torch.compile."""
-    rate = _product_rate(bench.device)
+    rate = product_rate(bench.device)
     yield Check("a bf16 product of this device", f"{rate / 1e12:.1f} TFLOP/s")
     for name, videos in (TOWERS if bench.on_gpu else SMALL).items():
         yield from _tower(bench, name, videos, rate, recomputed=False)
@@ -131,12 +131,16 @@ def timed(device: torch.device, action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def _product_rate(device: torch.device) -> float:
+def median_seconds(device: torch.device, action: Callable[[], Any], times: int) -> float:
+    """Of so many times, after one that does not count."""
+    return statistics.median([timed(device, action) for _ in range(1 + times)][1:])
+
+
+def product_rate(device: torch.device) -> float:
     """FLOP a second that a large bf16 product reaches."""
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = [timed(device, lambda: left @ right) for _ in range(6)]
-    return 2 * size**3 / statistics.median(times[1:])
+    return 2 * size**3 / median_seconds(device, lambda: left @ right, 5)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -88,7 +88,6 @@ def fused_attention() -> Iterator[None]:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
         half = query.dtype in (torch.bfloat16, torch.float16)
         fits = query.device.type in ("cuda", "meta") and query.ndim == 4 and query.shape[-1] % 8 == 0 and not enable_gqa
         if fits and half and attn_mask is None:
@@ -102,7 +101,7 @@ def fused_attention() -> Iterator[None]:
                 query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
             )[0]
             return out
-        return plain(*arguments, scale=scale, enable_gqa=enable_gqa)
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     F.scaled_dot_product_attention = attention
     try:

@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.utils import get_norm_dtype
 from torch import Tensor
 
 
@@ -20,8 +23,6 @@ def take_norms_at_once(optimizer: Any) -> None:
 
     Its methods for offloaded states, which ask on the CPU, stay.
     """
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.has_moe_layers:
         optimizer.has_overflow_partitioned_grads_serial = MethodType(_not_finite, optimizer)
         optimizer.get_grad_norm_direct = MethodType(_norm, optimizer)
@@ -38,8 +39,6 @@ def _not_finite(optimizer: Any) -> Tensor:
 
 def _norm(optimizer: Any, gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: float = 2) -> Tensor:
     """Of one group's gradients on all ranks; -1 where it is not finite, as DeepSpeed has it."""
-    import deepspeed.comm as dist
-
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     norms = _norms(gradient for gradient, _ in zip(real, params, strict=False))
     square = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=optimizer.device)
@@ -49,7 +48,5 @@ def _norm(optimizer: Any, gradients: Iterable[Tensor], params: Iterable[Tensor],
 
 
 def _norms(gradients: Iterable[Tensor]) -> list[Tensor]:
-    from deepspeed.runtime.zero.utils import get_norm_dtype
-
     listed = [gradient for gradient in gradients if gradient.numel()]
     return list(torch._foreach_norm(listed, 2, dtype=get_norm_dtype())) if listed else []
