@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tarfile
 import time
@@ -11,14 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from conftest import ROOT, TINY, emcl_command
+from conftest import ROOT, TINY, emcl_command, small
 from emcl.cli import main
+from emcl.config import resolve
 from emcl.doctor import bundle as bundles
+from emcl.doctor import exactness
 from emcl.doctor.checks import Check, run_groups, table, write_json
 from emcl.doctor.exactness import NO_CHANCE, compare
 from emcl.doctor.trainers import ALL_TASKS, open_bench, settings
 from emcl.errors import UserError
+from emcl.multitask import VideoLanguageModel
+from emcl.train.arithmetic import WORKSPACE
 from emcl.train.flops import Flops
 
 CPU = torch.device("cpu")
@@ -40,8 +46,49 @@ def test_it_trains_resumes_and_measures_here_and_leaves_a_report(sample_shards: 
     assert [path.name for path in tmp_path.iterdir()] == ["doctor.json"]
 
 
-def test_unknown_groups_and_folders_without_shards_are_refused(tmp_path: Path) -> None:
-    assert main(["doctor", "--only", "spede"]) == 2
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--only", "spede"], "--only spede: none of GPU beside CPU, "),
+        (["--minutes", "0"], "--minutes 0: no check begins"),
+        (["--minutes", "-1"], "--minutes -1: no check begins"),
+        (["--minutes", "nan"], "--minutes nan: no check begins"),
+        (["--only", "speed", "--out", "."], "--out .: Is a directory"),
+        (["--only", "speed", "--out", "file/doctor.json"], "--out file/doctor.json: "),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_the_first_check(
+    options: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["doctor", *options]) == 2
+    found = capsys.readouterr()
+    assert found.err.splitlines()[-1].startswith(f"error: {said}") and "Traceback" not in found.err
+    assert "failed" not in found.out
+
+
+def test_cublas_workspace_is_set_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first product on a GPU settles that it is not, and `deterministic` raises at the later checks."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert main(["doctor", "--only", "speed", "--out", str(tmp_path)]) == 2
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == WORKSPACE
+
+
+def test_the_compared_model_has_no_kinks_and_larger_blocks(sample_shards: Path) -> None:
+    config = resolve(["msrvtt_qa"], "sample", [*small(sample_shards), "tasks.msrvtt_qa.answers=[red]"])
+    torch.manual_seed(0)
+    model = VideoLanguageModel(config)
+    block = model.backbone.image.trunk.transformer.resblocks[0]
+    matrix, bias = (weight.detach().clone() for weight in (block.mlp.c_fc.weight, block.mlp.c_fc.bias))
+    assert any(isinstance(module, nn.ReLU) for module in model.modules())
+    exactness._well_posed(model)
+    assert not any(isinstance(module, nn.ReLU) for module in model.modules())
+    assert torch.equal(block.mlp.c_fc.weight, 2 * matrix) and torch.equal(block.mlp.c_fc.bias, bias)
+
+
+def test_folders_without_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no train-\*.tar"):
         open_bench(tmp_path, tmp_path)
 
@@ -51,7 +98,14 @@ def test_a_group_that_raises_is_reported_and_the_others_go_on() -> None:
         yield Check("first", "1")
         raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
 
-    outcomes = run_groups({"a": broken, "b": lambda: iter([Check("second", "2", passed=True)])}, 60, lambda _: None)
+    kept = list[int]()
+    outcomes = run_groups(
+        {"a": broken, "b": lambda: iter([Check("second", "2", passed=True)])},
+        60,
+        lambda _: None,
+        lambda known: kept.append(sum(map(len, known.values()))),
+    )
+    assert kept == [1, 3]  # after each check, with what had failed meanwhile
     assert [check.passed for check in outcomes["a"]] == [None, False]
     assert outcomes["a"][1].figure == "CUDA error: an illegal memory access" and "broken" in outcomes["a"][1].detail
     assert outcomes["b"][0].passed
@@ -76,8 +130,6 @@ def test_two_devices_are_compared_by_features_similarity_loss_and_gradients(
     off: float, sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second device is this one with weights that are a thousandth off, or none."""
-    from emcl.doctor import exactness
-
     bench = open_bench(tmp_path, sample_shards)
     config = settings(
         bench, *NO_CHANCE, f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16", "data.batch_size=6",

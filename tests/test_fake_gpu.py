@@ -7,10 +7,12 @@ that look whether they have converged, the real step shows, DeepSpeed's part inc
 from __future__ import annotations
 
 import json
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -212,6 +214,28 @@ def test_the_plan_is_what_an_h100_took(model: str, videos: int, recomputed: str,
     if planned is None:
         pytest.skip("no backward pass on fake CUDA tensors with this torch")
     assert planned / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_the_ranks_group_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's barrier would guess it from the rank's number, and rank 5 of nodes with four GPUs has another."""
+    import deepspeed
+
+    environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    own = torch.device("cuda", 1)
+    told = mock.Mock()
+    monkeypatch.setattr(distributed, "device", lambda: own)
+    monkeypatch.setattr(distributed, "_meet", lambda: (None, 5, 8))
+    monkeypatch.setattr(distributed, "_joined", lambda: distributed.ALONE)
+    monkeypatch.setattr(distributed, "_objects", None)
+    monkeypatch.setattr(torch.cuda, "set_device", told.set_device)
+    monkeypatch.setattr(torch.distributed, "init_process_group", told.init_process_group)
+    monkeypatch.setattr(torch.distributed, "new_group", told.new_group)
+    monkeypatch.setattr(deepspeed, "init_distributed", told.init_distributed)
+    with mock.patch.dict(os.environ, environment):
+        distributed.start()
+    assert told.init_process_group.call_args.args == ("nccl",)
+    assert told.init_process_group.call_args.kwargs["device_id"] == own
+    assert told.new_group.call_args.kwargs["backend"] == "gloo"
 
 
 def test_a_torch_on_which_it_does_not_work_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,17 @@ def test_only_convolutions_that_tile_the_image_are_taken() -> None:
     assert not any(type(layer) is nn.Conv2d for layer in tiling)
 
 
+def test_on_a_gpu_the_layer_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, images = nn.Conv2d(3, 5, 4, 4).double(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    wanted = layer(images)
+    embed_patches_by_product(nn.ModuleList([layer]))
+    assert torch.equal(layer(images), wanted)  # a CPU keeps the convolution
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(nn.Conv2d, "forward", None)
+    torch.testing.assert_close(layer(images), wanted)
+
+
 def test_clips_vision_transformer_has_one_and_keeps_its_weights_names() -> None:
     torch.manual_seed(0)
     trunk = build_towers(ModelConfig(name="ViT-B-32"), load_weights=False).image.trunk

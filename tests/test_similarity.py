@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -101,6 +103,20 @@ def test_tiles_at_once_are_those_one_after_another(variant: str | None, videos: 
     for at_once in (2, 64):
         found = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=at_once)
         torch.testing.assert_close(found, one_by_one[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("numbers", "chunk"), [(2**22, 64), (3 * A * 2 * T, 3), (A * 2 * T - 1, None)])
+def test_a_gpu_takes_as_many_tiles_at_once_as_fit_a_block(
+    numbers: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, frames, mask = inputs()
+    one_by_one = similarity_by_tile(text, frames, mask, 2, temperature=TEMPERATURE)
+    monkeypatch.setattr("emcl.model.similarity.TILES_AT_ONCE", {"cpu": 64})
+    monkeypatch.setattr("emcl.model.similarity.BLOCK_NUMBERS", numbers)
+    with mock.patch.object(torch.func, "vmap", wraps=torch.func.vmap) as vmap:
+        found = similarity_by_tile(text, frames, mask, 2, temperature=TEMPERATURE)
+    assert [call.kwargs["chunk_size"] for call in vmap.call_args_list] == ([] if chunk is None else [chunk])
+    torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_in_training_sees_one_tile_after_another() -> None:

@@ -135,8 +135,9 @@ def build_parser() -> argparse.ArgumentParser:
         "doctor",
         help="check what this machine makes of the platform: exactness, precisions, ZeRO, resuming, speed, memory",
         description="On a GPU: its numbers beside the CPU's, host waits of a step, bf16 and fp16, ZeRO 0 to 3, "
-        "resuming to the bit, loading, EMCL's share, frames a second, MFU and memory of ViT-B-32 and ViT-L-14. Without "
-        "one, what can be checked. No internet is needed. Prints a table and writes JSON for bug reports.",
+        "resuming to the bit, loading, what augmentation, comparing and `deterministic` cost, EMCL's share, frames a "
+        "second, MFU and memory of ViT-B-32 and ViT-L-14. Without one, what can be checked. No internet is needed. "
+        "Prints a table and writes JSON for bug reports.",
     )  # fmt: skip
     doctor.add_argument("--out", type=Path, default=Path("doctor.json"), help="%(default)s")
     doctor.add_argument("--shards", type=Path, metavar="DIR", help="sample shards (default: some are rendered)")

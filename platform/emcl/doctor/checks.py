@@ -34,8 +34,18 @@ class Check:
         return {True: "ok", False: "FAILED", None: ""}[self.passed]
 
 
-def run_groups(groups: Mapping[str, Checks], seconds: float, say: Callable[[str], None]) -> dict[str, list[Check]]:
-    """Each group's outcomes. One that raises has failed and the next goes on; after `seconds` none begins."""
+def run_groups(
+    groups: Mapping[str, Checks],
+    seconds: float,
+    say: Callable[[str], None],
+    keep: Callable[[Mapping[str, list[Check]]], None] = lambda _: None,
+) -> dict[str, list[Check]]:
+    """Each group's outcomes. One that raises has failed and the next goes on; after `seconds` none begins.
+
+    Args:
+        say: gets a line for each.
+        keep: gets all of them after each, so that a check that is killed leaves what it has found.
+    """
     until = time.monotonic() + seconds
     outcomes: dict[str, list[Check]] = {}
     for group, checks in groups.items():
@@ -48,6 +58,7 @@ def run_groups(groups: Mapping[str, Checks], seconds: float, say: Callable[[str]
             for check in checks():
                 done.append(check)
                 say(f"  {check.name}: {check.figure} {check.verdict}")
+                keep(outcomes)
                 if time.monotonic() > until:
                     done.append(Check("the rest", f"not run: the {seconds / 60:.0f} minutes are over (--minutes)"))
                     break

@@ -46,8 +46,10 @@ def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) 
     """Runs the groups (or those of `only`), prints the table and writes it; whether nothing failed.
 
     Raises:
-        UserError: no such group or shards.
+        UserError: no such group or shards, no time, or nowhere to write.
     """
+    if not minutes > 0:
+        raise UserError(f"--minutes {minutes:g}: no check begins in that time; give more than 0")
     for name in only:
         if name not in GROUPS:
             raise UserError(f"--only {name}: none of {', '.join(GROUPS)}")
@@ -55,13 +57,19 @@ def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     facts = machine()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    try:  # now, not after the minutes that the checks take
+        write_json(out, facts, {})
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
     folder = Path(tempfile.mkdtemp(prefix="emcl-doctor-"))
     try:
         bench = open_bench(folder, shards)
         chosen: dict[str, Checks] = {
             name: partial(checks, bench) for name, checks in GROUPS.items() if not only or name in only
         }
-        outcomes: dict[str, list[Check]] = run_groups(chosen, 60 * minutes, partial(print, flush=True))
+        outcomes: dict[str, list[Check]] = run_groups(
+            chosen, 60 * minutes, partial(print, flush=True), partial(write_json, out, facts)
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"\n{table(outcomes)}\n")
