@@ -16,7 +16,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient, entities
 
-from forked import STACKS, Program, start_program, start_ranks, start_server
+from forked import Program, start_program, start_ranks, start_server
 from local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +183,7 @@ def _all_end(programs: list[Program], timeout: float) -> bool:
         time.sleep(0.05)
     if not (ended := all(program.poll() is not None for program in programs)):
         for program in programs:
-            program.send_signal(STACKS)
+            program.say_stacks()
         time.sleep(2)
     for program in programs:
         program.kill_session()

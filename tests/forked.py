@@ -85,6 +85,11 @@ class Program:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def say_stacks(self) -> None:
+        """It and the processes it has forked, by `STACKS`."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, STACKS)
+
     def kill(self) -> None:
         self._process.kill()
 

@@ -223,6 +223,7 @@ def test_the_ranks_group_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     environment = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     own = torch.device("cuda", 1)
     told = mock.Mock()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)  # another test's may be
     monkeypatch.setattr(distributed, "device", lambda: own)
     monkeypatch.setattr(distributed, "_meet", lambda: (None, 5, 8))
     monkeypatch.setattr(distributed, "_joined", lambda: distributed.ALONE)

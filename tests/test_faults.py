@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 import signal
@@ -14,24 +13,18 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import resource_sharer
 from pathlib import Path
-from typing import Any
 
 import av
 import psutil
 import pytest
-import torch
 
 from conftest import LAUNCH, ROOT, deepspeed_command, ends, launch, launch_environment, mlflow_run, recorded, small
 from emcl.config import DataConfig
-from emcl.data import loader as loaders
 from emcl.data.decode import DecodeError, decode
 from emcl.data.mixture import open_training
-from emcl.data.order import Order, RankBatches
-from emcl.data.shards import ShardSet, open_shards
-from emcl.data.steps import StepLoader
-from emcl.errors import OneRankError, UserError
+from emcl.data.shards import open_shards
+from emcl.errors import UserError
 from emcl.prepare.writer import encode_mp4
 from forked import start_ranks
 
@@ -152,76 +145,6 @@ def as_mkv_of(milliseconds: float, video: bytes) -> bytes:
     at = content.index(b"\x44\x89\x88") + 3
     content[at : at + 8] = struct.pack(">d", milliseconds)
     return bytes(content)
-
-
-def step_loader(shards: ShardSet, data: DataConfig, steps: int) -> StepLoader:
-    order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
-    batches = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
-    return StepLoader(shards, data, batches, {})
-
-
-def children() -> list[psutil.Process]:
-    return [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
-    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaders, "LOOK", 0.5)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    next(iter(loaders.evaluation_loader(shards, DATA, {}, batch_size=3, rank=0, world_size=1)))  # PyTorch's handler
-    calm = [batch for (batch,) in step_loader(shards, DATA, 12).steps(0)]
-    troubled = step_loader(shards, DATA, 12)
-    before = {one.pid for one in children()}
-    found: list[dict[str, Any]] = []
-    for step, (batch,) in enumerate(troubled.steps(0)):
-        found.append(batch)
-        if step in (2, 7):
-            for worker in children():
-                if worker.pid not in before:
-                    os.kill(worker.pid, signal.SIGKILL)
-    assert troubled.restarts == 2
-    assert [batch["ids"] for batch in found] == [batch["ids"] for batch in calm]
-    for one, other in zip(found, calm, strict=True):
-        torch.testing.assert_close(one["frames"], other["frames"], rtol=0, atol=0)
-
-
-def test_a_loader_killed_while_its_batch_is_fetched_starts_again(
-    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaders, "LOOK", 0.5)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 6).steps(0)]
-    connect, calls = resource_sharer._resource_sharer.get_connection, itertools.count()
-
-    def connected(ident: Any) -> Any:
-        """What the kernel says for as long as a killed process has closed its sockets and is not reaped."""
-        if next(calls) == 4:
-            raise ConnectionResetError(104, "Connection reset by peer")
-        return connect(ident)
-
-    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", connected)
-    troubled = step_loader(shards, DATA, 6)
-    assert [batch["ids"] for (batch,) in troubled.steps(0)] == calm
-    assert troubled.restarts == 1
-
-
-def test_loaders_that_die_at_every_start_end_the_run(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "LOOK", 0.5)
-    monkeypatch.setattr(ShardSet, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    with pytest.raises(OneRankError, match="rank 0 were killed 4 times at step 1.*data.workers"):
-        next(step_loader(shards, DATA, 4).steps(0))
-
-
-def test_loaders_that_give_nothing_are_named_with_what_they_read(
-    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loaders, "LOOK", 0.5)
-    monkeypatch.setattr(ShardSet, "read", lambda *_: time.sleep(3600))
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    with pytest.raises(OneRankError, match=r"waited 1 s .* step 1: loader 0 of 2 reads .*train-00000[01]\.tar"):
-        next(step_loader(shards, replace(DATA, patience=1.0), 4).steps(0))
 
 
 CASES = {

@@ -28,6 +28,7 @@ from emcl.data.order import Draw, RankBatches
 from emcl.data.samples import Sample
 from emcl.data.shards import Row, ShardSet
 from emcl.data.text import Caption
+from emcl.data.workers import Lives
 
 Clip = NDArray[Any]
 """(n, H, W, 3) uint8 frames, or (n, W) features of a frozen image tower."""
@@ -204,7 +205,7 @@ def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate, *, l
         batch_sampler=batches,
         collate_fn=_Timed(clips, collate),
         num_workers=data.workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=Lives(data.workers),
         pin_memory=torch.cuda.is_available(),
         timeout=look,
     )
@@ -219,10 +220,6 @@ class _Timed:
     def __call__(self, items: Any) -> dict[str, Any]:
         spent, self.clips.spent = self.clips.spent, LoadingTime()
         return {**self.collate(items), "loading": astuple(spent)}
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def pick_caption(sample: Sample, draw: Draw) -> Caption | None:

@@ -6,13 +6,10 @@ step that is missing: the batches are the same.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from emcl.config import DataConfig
@@ -20,6 +17,7 @@ from emcl.data.features import FeatureStore
 from emcl.data.loader import Collator, training_loader
 from emcl.data.order import RankBatches
 from emcl.data.shards import ShardSet
+from emcl.data.workers import end_workers, start_workers
 from emcl.errors import OneRankError, first_line
 
 RESTARTS = 3
@@ -51,7 +49,7 @@ class StepLoader:
         step, lost = start, 0
         while step < self.batches.stop:
             self.batches.start = step
-            loader = _started(self._open())
+            loader = start_workers(self._open())
             try:
                 for step in range(self.batches.start, self.batches.stop):
                     found = [self._next(loader, step, micro) for micro in range(self.batches.accumulation)]
@@ -84,6 +82,7 @@ class StepLoader:
                 if "timed out after" not in str(error):
                     raise
                 if time.monotonic() - began > self.data.patience:
+                    end_workers(loader)
                     raise OneRankError(self._waiting_for(step, micro)) from None
 
     def _waiting_for(self, step: int, micro: int) -> str:
@@ -99,18 +98,3 @@ class StepLoader:
 
 class _WorkerDied(Exception):  # noqa: N818, it is mended
     pass
-
-
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's processes at work.
-
-    PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of a step if need
-    be; without it the death is found when a batch is asked for.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    of_torch = getattr(before, "__module__", "").startswith("torch.")  # an earlier loader's, of an evaluation
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or before is None else before)
-    return iterator

@@ -14,6 +14,7 @@ from emcl.config import Config
 from emcl.data.bad import check_bad_fraction
 from emcl.data.loader import evaluation_loader
 from emcl.data.source import Source
+from emcl.data.workers import start_workers
 from emcl.distributed import Ranks
 from emcl.model.backbone import Encoded
 from emcl.multitask import VideoLanguageModel
@@ -83,7 +84,7 @@ def collect(
     lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
     evaluation = Evaluation(model, model.backbone, source, ranks, device, lockstep)
     bad: list[str] = []
-    batches = iter(loader)
+    batches = start_workers(loader)
     steps = int(ranks.maximum(torch.tensor(len(loader), device=device)))
     for _ in tqdm(range(steps), desc=f"evaluating on {name}", unit="batch", leave=False, disable=not ranks.first):
         batch: dict[str, Any] = next(batches, {"bad": []})
