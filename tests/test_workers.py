@@ -125,23 +125,23 @@ def hanging(processes: int) -> Iterator[None]:
 def test_a_loader_process_that_hangs_at_its_start_is_replaced(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(workers, "BIRTH", 0.5)
+    monkeypatch.setattr(workers, "BIRTH", 2.0)
     shards = open_shards(f"{sample_shards}/train-*.tar")
     calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)]
     before = children()
     with hanging(1):
         assert [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)] == calm
-    assert "1 of 2 loader process(es) hung at their start" in "".join(capfd.readouterr())
+    assert "rank 0: 1 of 2 loader processes hung at their start" in "".join(capfd.readouterr())
     assert children() == before
 
 
 def test_so_it_is_in_an_evaluation(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "BIRTH", 0.5)
+    monkeypatch.setattr(workers, "BIRTH", 2.0)
     shards = open_shards(f"{sample_shards}/train-*.tar")
     before = children()
-    with hanging(3):
+    with hanging(2):
         loader = loaders.evaluation_loader(shards, DATA, {}, batch_size=5, rank=0, world_size=1)
-        ids = [name for batch in workers.start_workers(loader) for name in batch["ids"]]
+        ids = [name for batch in workers.start_workers(loader, 0) for name in batch["ids"]]
     assert ids == [row.sample.id for row in shards.rows]
     assert children() == before
 
@@ -152,7 +152,10 @@ def test_loader_processes_that_hang_at_every_start_are_an_error(
     monkeypatch.setattr(workers, "BIRTH", 0.2)
     shards = open_shards(f"{sample_shards}/train-*.tar")
     before = children()
-    with hanging(100), pytest.raises(OneRankError, match=r"no sign of life within 0 s, 3 times; data\.workers=0"):
+    with (
+        hanging(100),
+        pytest.raises(OneRankError, match=r"of rank 0 gave no sign of life within 0 s, 3 times; data\.workers=0"),
+    ):
         next(step_loader(shards, DATA, 4).steps(0))
     assert children() == before
 

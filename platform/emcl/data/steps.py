@@ -49,7 +49,7 @@ class StepLoader:
         step, lost = start, 0
         while step < self.batches.stop:
             self.batches.start = step
-            loader = start_workers(self._open())
+            loader = start_workers(self._open(), self.batches.rank)
             try:
                 for step in range(self.batches.start, self.batches.stop):
                     found = [self._next(loader, step, micro) for micro in range(self.batches.accumulation)]

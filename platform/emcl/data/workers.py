@@ -45,8 +45,8 @@ class Lives:
         self._lives[:] = [0] * len(self._lives)
 
 
-def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of a loader whose `worker_init_fn` is a `Lives`; those of its processes that hang are replaced.
+def start_workers(loader: DataLoader[Any], rank: int) -> Iterator[Any]:
+    """The batches of a rank's loader whose `worker_init_fn` is a `Lives`; processes of it that hang are replaced.
 
     PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of a step if need
     be; without it the death is found when a batch is asked for.
@@ -64,9 +64,12 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
             return iterator
         _kill(stuck)
         del iterator
-        tqdm.write(f"{len(stuck)} of {loader.num_workers} loader process(es) hung at their start; they start again")
+        tqdm.write(
+            f"rank {rank}: {len(stuck)} of {loader.num_workers} loader processes hung at their start; all start again"
+        )
     raise OneRankError(
-        f"loader processes gave no sign of life within {BIRTH:.0f} s, {STARTS} times; data.workers=0 loads without them"
+        f"loader processes of rank {rank} gave no sign of life within {BIRTH:.0f} s, {STARTS} times; "
+        "data.workers=0 loads without them"
     )
 
 

@@ -84,7 +84,7 @@ def collect(
     lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
     evaluation = Evaluation(model, model.backbone, source, ranks, device, lockstep)
     bad: list[str] = []
-    batches = start_workers(loader)
+    batches = start_workers(loader, ranks.rank)
     steps = int(ranks.maximum(torch.tensor(len(loader), device=device)))
     for _ in tqdm(range(steps), desc=f"evaluating on {name}", unit="batch", leave=False, disable=not ranks.first):
         batch: dict[str, Any] = next(batches, {"bad": []})
