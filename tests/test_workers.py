@@ -109,8 +109,9 @@ class Hanging:
 
     def hang(self) -> None:
         self.left.value -= 1
-        while self.left.value >= 0:
-            time.sleep(1)
+        if self.left.value >= 0:
+            while True:
+                time.sleep(1)
 
 
 @contextmanager
