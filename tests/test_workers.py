@@ -6,10 +6,10 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import RawValue, resource_sharer
+from multiprocessing import Process, current_process, resource_sharer
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,21 @@ import psutil
 import pytest
 import torch
 
-from emcl.config import DataConfig
+from conftest import small
+from emcl.config import DataConfig, resolve
 from emcl.data import loader as loaders
 from emcl.data import workers
 from emcl.data.order import Order, RankBatches
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.steps import StepLoader
+from emcl.distributed import ALONE
 from emcl.errors import OneRankError
+from emcl.evaluate.driver import evaluate
+from emcl.multitask import VideoLanguageModel
+from emcl.train.features import open_source
 from emcl.train.stop import StopRequest
 
+CPU = torch.device("cpu")
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
 
 
@@ -56,6 +62,7 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
             for worker in children():
                 if worker.pid not in before:
                     os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(0.2)  # the step that goes on meanwhile is not disturbed
     assert troubled.restarts == 2
     assert [batch["ids"] for batch in found] == [batch["ids"] for batch in calm]
     for one, other in zip(found, calm, strict=True):
@@ -101,24 +108,23 @@ def test_loaders_that_give_nothing_are_named_with_what_they_read(
 
 
 class Hanging:
-    """The next `processes` that are forked hang before their first line."""
+    """Of the next processes that are forked, those with these numbers hang before their first line."""
 
-    def __init__(self, processes: int) -> None:
-        self.left = RawValue("i", processes)
+    def __init__(self, numbers: Iterable[int]) -> None:
+        last = int(Process().name.rpartition("-")[2])
+        self.names = {f"Process-{last + 1 + number}" for number in numbers}
         register_after_fork(self, Hanging.hang)  # for as long as this object lives
 
     def hang(self) -> None:
-        self.left.value -= 1
-        if self.left.value >= 0:
-            while True:
-                time.sleep(1)
+        while current_process().name in self.names:
+            time.sleep(1)
 
 
 @contextmanager
-def hanging(processes: int) -> Iterator[None]:
+def hanging(*numbers: int) -> Iterator[None]:
     """As in a run, whose processes begin with its answer to SIGTERM."""
     with StopRequest():
-        hook = Hanging(processes)
+        hook = Hanging(numbers)
         yield
         del hook
 
@@ -130,21 +136,36 @@ def test_a_loader_process_that_hangs_at_its_start_is_replaced(
     shards = open_shards(f"{sample_shards}/train-*.tar")
     calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)]
     before = children()
-    with hanging(1):
+    with hanging(0):
         assert [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)] == calm
     assert "rank 0: 1 of 2 loader processes hung at their start" in "".join(capfd.readouterr())
     assert children() == before
 
 
-def test_so_it_is_in_an_evaluation(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_hangs_when_they_start_again_is_replaced_too(
+    sample_shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workers, "BIRTH", 2.0)
     shards = open_shards(f"{sample_shards}/train-*.tar")
     before = children()
-    with hanging(2):
+    with hanging(0, 3):  # of each start the other one
         loader = loaders.evaluation_loader(shards, DATA, {}, batch_size=5, rank=0, world_size=1)
         ids = [name for batch in workers.start_workers(loader, 0) for name in batch["ids"]]
     assert ids == [row.sample.id for row in shards.rows]
     assert children() == before
+
+
+def test_so_it_is_in_an_evaluation(
+    sample_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "BIRTH", 2.0)
+    config = resolve(["retrieval"], "sample", small(sample_shards))
+    model, shards = VideoLanguageModel(config), open_shards(f"{sample_shards}/val-*.tar")
+    source = open_source(config, shards, model.backbone, ALONE, CPU)
+    with hanging(0):
+        scores = evaluate(model.eval(), source, config, ALONE, CPU, name="val")
+    assert "1 of 1 loader processes hung at their start" in "".join(capfd.readouterr())
+    assert "8 videos" in scores["retrieval"].protocol
 
 
 def test_loader_processes_that_hang_at_every_start_are_an_error(
@@ -154,7 +175,7 @@ def test_loader_processes_that_hang_at_every_start_are_an_error(
     shards = open_shards(f"{sample_shards}/train-*.tar")
     before = children()
     with (
-        hanging(100),
+        hanging(*range(100)),
         pytest.raises(OneRankError, match=r"of rank 0 gave no sign of life within 0 s, 3 times; data\.workers=0"),
     ):
         next(step_loader(shards, DATA, 4).steps(0))

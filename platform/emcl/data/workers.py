@@ -2,7 +2,7 @@
 
 A forked process has every lock as it was at that moment. One that another thread of its parent held (gloo's, NCCL's,
 the watch's) is never let go in it: it hangs before its first line, where SIGTERM is still the run's polite request to
-save, and does not end it. That is a matter of microseconds, and was seen twice in a thousand starts on a busy machine.
+save, and does not end it. Two starts of a thousand hung there on a busy machine; which lock it was is not known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from multiprocessing import RawArray
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -35,7 +34,6 @@ class Lives:
         self._lives = RawArray("b", workers)
 
     def __call__(self, worker: int) -> None:
-        torch.set_num_threads(1)
         self._lives[worker] = 1
 
     def __contains__(self, worker: int) -> bool:
@@ -54,13 +52,14 @@ def start_workers(loader: DataLoader[Any], rank: int) -> Iterator[Any]:
     Raises:
         OneRankError: they hang again and again.
     """
-    lives = loader.worker_init_fn
-    if not isinstance(lives, Lives) or not loader.num_workers:
+    if not loader.num_workers:
         return iter(loader)
+    lives = loader.worker_init_fn
+    assert isinstance(lives, Lives)
     for _ in range(STARTS):
         lives.forget()
         iterator = _without_handler(loader)
-        if not (stuck := _stuck(processes(iterator), lives)):
+        if not (stuck := _stuck(_processes(iterator), lives)):
             return iterator
         _kill(stuck)
         del iterator
@@ -75,12 +74,11 @@ def start_workers(loader: DataLoader[Any], rank: int) -> Iterator[Any]:
 
 def end_workers(iterator: Iterator[Any]) -> None:
     """At once, also those that wait for a file server, which SIGTERM does not end and this process would wait for."""
-    _kill(processes(iterator))
+    _kill(_processes(iterator))
 
 
-def processes(iterator: Iterator[Any]) -> list[BaseProcess]:
-    """Of a loader's iterator; none where this process loads by itself."""
-    return list(getattr(iterator, "_workers", []))  # PyTorch has no public name for them
+def _processes(iterator: Any) -> list[BaseProcess]:
+    return list(iterator._workers)  # PyTorch has no public name for them
 
 
 def _stuck(workers: list[BaseProcess], lives: Lives) -> list[BaseProcess]:
