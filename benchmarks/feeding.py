@@ -69,15 +69,9 @@ def frames_per_core_second(shards: ShardSet, side: str) -> float:
     batches: Any = [draws[first : first + BATCH] for first in range(0, len(draws), BATCH)]
     collate = Collate({}, frames=FRAMES, augmentation=Augmentation(AUGMENT) if side == "ours" else None)
     before = _of_children()
-    loader: DataLoader[Any] = DataLoader(
-        clips, batch_sampler=batches, collate_fn=collate, num_workers=1, worker_init_fn=_one_thread
-    )
+    loader: DataLoader[Any] = DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=1)
     frames = sum(len(batch["frames"]) for batch in loader)
     return frames / (_of_children() - before)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
 
 
 def _of_children() -> float:
