@@ -12,7 +12,7 @@ import time
 import torch
 
 from emcl.model.caption_decoder import CaptionDecoder
-from emcl.model.generation import Generation
+from emcl.model.settings import Generation
 from timing import Row, alternate, compared, script
 
 VIDEOS, FRAMES, WIDTH, TOKENS, LENGTH = 16, 12, 512, 5000, 20

@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from emcl.config import DataConfig
 from emcl.data.augment import Augmentation
 from emcl.data.image_ops import augment
 from emcl.data.loader import Clips, Collate
 from emcl.data.order import Draw
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
 from emcl.prepare.clips import Clip
 from emcl.prepare.shards import STORES, Encoding, Options, prepare_shards

@@ -31,9 +31,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import feeding
-from emcl.config import DataConfig
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
 from emcl.prepare.clips import Clip
 from emcl.prepare.shards import Options, prepare_shards

@@ -23,7 +23,7 @@ def mark(name):
     print(f"MARK {name} {time.time() - began}", flush=True)
 mark("main")
 import emcl.config as config
-config.check_settings(["retrieval"], None, sys.argv[3:])
+config.resolve(["retrieval"], "sample", sys.argv[3:])
 mark("settings")
 import torch
 mark("torch")

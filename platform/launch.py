@@ -13,18 +13,24 @@ import argparse
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    from emcl.arguments import Parser, add_help, task_names, whole
+
+    parser = Parser(
         prog="launch.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All settings with their defaults: docs/configuration.md, or `emcl config`.",
+        add_help=False,
     )
+    add_help(parser)
     parser.add_argument(
-        "--task", help="one or several of `emcl tasks`, joined by commas, or `all`; a benchmark's recipe names its own"
+        "--task",
+        type=task_names,
+        help="one or several of `emcl tasks`, joined by commas, or `all`; a benchmark's recipe names its own",
     )
     parser.add_argument("--recipe", default=None, help="a file of configs/recipe, or a path (default: sample)")
     parser.add_argument(
@@ -47,7 +53,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print the plan: weights, steps, memory by ZeRO stage, missing files"
     )
     parser.add_argument(
-        "--profile", type=int, metavar="N", help="show where the time of N steps goes; the trace is kept with the run"
+        "--profile",
+        type=whole(ge=1),
+        metavar="N",
+        help="show where the time of N steps goes; the trace is kept with the run",
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument(
@@ -64,27 +73,38 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # after the options: `--help` must not wait for torch
-    from emcl.config import DEFAULT_RECIPE, check_settings, resolve
     from emcl.data.at_hand import check_local
-    from emcl.errors import OneRankError, UserError
+    from emcl.data.order import check_divisible
+    from emcl.errors import OneRankError, UserError, one_line
+    from emcl.model.limits import check_limits
+    from emcl.registry import early_settings_of
     from emcl.secrets import masked
+    from emcl.train.deepspeed_file import read_deepspeed
+    from emcl.train.folders import config_of_run, find_run
     from emcl.train.stop import AGAIN, Stopped
 
-    tasks = [name for name in options.task.split(",") if name] if options.task else None
     try:
-        saved = options.evaluate or options.resume  # brings its own recipe
-        early = check_settings(tasks, options.recipe or (None if saved else DEFAULT_RECIPE), options.overrides)
-        if not (saved or options.dry_run) and os.environ.get("RANK", "0") == "0":  # `run` looks on every rank
-            check_local(early.data)
+        resumed = find_run(options.resume) if options.resume else None
+        chosen = partial(
+            config_of_run, options.task, options.recipe, options.overrides, evaluate=options.evaluate, resumed=resumed
+        )
+        early = chosen(kind_of=early_settings_of)
+        check_limits(early)
+        if not options.evaluate:
+            read_deepspeed(early)
+        if not (options.evaluate or options.dry_run):
+            check_divisible(early.data.batch_size, int(os.environ.get("WORLD_SIZE", "1")), early.optim.accumulation)
+            if not resumed and os.environ.get("RANK", "0") == "0":  # `run` looks on every rank
+                check_local(early.data)
         from emcl.train.plan import describe_plan
         from emcl.train.run import run
 
         if options.dry_run:
             if os.environ.get("RANK", "0") == "0":
-                print(describe_plan(resolve(tasks, options.recipe or DEFAULT_RECIPE, options.overrides)))
+                print(describe_plan(chosen()))
             return 0
         run(
-            tasks,
+            options.task,
             recipe=options.recipe,
             overrides=options.overrides,
             evaluate_path=options.evaluate,
@@ -96,11 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"stopped: {stopped}", flush=True)
         return AGAIN
     except OneRankError as error:
-        print(f"\nerror: {masked(str(error))}", file=sys.stderr, flush=True)  # a bar may be in this line
+        print(f"\nerror: {masked(one_line(error))}", file=sys.stderr, flush=True)  # a bar may be in this line
         return 2
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # one line, not one a rank
-            print(f"error: {masked(str(error))}", file=sys.stderr, flush=True)
+            print(f"error: {masked(one_line(error))}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the launcher ends all ranks once one has ended, and the first has to say it
         return 2

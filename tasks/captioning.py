@@ -6,12 +6,12 @@ import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from emcl.tasks.settings import HEAD, CaptioningConfig
 from torch import Tensor
 
 from emcl.config import Config
@@ -28,39 +28,13 @@ from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder
 from emcl.model.emcl_layer import emcl_layer
-from emcl.model.generation import Generation
+from emcl.model.settings import Generation
 from emcl.pictures import Captioned, draw_captions
 from emcl.task import Evaluation, Scorer, Scores, Task
 
 EXAMPLES = 6
 IGNORED = -100
 """A label that the cross-entropy leaves out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaptioningConfig:
-    weight: float = 1.0
-    """Of this task's loss."""
-    layers: int = 3
-    width: int | None = None
-    """Of the decoder; the backbone's where not given."""
-    dropout: float = 0.1
-    label_smoothing: float = 0.1
-    words: int = 48
-    """Longest caption in tokens."""
-    captions_per_video: int = 1
-    """References of a video that a step trains on; all are drawn in the course of the epochs."""
-    emcl: bool = True
-    """Compact the frames by EMCL before the decoder; always the compact variant, as a caption must not depend on the
-    other videos of its batch. `emcl.k`, `emcl.balance` and `emcl.momentum` are the run's."""
-    emcl_beta: float = 0.5
-    tokenizer: str | None = None
-    """Folder of a Hugging Face tokenizer; CLIP's BPE where not given."""
-    pretrained: str | None = None
-    """Folder of a GPT-2 with its tokenizer, to start from."""
-    vocabulary: str | None = None
-    """The tokens that the training captions use; found by the run itself."""
-    generation: Generation = field(default_factory=Generation)
 
 
 def open_vocabulary(settings: CaptioningConfig) -> Vocabulary:
@@ -85,7 +59,7 @@ class CaptioningTask(Task):
             size=self.vocabulary.size,
             width=width,
             layers=settings.layers,
-            heads=max(1, width // 64),
+            heads=max(1, width // HEAD),
             positions=settings.words + 1,
             dropout=settings.dropout,
             ends=(self.vocabulary.padding, self.vocabulary.start, self.vocabulary.end),

@@ -6,13 +6,13 @@ import dataclasses
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from emcl.tasks.settings import QAConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
@@ -34,32 +34,8 @@ from emcl.task import Evaluation, Scorer, Scores, Task
 UNKNOWN = -1
 """The number of an answer that the vocabulary does not hold."""
 TOP = 5
-FUSIONS = ("concat", "product")
 SHOWN = 12
 """Answers in the picture of confusions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QAConfig:
-    weight: float = 1.0
-    """Of this task's losses."""
-    contrastive_weight: float = 0.5
-    """Of the symmetric contrastive loss of questions and their videos, over EMCL of the projected rows."""
-    answers_kept: int = 1500
-    """The vocabulary: so many of the training split's most frequent answers."""
-    answers: list[str] | None = None
-    """The vocabulary, most frequent first; found by the run itself."""
-    questions_per_video: int = 1
-    """Questions of a video that a step trains on, drawn anew each time."""
-    dropout: float = 0.1
-    fusion: str = "concat"
-    """Of video and question: `concat`, as published, or `product`, which adds their product."""
-    use_video: bool = True
-    """`false` trains and scores on the questions alone: what the video must beat."""
-
-    def __post_init__(self) -> None:
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"tasks.msrvtt_qa.fusion={self.fusion} is none of {', '.join(FUSIONS)}")
 
 
 class MsrvttQATask(Task):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from emcl.tasks.settings import RetrievalConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,16 +38,6 @@ TOP = 5
 LARGE_TILE = 512
 LARGEST_KEPT = 2**25
 """Scores of a similarity that is kept for `emcl report`: 128 MiB."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetrievalConfig:
-    weight: float = 1.0
-    """Of this task's loss."""
-    pooling_temperature: float = 3.0
-    """Of the text-conditioned pooling's softmax over frames."""
-    logit_scale: float | None = None
-    """Initial scale of the logits; CLIP's own where not given."""
 
 
 class RetrievalTask(Task):

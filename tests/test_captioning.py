@@ -16,7 +16,7 @@ from emcl.data.vocabulary import END, PADDING, START, UsedTokens
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.generation import Generation
+from emcl.model.settings import Generation
 from emcl.registry import task_class
 
 CAPTIONS = ["A red circle moves left.", "a man's dog runs, then sits", "two squares — one small"]
@@ -143,12 +143,14 @@ def test_a_local_gpt2_and_its_tokenizer_are_started_from(tmp_path: Path) -> None
     inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<|endoftext|>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>").save_pretrained(tmp_path)
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=32, n_embd=32, n_layer=2, n_head=2))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=49, n_embd=32, n_layer=2, n_head=2))
     gpt2.save_pretrained(tmp_path)
     task, _ = task_of(settings(f"tasks.captioning.pretrained={tmp_path}"))
     torch.testing.assert_close(task.decoder.decoder.transformer.wte.weight, gpt2.transformer.wte.weight)
     assert task.vocabulary.decode(task.vocabulary.encode("the red dog runs")) == "the red dog runs"
     assert len(task.generate(encoded(task.decoder.frames[0].normalized_shape[0], 3, 2))) == 2
+    with pytest.raises(UserError, match=r"captioning\.words=49 is not a whole number of tokens from 2 to 48, the pos"):
+        task_of(settings(f"tasks.captioning.pretrained={tmp_path}", "tasks.captioning.words=49"))
 
 
 @pytest.mark.parametrize("key", ["pretrained", "tokenizer"])

@@ -50,9 +50,6 @@ def test_it_trains_resumes_and_measures_here_and_leaves_a_report(sample_shards: 
     ("options", "said"),
     [
         (["--only", "spede"], "--only spede: none of GPU beside CPU, "),
-        (["--minutes", "0"], "--minutes 0: no check begins"),
-        (["--minutes", "-1"], "--minutes -1: no check begins"),
-        (["--minutes", "nan"], "--minutes nan: no check begins"),
         (["--only", "speed", "--out", "."], "--out .: Is a directory"),
         (["--only", "speed", "--out", "file/doctor.json"], "--out file/doctor.json: "),
     ],

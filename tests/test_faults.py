@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from conftest import LAUNCH, ROOT, deepspeed_command, ends, launch, launch_environment, mlflow_run, recorded, small
-from emcl.config import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.mixture import open_training
+from emcl.data.settings import DataConfig
 from emcl.data.shards import open_shards
 from emcl.errors import UserError
 from emcl.prepare.writer import encode_mp4

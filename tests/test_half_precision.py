@@ -9,9 +9,10 @@ import torch
 
 from conftest import small
 from emcl import distributed
-from emcl.config import ModelConfig, resolve
+from emcl.config import resolve
 from emcl.model.backbone import Backbone
 from emcl.model.batch_norm import keep_statistics_in_full_precision
+from emcl.model.settings import ModelConfig
 from emcl.prepare.towers import write_towers
 from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer

@@ -14,8 +14,9 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
-    {"errors", "version", "secrets", "outbox", "ahead"},
-    {"em", "registry", "shipped", "metrics"},
+    {"errors", "version", "secrets", "outbox", "ahead", "nearest"},
+    {"settings"},
+    {"em", "registry", "shipped", "recipe", "metrics"},
     {"config", "distributed"},
     {"data"},
     {"prepare", "model", "pictures"},
@@ -23,12 +24,14 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "placement", "describe", "report", "doctor"},
+    {"inference", "placement", "describe", "arguments", "report", "doctor"},
     {"search"},
     {"serve"},
     {"cli", "cli_search"},
 )
-"""From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class."""
+"""From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class.
+
+Each part's `settings` stand with the `settings` that they are made of, on which all else is built."""
 
 
 def test_platform_is_no_package_and_holds_nothing_beside_the_package() -> None:
@@ -49,7 +52,7 @@ def test_an_init_file_there_is_what_breaks(tmp_path: Path) -> None:
 
 
 def floor_of(module: str) -> int:
-    top = module.split(".")[1] if "." in module else module
+    top = "settings" if module.endswith(".settings") else module.split(".")[1]
     return next(number for number, names in enumerate(FLOORS) if top in names)
 
 

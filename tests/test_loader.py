@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from conftest import SHARED
-from emcl.config import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.image_ops import augmented
 from emcl.data.loader import evaluation_loader, training_loader
 from emcl.data.order import Order, RankBatches
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, find_shards, open_shards
 from emcl.errors import UserError
 from emcl.prepare.writer import encode_mp4

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from emcl.config import DataConfig, resolve
+from emcl.config import resolve
 from emcl.data.mixture import open_training, shares, training_patterns
+from emcl.data.settings import DataConfig
 from emcl.errors import UserError
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from conftest import TINY
-from emcl.config import OptimConfig, resolve
+from emcl.config import resolve
 from emcl.multitask import VideoLanguageModel
 from emcl.train.optimizer import build_optimizer, build_schedule, parameter_groups
+from emcl.train.settings import OptimConfig
 
 OPTIM = OptimConfig(lr=1e-3, clip_lr=1e-5, weight_decay=0.2)
 

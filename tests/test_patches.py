@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from emcl.config import ModelConfig
 from emcl.model import patches
 from emcl.model.patches import embed_patches_by_product, patch_product
+from emcl.model.settings import ModelConfig
 from emcl.model.towers import build_towers
 
 

@@ -25,15 +25,16 @@ from emcl.train.universal import PART
 from forked import start_ranks
 
 STEPS = 40
+CAPTIONS = ["tasks.captioning.width=64", "tasks.captioning.layers=1"]
+"""A task besides, whose dropout draws in every step, as augmentation does."""
 
 
 def settings(shards: Path, stage: int) -> list[str]:
-    """Retrieval with captions, whose dropout draws in every step, as augmentation does."""
+    """Augmentation draws in every step."""
     return [
         *small(shards), "data.val=null", "data.test=null", f"optim.max_steps={STEPS}", "optim.epochs=100", "name=run",
         "optim.lr=1e-3", "optim.clip_lr=1e-3", "checkpoint.every_steps=7",
-        f"deepspeed=deepspeed/zero{stage}.json", "tasks.captioning.width=64", "tasks.captioning.layers=1",
-        "data.augment=rand-m7-n4-mstd0.5-inc1",
+        f"deepspeed=deepspeed/zero{stage}.json", "data.augment=rand-m7-n4-mstd0.5-inc1",
     ]  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_forty_steps_killed_and_resumed_are_the_same_to_the_bit(
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     whole.mkdir()
     torn.mkdir()
-    arguments = ["--task", "retrieval,captioning", *settings(sample_shards, stage)]
+    arguments = ["--task", "retrieval,captioning", *settings(sample_shards, stage), *CAPTIONS]
     done = launch(*arguments, *recorded(whole), cwd=whole, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     killed([*arguments, *recorded(torn)], torn, rng.randint(9, 20))

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from conftest import TINY
-from emcl.config import ModelConfig, resolve
+from emcl.config import resolve
 from emcl.data.samples import Sample
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
+from emcl.model.settings import ModelConfig
 from emcl.model.towers import OPENAI_KEYS, build_towers, tokenizer
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import open_export, save_export

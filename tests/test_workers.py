@@ -19,10 +19,11 @@ import pytest
 import torch
 
 from conftest import small
-from emcl.config import DataConfig, resolve
+from emcl.config import resolve
 from emcl.data import loader as loaders
 from emcl.data import workers
 from emcl.data.order import Order, RankBatches
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.steps import StepLoader
 from emcl.distributed import ALONE

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from emcl.arguments import Parser, add_help, number, task_names, whole
 from emcl.cli_search import add_commands
-from emcl.errors import UserError
+from emcl.errors import UserError, one_line
 from emcl.secrets import masked
 from emcl.version import __version__
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="emcl",
         description="Video-and-language pretraining with EMCL.",
         epilog="The usual way: prepare, verify, train, evaluate, report; then index, search, caption, ask, serve.",
@@ -38,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     kinds = prepare.add_subparsers(dest="kind", required=True, metavar="WHAT")
     sample = kinds.add_parser("sample", help="render the sample set (2,000 / 200 / 500 clips)")
     sample.add_argument("--out", type=Path, default=Path("shards/sample"))
-    sample.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
-    sample.add_argument("--processes", type=int, default=None, help="default: one a core")
+    sample.add_argument("--seed", type=whole(ge=0, lt=2**32), default=0, help="the same seed gives the same bytes")
+    sample.add_argument("--processes", type=whole(ge=1), default=None, help="default: one a core")
     sample.set_defaults(act=_sample)
 
     folder = kinds.add_parser("folder", help="your own videos and a table of file,caption")
@@ -97,10 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
     transform.add_argument("--fit-video", type=Path, help="training features to fit the bases to")
     transform.add_argument("--fit-text", type=Path)
     transform.add_argument("--load", type=Path, help="bases that an earlier call wrote, in place of fitting")
-    transform.add_argument("--bases", type=int, default=64, help="K (default: %(default)s)")
-    transform.add_argument("--beta", type=float, default=0.5, help="weight of the correction (default: %(default)s)")
+    transform.add_argument("--bases", type=whole(ge=1), default=64, help="K (default: %(default)s)")
     transform.add_argument(
-        "--balance", type=float, default=0.0, help="0 keeps the features' spectrum, 1 makes it flat (default: 0)"
+        "--beta", type=number(ge=0), default=0.5, help="weight of the correction (default: %(default)s)"
+    )
+    transform.add_argument(
+        "--balance",
+        type=number(ge=0, le=1),
+        default=0.0,
+        help="0 keeps the features' spectrum, 1 makes it flat (default: 0)",
     )
     transform.add_argument("--out", type=Path, required=True, help="folder for video.npy, text.npy, bases.pt")
     transform.set_defaults(act=_transform)
@@ -114,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_argument("run", type=Path, help="a run's folder")
     options.add_argument(
         "--bank",
-        type=int,
+        type=whole(ge=1),
         default=500,
         help="training videos of the query bank, with all their captions (500)",
     )
@@ -142,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--out", type=Path, default=Path("doctor.json"), help="%(default)s")
     doctor.add_argument("--shards", type=Path, metavar="DIR", help="sample shards (default: some are rendered)")
     doctor.add_argument("--only", nargs="+", default=[], metavar="GROUP", help="such as ZeRO speed")
-    doctor.add_argument("--minutes", type=float, default=6, help="no check begins after so many (%(default)s)")
+    doctor.add_argument("--minutes", type=number(gt=0), default=6, help="no check begins after so many (%(default)s)")
     doctor.set_defaults(act=_doctor)
 
     bundle = commands.add_parser(
@@ -160,9 +166,12 @@ def build_parser() -> argparse.ArgumentParser:
     tasks = commands.add_parser("tasks", help="list the tasks")
     tasks.set_defaults(act=_tasks)
 
-    config = commands.add_parser("config", help="print a recipe's settings, all resolved")
-    config.add_argument("--task", default="retrieval")
-    config.add_argument("--recipe", default="sample", help="a file of configs/recipe, or a path")
+    config = commands.add_parser("config", help="print a recipe's settings, all resolved", add_help=False)
+    add_help(config)
+    config.add_argument(
+        "--task", type=task_names, help="one or several, joined by commas, or `all` (default: those of the recipe)"
+    )
+    config.add_argument("--recipe", default="sample", help="a file of configs/recipe, or a path (default: sample)")
     config.add_argument("--list", action="store_true", help="list the shipped recipes instead")
     config.add_argument("--describe", action="store_true", help="print every setting with its meaning, as Markdown")
     config.add_argument("overrides", nargs="*", metavar="key=value")
@@ -175,17 +184,21 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--staging", type=Path, default=Path("shards/staging"), help="with a URL: where shards are made (%(default)s)"
     )
-    parser.add_argument("--shard-size", type=int, default=500, help="clips a shard (default: %(default)s)")
+    parser.add_argument("--shard-size", type=whole(ge=1), default=500, help="clips a shard (default: %(default)s)")
     parser.add_argument("--keep", action="store_true", help="store videos as they are, not as small H.264")
-    parser.add_argument("--short-side", type=int, default=256, help="pixels, at most (default: %(default)s)")
-    parser.add_argument("--fps", type=float, default=3.0, help="frames a second, at most (default: %(default)s)")
+    parser.add_argument("--short-side", type=whole(ge=2), default=256, help="pixels, at most (default: %(default)s)")
+    parser.add_argument("--fps", type=number(gt=0), default=3.0, help="frames a second, at most (default: %(default)s)")
     parser.add_argument(
         "--store", choices=("mp4", "jpeg", "raw"), default="mp4",
         help="H.264; or squares of the training's size, larger and cheaper to read (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--size", type=int, default=224, help="pixels of the squares: data.size (default: %(default)s)")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 95 (default: %(default)s)")
-    parser.add_argument("--processes", type=int, help="default: one a core")
+    parser.add_argument(
+        "--size", type=whole(ge=1, le=4096), default=224, help="pixels of the squares: data.size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quality", type=whole(ge=1, le=95), default=90, help="of JPEG, 1 to 95 (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=whole(ge=1), help="default: one a core")
     parser.add_argument(
         "--part", metavar="I/N", default="1/1", help="write every N-th shard: for N jobs that do it together"
     )
@@ -363,7 +376,9 @@ def _tasks(_: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     from emcl.config import resolve, to_yaml
+    from emcl.model.limits import check_limits
     from emcl.shipped import configs_folder
+    from emcl.train.deepspeed_file import read_deepspeed
 
     if options.describe:
         from emcl.describe import describe
@@ -373,7 +388,10 @@ def _config(options: argparse.Namespace) -> None:
         for path in sorted((configs_folder() / "recipe").glob("*.yaml")):
             print(path.stem)
     else:
-        print(to_yaml(resolve(options.task.split(","), options.recipe, options.overrides)), end="")
+        config = resolve(options.task, options.recipe, options.overrides)
+        check_limits(config)
+        read_deepspeed(config)
+        print(to_yaml(config), end="")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -385,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.act(options)
     except UserError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
+        print(f"error: {masked(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

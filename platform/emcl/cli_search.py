@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emcl.arguments import number, whole
 from emcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ def add_commands(commands: Any) -> None:
     index.add_argument("videos", type=Path, metavar="DIR")
     _model(index)
     index.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder of the index")
-    index.add_argument("--window", type=float, default=10.0, help="seconds of a window (default: %(default)s)")
-    index.add_argument("--overlap", type=float, default=5.0, help="seconds it shares with the next (%(default)s)")
+    index.add_argument("--window", type=number(gt=0), default=10.0, help="seconds of a window (default: %(default)s)")
+    index.add_argument(
+        "--overlap", type=number(ge=0), default=5.0, help="seconds it shares with the next (%(default)s)"
+    )
     index.add_argument(
         "--cut", choices=("scenes", "windows"), default="scenes",
         help="at hard cuts and then by time, or by time alone, which is faster (default: %(default)s)",
@@ -43,7 +46,7 @@ def add_commands(commands: Any) -> None:
     search.add_argument("--video", type=Path, help="search by what this video looks like")
     search.add_argument("--queries", type=Path, metavar="FILE", help="search for every line of a text file")
     _model(search)
-    search.add_argument("--top", type=int, default=10, help="hits (default: %(default)s)")
+    search.add_argument("--top", type=whole(ge=1), default=10, help="hits (default: %(default)s)")
     search.add_argument("--json", action="store_true", help="one JSON object a line")
     search.set_defaults(act=_search)
 
@@ -56,7 +59,7 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("file", type=Path, metavar="FILE")
     ask.add_argument("question")
     _model(ask)
-    ask.add_argument("--top", type=int, default=3, help="answers (default: %(default)s)")
+    ask.add_argument("--top", type=whole(ge=1), default=3, help="answers (default: %(default)s)")
     ask.set_defaults(act=_ask)
 
     serve = commands.add_parser(
@@ -68,9 +71,11 @@ def add_commands(commands: Any) -> None:
     serve.add_argument("index", type=Path, metavar="INDEX")
     _model(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
-    serve.add_argument("--port", type=int, default=8000, help="(default: %(default)s; 0 takes a free one)")
-    serve.add_argument("--queue", type=int, default=128, help="requests that may wait (default: %(default)s)")
-    serve.add_argument("--max-upload", type=float, default=200, help="MiB of a video that is sent (%(default)s)")
+    serve.add_argument(
+        "--port", type=whole(ge=0, lt=2**16), default=8000, help="(default: %(default)s; 0 takes a free one)"
+    )
+    serve.add_argument("--queue", type=whole(ge=1), default=128, help="requests that may wait (default: %(default)s)")
+    serve.add_argument("--max-upload", type=number(gt=0), default=200, help="MiB of a video that is sent (%(default)s)")
     serve.add_argument("--open", action="store_true", help="open the page in a browser")
     serve.set_defaults(act=_serve)
 
@@ -94,8 +99,8 @@ def _index(options: argparse.Namespace) -> None:
 
     if not options.videos.is_dir():
         raise UserError(f"{options.videos}: no such folder")
-    if not 0 <= options.overlap < options.window:
-        raise UserError(f"--overlap {options.overlap} is not between 0 and --window {options.window}")
+    if options.overlap >= options.window:
+        raise UserError(f"--overlap {options.overlap:g} is not below --window {options.window:g}")
     index = VideoIndex(options.out, _open(options), windows=Windows(options.window, options.overlap, options.cut))
     changes = index.update(options.videos, emcl=options.emcl)
     for path, reason in changes.broken.items():
@@ -111,8 +116,6 @@ def _search(options: argparse.Namespace) -> None:
 
     if sum(given is not None for given in (options.query, options.video, options.queries)) != 1:
         raise UserError("give a sentence, or --video FILE, or --queries FILE")
-    if options.top < 1:
-        raise UserError(f"--top {options.top}: at least 1")
     index = VideoIndex(options.index, _open(options))
     if options.video is not None:
         found = [(str(options.video), index.search_by_video(options.video, options.top))]

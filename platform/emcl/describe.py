@@ -1,59 +1,117 @@
-"""Every setting as a Markdown table, from the dataclasses themselves: `emcl config --describe`."""
+"""What the settings are, from the fields themselves: as a Markdown page and as the text of `--help`."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from emcl import config
-from emcl.registry import task_class, task_entries
+from emcl.config import Config
+from emcl.errors import UserError
+from emcl.nearest import nearest
+from emcl.registry import settings_of, task_entries
+from emcl.settings import as_typed, fields, subgroups, wanted
 
 HEAD = """# Every setting
 
 Written by `emcl config --describe > docs/configuration.md`. A recipe (`configs/recipe/NAME.yaml`, `--recipe NAME` or a
 path) sets them over these defaults, after the files that it `include:`s; `key=value` on the command line comes last. An
-unknown key or an ill-typed value is an error that names the nearest key. `emcl config [key=value ...]` prints what a
-run would use. DeepSpeed's own file (`deepspeed=`) holds ZeRO and offloading; batch size, precision and clipping are set
-here alone.
+unknown key or a value that its setting does not take is an error that names the nearest key or the range.
+`emcl config [key=value ...]` prints what a run would use, `--help GROUP` or `--help KEY` what stands here. A text is
+what was typed (`name=0012`); `null` is no value; lists are `[one, two]`, tables `{name: value}`. DeepSpeed's own file
+(`deepspeed=`) holds ZeRO and offloading; batch size, precision and clipping are set here alone.
 """
+RUN = "run"
+"""The settings that stand in no group."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    key: str
+    default: str
+    """As it is typed."""
+    values: str
+    meaning: str
 
 
 def describe() -> str:
     """The page, with the settings of every installed task."""
-    sections = [("The run", "", config.Config)]
-    sections += [
-        (name, f"{name}.", type(getattr(config.Config(), name)))
-        for name in ("data", "model", "emcl", "optim", "evaluate", "checkpoint", "tracking")
-    ]
-    sections += [(f"Task {name}", f"tasks.{name}.", task_class(name).config_class) for name in task_entries()]
     parts = [HEAD]
-    for title, prefix, kind in sections:
-        lines = [f"| `{prefix}{name}` | {default} | {text} |" for name, default, text in _fields(kind)]
-        parts.append("\n".join([f"## {title}\n", "| key | default | |", "|---|---|---|", *lines]) + "\n")
+    for name in group_names():
+        kind = _kind(name)
+        lines = [
+            f"| `{one.key}` | `{one.default}` | {one.values} | {one.meaning.replace('|', chr(92) + '|')} |"
+            for one in _settings(kind, _prefix(name))
+        ]
+        parts.append(
+            "\n".join(
+                [f"## {name}\n", f"{_summary(kind)}\n", "| key | default | values | |", "|---|---|---|---|", *lines]
+            )
+            + "\n"
+        )
     return "\n".join(parts)
 
 
-def _fields(kind: type) -> Iterator[tuple[str, str, str]]:
-    """(name, default, docstring) of a dataclass's plain fields."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    texts: dict[str, str] = {}
-    for statement, after in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            texts[statement.target.id] = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
-    for field in dataclasses.fields(kind):
-        default: Any = "" if field.default is dataclasses.MISSING else field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if dataclasses.is_dataclass(default):
-            if kind is not config.Config:  # its parts have sections of their own
-                inner = _fields(type(default))
-                yield from ((f"{field.name}.{name}", shown, text) for name, shown, text in inner)
-        else:
-            shown = "" if default is None else f"`{default}`"
-            yield field.name, shown, texts[field.name].replace("|", "\\|")
+def group_names() -> list[str]:
+    """`run`, `data`, ..., `tasks.retrieval`."""
+    return [RUN, *subgroups(Config), *(f"tasks.{name}" for name in task_entries())]
+
+
+def overview() -> str:
+    """Every group with the names of its settings, for `--help`; tasks by name alone, as theirs may want PyTorch."""
+    lines = ["settings, as key=value (--help GROUP and --help KEY say more, such as --help optim):"]
+    for name in [RUN, *subgroups(Config)]:
+        names = ", ".join(one.key.removeprefix(_prefix(name)) for one in _settings(_kind(name), _prefix(name)))
+        lines.append(textwrap.fill(f"{name}: {names}", width=100, initial_indent="  ", subsequent_indent="      "))
+    lines.append("  " + ", ".join(name for name in group_names() if name.startswith("tasks.")))
+    return "\n".join(lines)
+
+
+def explain(word: str) -> str:
+    """A group's settings, or one, for `--help WORD`.
+
+    Raises:
+        UserError: neither a group nor a key.
+    """
+    word = word.partition("=")[0].rstrip(".")
+    names = group_names()
+    if word in names:
+        return "\n".join([f"{word}: {_summary(_kind(word))}", *map(_paragraph, _settings(_kind(word), _prefix(word)))])
+    owner = next((name for name in names if word.startswith(f"{name}.")), RUN)
+    settings = list(_settings(_kind(owner), _prefix(owner)))
+    found = [one for one in settings if one.key == word or one.key.startswith(f"{word}.")]
+    if not found:
+        keys = [*names, *(one.key for one in settings)]
+        raise UserError(f"--help {word}: no group and no key{nearest(word, keys)} (groups: {', '.join(names)})")
+    return "\n".join(map(_paragraph, found))
+
+
+def _paragraph(setting: Setting) -> str:
+    head = f"  {setting.key}={setting.default}   ({setting.values})"
+    return f"{head}\n{textwrap.fill(setting.meaning, width=100, initial_indent='      ', subsequent_indent='      ')}"
+
+
+def _prefix(name: str) -> str:
+    return "" if name == RUN else f"{name}."
+
+
+def _kind(name: str) -> Any:
+    if name == RUN:
+        return Config
+    return settings_of(name.removeprefix("tasks.")) if name.startswith("tasks.") else subgroups(Config)[name]
+
+
+def _summary(kind: Any) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _settings(kind: Any, prefix: str = "") -> Iterator[Setting]:
+    """A group's own and those of the groups in it; those of Config's groups have sections of their own."""
+    for name, field in fields(kind).items():
+        if fields(field.annotation):
+            if kind is not Config:
+                yield from _settings(field.annotation, f"{prefix}{name}.")
+        elif not (kind is Config and name == "tasks"):  # `--task` names them
+            default = as_typed(field.get_default(call_default_factory=True))
+            yield Setting(f"{prefix}{name}", default, wanted(field.annotation, field.metadata), field.description or "")

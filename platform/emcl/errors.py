@@ -13,6 +13,11 @@ class OneRankError(UserError):
     """What one rank alone has found: that rank says it, where others leave it to the first."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line: line breaks and what else is not printed stand as escapes."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
+
+
 def first_line(error: BaseException) -> str:
     """What an error says in its first line; its kind, where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]

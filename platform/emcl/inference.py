@@ -32,7 +32,8 @@ from emcl.model.pooling import mean_of_frames
 from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
 from emcl.multitask import VideoLanguageModel
 from emcl.placement import Placement, placement
-from emcl.train.export import CONFIG, WEIGHTS, find_export, open_export
+from emcl.train.export import open_export
+from emcl.train.folders import CONFIG, WEIGHTS, find_export
 
 
 class VideoError(UserError):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from emcl.errors import UserError
-from emcl.registry import nearest
+from emcl.nearest import nearest
 
 
 def configs_folder() -> Path:
@@ -14,6 +14,14 @@ def configs_folder() -> Path:
     from importlib.resources import files
 
     return Path(str(files("emcl.configs")))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no error where the name alone makes that impossible, as one too long does."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def find_file(name: str, kind: str) -> Path:
@@ -25,8 +33,8 @@ def find_file(name: str, kind: str) -> Path:
     shipped = configs_folder()
     relative = name.removeprefix("configs/")
     for candidate in (Path(name), shipped / relative, shipped / kind / relative):
-        for path in (candidate, candidate.with_name(candidate.name + ".yaml")):
-            if path.is_file():
+        for path in (candidate, Path(f"{candidate}.yaml")):
+            if is_file(path):
                 return path
     known = sorted(path.stem for path in (shipped / kind).glob("*.*") if path.suffix in (".yaml", ".json"))
     raise UserError(
@@ -43,7 +51,7 @@ def find_architecture(name: str) -> Path | None:
         UserError: no such name or file.
     """
     for path in (Path(name), configs_folder() / "model" / f"{name}.json"):
-        if path.suffix == ".json" and path.is_file():
+        if path.suffix == ".json" and is_file(path):
             return path
     if ":" in name:
         return None

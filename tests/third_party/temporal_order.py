@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from temporal_order_settings import TemporalOrderConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
@@ -16,12 +16,6 @@ from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.task import Evaluation, Scorer, Scores, Task
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemporalOrderConfig:
-    weight: float = 1.0
-    hidden: int = 64
 
 
 class TemporalOrderTask(Task):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emcl.config import DataConfig
 from emcl.data.mixture import training_patterns
 from emcl.data.remote import is_remote
+from emcl.data.settings import DataConfig
 from emcl.data.shards import find_shards
 from emcl.errors import UserError
 

@@ -19,13 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from emcl.config import DataConfig
 from emcl.data.augment import Augmentation, augmentation
 from emcl.data.decode import DecodeError, decode
 from emcl.data.features import FeatureStore
 from emcl.data.loading_time import LoadingTime
 from emcl.data.order import Draw, RankBatches
 from emcl.data.samples import Sample
+from emcl.data.settings import DataConfig
 from emcl.data.shards import Row, ShardSet
 from emcl.data.text import Caption
 from emcl.data.workers import Lives

@@ -6,11 +6,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emcl.config import DataConfig
 from emcl.data.order import Draw, Order
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, find_shards
 from emcl.errors import UserError
-from emcl.shipped import configs_folder
+from emcl.recipe import read_yaml
+from emcl.shipped import configs_folder, is_file
 
 
 def training_patterns(data: DataConfig) -> dict[str, float]:
@@ -21,19 +22,22 @@ def training_patterns(data: DataConfig) -> dict[str, float]:
     """
     if data.mixture is None:
         return {data.train: 1.0}
-    return {_pattern(name, data.root): weight for name, weight in data.mixture.items()}
+    patterns: dict[str, float] = {}
+    for name, weight in data.mixture.items():
+        pattern = _pattern(name, data.root)
+        if pattern in patterns:
+            raise UserError(f"data.mixture: {name} is {pattern}, which stands there already")
+        patterns[pattern] = weight
+    return patterns
 
 
 def _pattern(name: str, root: str) -> str:
     name = name.replace("${data.root}", root)  # OmegaConf fills in values, not keys
     path = configs_folder() / "data" / f"{name}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         return name
-    import yaml
-
-    found = yaml.safe_load(path.read_text())
     try:
-        return str(found["data"]["train"])
+        return str(read_yaml(path)["data"]["train"])
     except (TypeError, KeyError):
         raise UserError(f"data.mixture: {path} sets no data.train") from None
 

@@ -22,7 +22,8 @@ from braceexpand import braceexpand
 from emcl.data.bad import check_bad_fraction
 from emcl.data.remote import is_remote, localise
 from emcl.data.samples import VIDEO_ENDINGS, Sample
-from emcl.errors import UserError
+from emcl.errors import UserError, first_line
+from emcl.shipped import is_file
 
 OPEN_FILES = 16
 LARGEST_JSON = 64 * 2**20
@@ -52,13 +53,8 @@ def find_shards(pattern: str) -> list[Path]:
         if is_remote(part):
             found += localise(part)
             continue
-        if Path(part).is_dir():
-            paths = sorted(Path(part).glob("*.tar"))
-        elif any(sign in part for sign in "*?["):
-            paths = [Path(name) for name in sorted(glob.glob(part))]  # noqa: PTH207, the pattern may be absolute
-        else:
-            paths = [Path(name) for name in braceexpand(part)]
-        missing = [path for path in paths if not path.is_file()]
+        paths = _matching(part)
+        missing = [path for path in paths if not is_file(path)]
         if missing or not paths:
             which = (
                 f"{missing[0]} is missing ({len(missing)} of {len(paths)})"
@@ -70,6 +66,17 @@ def find_shards(pattern: str) -> list[Path]:
             )
         found += paths
     return found
+
+
+def _matching(part: str) -> list[Path]:
+    try:
+        if Path(part).is_dir():
+            return sorted(Path(part).glob("*.tar"))
+        if any(sign in part for sign in "*?["):
+            return [Path(name) for name in sorted(glob.glob(part))]  # noqa: PTH207, the pattern may be absolute
+        return [Path(name) for name in braceexpand(part)]
+    except (OSError, ValueError) as error:  # a name that is too long, braces that do not close
+        raise UserError(f"{part} is no pattern of shards: {first_line(error)}") from None
 
 
 class ShardSet:

@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from emcl.config import DataConfig
 from emcl.data.features import FeatureStore
 from emcl.data.loader import Collator, training_loader
 from emcl.data.order import RankBatches
+from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet
 from emcl.data.workers import end_workers, start_workers
 from emcl.errors import OneRankError, first_line

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from emcl.config import ModelConfig
 from emcl.errors import UserError
+from emcl.model.settings import ModelConfig
 from emcl.model.temporal import TemporalTransformer
 from emcl.model.towers import build_towers
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emcl.errors import UserError, first_line
-from emcl.model.generation import Generation
+from emcl.model.settings import Generation
 
 
 class CaptionDecoder(nn.Module):
@@ -40,6 +40,12 @@ class CaptionDecoder(nn.Module):
             self.decoder = GPT2LMHeadModel(config)
         else:
             self.decoder = _pretrained(pretrained, shared)
+            room = self.decoder.config.n_positions
+            if positions > room:
+                raise UserError(
+                    f"tasks.captioning.words={positions - 1} is not a whole number of tokens from 2 to {room - 1}, the "
+                    f"positions of {pretrained}"
+                )
         width = self.decoder.config.n_embd
         self.frames = nn.Sequential(nn.LayerNorm(frame_width), nn.Linear(frame_width, width))
 

@@ -8,8 +8,8 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
-MAX_FRAMES = 77
-"""Frame positions, as many as CLIP's text tower has."""
+from emcl.model.settings import MAX_FRAMES
+
 POSITION_SCALE = 0.5
 """Of positions that start at random. Frame embeddings have elements of size 1: by CLIP's own 0.01 for untrained towers
 their places would be 1% of what the blocks see, and the order of frames would not be learnt."""

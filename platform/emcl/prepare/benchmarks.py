@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emcl.errors import UserError
+from emcl.nearest import nearest
 from emcl.prepare import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
 from emcl.prepare.clips import Clip
-from emcl.registry import nearest
 
 Counts = dict[str, tuple[int, int]]
 """Of each split: videos, and captions (or questions)."""

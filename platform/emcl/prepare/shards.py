@@ -33,7 +33,6 @@ from emcl.version import __version__
 NOTES = ".prepare"
 INDEX, REPORT = "index.json", "report.json"
 STORES = ("mp4", "jpeg", "raw")
-LARGEST_SIZE = 4096
 AHEAD = 4
 """Clips that wait for their turn, a process."""
 
@@ -59,10 +58,6 @@ class Encoding:
             raise UserError(f"--store {self.store}: one of {', '.join(STORES)}")
         if self.keep and self.store != "mp4":
             raise UserError(f"--keep stores videos as they are, --store {self.store} does not: give one of them")
-        if not 1 <= self.quality <= 95:
-            raise UserError(f"--quality {self.quality}: from 1 to 95")
-        if not 1 <= self.size <= LARGEST_SIZE:
-            raise UserError(f"--size {self.size}: from 1 to {LARGEST_SIZE} pixels")
 
     def facts(self) -> dict[str, Any]:
         """What decides the stored bytes."""

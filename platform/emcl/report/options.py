@@ -32,8 +32,9 @@ from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.report.result import OPTION_COLUMNS, OPTIONS, Option
-from emcl.train.export import WEIGHTS, find_export, open_export
+from emcl.train.export import open_export
 from emcl.train.features import open_source
+from emcl.train.folders import WEIGHTS, find_export
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""

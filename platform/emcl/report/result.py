@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from emcl.config import Config, from_dict
+from emcl.config import Config
 from emcl.errors import UserError, first_line
 from emcl.metrics.bootstrap import interval, interval_of
 from emcl.metrics.captions import COUNTS, bleu
 from emcl.metrics.retrieval import RECALLS
 from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
 from emcl.prepare.benchmarks import BENCHMARKS
+from emcl.train.folders import saved_config
 
 WAYS = {"text_to_video": "t2v", "video_to_text": "v2t"}
 RANKED = ("R@1", "R@5", "R@10", "MdR", "MnR")
@@ -147,11 +147,10 @@ def open_results(folder: Path) -> list[Result]:
         raise UserError(f"{folder} holds no {SCORES}: `deepspeed platform/launch.py --evaluate {folder}` writes it")
     try:
         scores = json.loads(path.read_text())
-        saved = yaml.safe_load((folder / "config.yaml").read_text())
         tasks = scores["tasks"]
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: {SCORES} or config.yaml is not readable ({first_line(error)})") from None
-    config = from_dict([saved], source=str(folder / "config.yaml"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}: {SCORES} is not readable ({first_line(error)})") from None
+    config = saved_config(folder)
     return [
         Result(
             folder=folder,

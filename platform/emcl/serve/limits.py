@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emcl.errors import UserError
-
 MIB = 2**20
 
 
@@ -19,10 +17,6 @@ class Limits:
     """Of a video that is sent."""
     kept: int = 64
     """Sent videos whose embeddings are kept, so that a caption after a search does not encode them again."""
-
-    def __post_init__(self) -> None:
-        if self.waiting < 1 or self.upload_mib <= 0:
-            raise UserError("--queue wants at least 1, --max-upload more than 0")
 
     @property
     def upload_bytes(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +24,9 @@ from torch import Tensor
 
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
+from emcl.train.folders import MANIFEST, PREFIX, checkpoints
 from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
 
-PREFIX = "step-"
-MANIFEST = "manifest.json"
-"""How many ranks and which ZeRO stage wrote a checkpoint, the optimiser's groups; size and checksum of every other
-file."""
 MIB = 2**20
 
 
@@ -123,12 +119,6 @@ def _not_written(folder: Path, tag: str, need: int, reason: str) -> UserError:
         f"{tag} could not be saved in {folder} ({reason}): a checkpoint needs {need / MIB:,.0f} MiB, "
         f"{free / MIB:,.0f} are free{before}"
     )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Those that were finished, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name)]
-    return sorted(path for path in found if (path / MANIFEST).is_file())
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,44 +12,22 @@ from torch import nn
 from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.shipped import find_file
+from emcl.train.deepspeed_file import read_deepspeed, zero_stage
 from emcl.train.gradient_norm import take_norms_at_once
 from emcl.train.optimizer import build_optimizer, build_schedule
-
-OURS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "fp16",
-    "bf16",
-)
-"""Keys that the configuration sets, so that they are in one place."""
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """The JSON file of `deepspeed=`, completed by batch size, precision and clipping.
 
     Raises:
-        UserError: no such file, no JSON, or it sets what the configuration sets.
+        UserError: as `read_deepspeed` does; or this device has no such precision.
     """
-    path = find_file(config.deepspeed, "deepspeed")
-    try:
-        settings = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    for key in OURS:
-        if key in settings:
-            raise UserError(
-                f"{path} sets {key!r}, which comes from the configuration: remove it there (see docs/configuration.md)"
-            )
+    settings = read_deepspeed(config)
     accelerator = deepspeed.accelerator.get_accelerator()
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         name = accelerator.device_name()
         raise UserError(f"precision=fp16: DeepSpeed does not support it on this device ({name}); take bf16 or fp32")
-    if config.precision == "fp16" and _stage(settings) == 0:
-        # DeepSpeed 0.19.8 divides gradients by a scale there that the loss was never multiplied by
-        raise UserError(f"precision=fp16 trains wrong without ZeRO ({path}): give deepspeed=deepspeed/zero1.json")
     micro = config.data.batch_size // (world_size * config.optim.accumulation)
     return {
         **settings,
@@ -78,7 +54,7 @@ def build_engine(
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    checked = config.precision == "fp32" and _stage(settings) == 0
+    checked = config.precision == "fp32" and zero_stage(config) == 0
     optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda", checked=checked)
     schedule = build_schedule(optimizer, config.optim, steps)
     engine, *_ = deepspeed.initialize(
@@ -88,15 +64,6 @@ def build_engine(
     # DeepSpeed broadcasts parameters, not buffers
     ranks.broadcast_(engine.module.buffers())
     return engine
-
-
-def zero_stage(config: Config) -> int:
-    """Of the DeepSpeed file."""
-    return _stage(deepspeed_settings(config, 1))
-
-
-def _stage(settings: dict[str, Any]) -> int:
-    return int(settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:

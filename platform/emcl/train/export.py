@@ -11,12 +11,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from emcl.config import Config, from_dict, to_yaml
-from emcl.errors import UserError, first_line
+from emcl.config import Config, to_yaml
+from emcl.errors import UserError
 from emcl.multitask import VideoLanguageModel
 from emcl.secrets import masked
+from emcl.train.folders import CONFIG, WEIGHTS, saved_config
 
-WEIGHTS, CONFIG, SCORES = "model.safetensors", "config.yaml", "scores.json"
+SCORES = "scores.json"
 
 
 def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: dict[str, Any]) -> None:
@@ -35,29 +36,6 @@ def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: 
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def find_export(path: Path) -> Path:
-    """The export directory at `path`: itself, or the best one of a run directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    for candidate in (path, path / "best"):
-        if (candidate / WEIGHTS).is_file() and (candidate / CONFIG).is_file():
-            return candidate
-    if not path.exists():
-        raise UserError(f"{path}: no such directory (give a run's folder, such as runs/NAME, or an export in it)")
-    raise UserError(f"{path} holds no export ({WEIGHTS} and {CONFIG}); give a run's folder, such as runs/NAME")
-
-
-def exported_config(folder: Path) -> Config:
-    import yaml
-
-    try:
-        return from_dict([yaml.safe_load((folder / CONFIG).read_text())], source=str(folder / CONFIG))
-    except yaml.YAMLError as error:
-        raise UserError(f"{folder / CONFIG} is not readable: {first_line(error)}") from None
 
 
 def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
@@ -90,7 +68,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 def open_export(folder: Path, config: Config | None = None) -> tuple[VideoLanguageModel, Config]:
     """Builds the exported model (or what `config` makes of it) with its weights; nothing is downloaded."""
-    config = config or exported_config(folder)
+    config = config or saved_config(folder)
     model = VideoLanguageModel(config, load_weights=False)
     load_weights(model, folder)
     return model.eval(), config

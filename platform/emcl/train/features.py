@@ -47,14 +47,6 @@ def open_source(
     texts = Tokens(tokenizer(config.model.name, config.data.words))
     if not config.model.cache_features:
         return Source(shards, texts)
-    if not {"image", "text"} <= set(config.model.frozen):
-        raise UserError(
-            "model.cache_features=true wants model.frozen=[image,text]: a tower that learns has no lasting features"
-        )
-    if config.data.jitter or config.data.augment != "none":
-        raise UserError(
-            "model.cache_features=true excludes data.jitter and data.augment, which change the frames every epoch"
-        )
     architecture = model_json(config.model.name)
     paths = [feature_path(config, architecture, shard) for shard in shards.paths]
     missing = [number for number, path in enumerate(paths) if not path.exists()]

@@ -24,7 +24,8 @@ from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
 from emcl.train.bad_clips import BadClips
-from emcl.train.engine import build_engine, weights, zero_stage
+from emcl.train.deepspeed_file import zero_stage
+from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
 from emcl.train.features import open_source
 from emcl.train.inputs import Inputs

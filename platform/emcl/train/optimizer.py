@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from emcl.config import OptimConfig
+from emcl.train.settings import OptimConfig
 
 
 def is_clip_weight(name: str) -> bool:

@@ -24,7 +24,8 @@ from emcl.data.vocabulary import UsedTokens
 from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.shipped import find_file
-from emcl.train.engine import deepspeed_settings, zero_stage
+from emcl.train.deepspeed_file import zero_stage
+from emcl.train.engine import deepspeed_settings
 from emcl.train.fake_cuda import NoFakeCudaError, fused_attention, in_clean_process
 from emcl.train.fake_step import (
     BUFFERS,

@@ -7,12 +7,11 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from emcl import distributed
-from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve, to_yaml
+from emcl.config import Config, to_yaml
 from emcl.data.at_hand import missing, of_sample, wanted
 from emcl.data.order import check_divisible
 from emcl.data.shards import find_shards, open_shards
@@ -20,17 +19,18 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
+from emcl.model.limits import check_limits
 from emcl.model.towers import missing_weights
 from emcl.prepare.sample import generate
 from emcl.registry import expand, task_class
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
-from emcl.train.checkpoint import checkpoints
 from emcl.train.cores import place, too_few_cores
 from emcl.train.engine import deepspeed_settings
-from emcl.train.export import exported_config, find_export, open_export
+from emcl.train.export import open_export
 from emcl.train.features import open_source
+from emcl.train.folders import config_of_run, find_export, find_run
 from emcl.train.inputs import Inputs, open_inputs
 from emcl.train.lock import RunLock
 from emcl.train.loop import Trainer, write_run
@@ -59,8 +59,8 @@ def run(
     for name in expand(tasks or []):
         task_class(name)
     init = find_export(init) if init else None
-    folder = _run_to_resume(resume) if resume else None
-    config = _settings(tasks, recipe, overrides, evaluate_path, folder)
+    folder = find_run(resume) if resume else None
+    config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=folder)
     expected = distributed.described()
     _check(config, expected, training=evaluate_path is None)
     inputs = open_inputs(config, expected, init) if evaluate_path is None else None
@@ -155,38 +155,9 @@ def _score(
     return scores
 
 
-def _settings(
-    tasks: Sequence[str] | None,
-    recipe: str | None,
-    overrides: Sequence[str],
-    evaluate_path: Path | None,
-    folder: Path | None,
-) -> Config:
-    """From the recipe; or, to evaluate or resume, from what the run itself was configured with."""
-    if recipe is None and (evaluate_path or folder):
-        import yaml
-
-        from emcl.config import parse_overrides
-
-        saved: dict[str, Any]
-        if evaluate_path:
-            export = find_export(evaluate_path)
-            exported_config(export)
-            saved = yaml.safe_load((export / "config.yaml").read_text())
-        else:
-            assert folder is not None
-            saved = yaml.safe_load((folder / "config.yaml").read_text())
-        missing = [name for name in expand(tasks or []) if name not in saved["tasks"]]
-        if missing:
-            raise UserError(
-                f"{evaluate_path or folder} was not trained for {missing[0]} (its tasks: {', '.join(saved['tasks'])})"
-            )
-        return from_dict([saved, parse_overrides(overrides)], None)
-    return resolve(tasks, recipe or DEFAULT_RECIPE, overrides)
-
-
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
+    check_limits(config)
     patterns = wanted(config.data, training=training)
     if training:
         check_divisible(config.data.batch_size, ranks.world_size, config.optim.accumulation)
@@ -245,18 +216,6 @@ def _mlflow_run(folder: Path) -> str | None:
         return json.loads((folder / "run.json").read_text()).get("mlflow_run")
     except (OSError, ValueError):
         return None
-
-
-def _run_to_resume(resume: str) -> Path:
-    if resume != "auto":
-        folder = Path(resume)
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"--resume {resume}: no run's folder (it would hold config.yaml and checkpoints/)")
-        return folder
-    found = [path.parent for path in Path("runs").glob("*/config.yaml") if checkpoints(path.parent / "checkpoints")]
-    if not found:
-        raise UserError("--resume: no run with a complete checkpoint in runs/; start one without --resume")
-    return max(found, key=lambda path: checkpoints(path / "checkpoints")[-1].stat().st_mtime)
 
 
 class _Recorded:

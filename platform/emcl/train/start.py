@@ -14,7 +14,8 @@ from emcl.data.shards import ShardSet
 from emcl.errors import UserError
 from emcl.model.towers import wants_quick_gelu
 from emcl.registry import task_class
-from emcl.train.export import WEIGHTS, different_shape, exported_config
+from emcl.train.export import different_shape
+from emcl.train.folders import WEIGHTS, saved_config
 
 
 def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:
@@ -22,7 +23,7 @@ def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -
 
     A task that `init` was trained for keeps what that run found: its weights are of that vocabulary.
     """
-    earlier: dict[str, Any] = exported_config(init).tasks if init else {}
+    earlier: dict[str, Any] = saved_config(init).tasks if init else {}
     samples = [row.sample for row in shards.rows]
     tasks = {}
     for name, settings in config.tasks.items():

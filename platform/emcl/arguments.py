@@ -1,0 +1,78 @@
+"""What the commands' argument parsers share: numbers with a range, and help on settings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from emcl.errors import UserError, one_line
+from emcl.settings import wanted
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all errors for users are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {one_line(ValueError(message))} (see {self.prog} --help)\n")
+
+
+def task_names(text: str) -> list[str]:
+    """`--task`, an option's `type=`: names joined by commas."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("no task is named (`emcl tasks` lists them)")
+    return names
+
+
+def whole(*units: Any, **bounds: int) -> Callable[[str], int]:
+    """An option's `type=`, such as `whole(ge=1)`; the bounds are those of a setting's `Field`."""
+    return _reader(int, units, bounds)
+
+
+def number(*units: Any, **bounds: float) -> Callable[[str], float]:
+    """As `whole`; finite."""
+    return _reader(float, units, {**bounds, "allow_inf_nan": False})
+
+
+def _reader(kind: type, units: Sequence[Any], bounds: Any) -> Callable[[str], Any]:
+    annotation: Any = Annotated[kind, Field(**bounds)]
+    for unit in units:
+        annotation = Annotated[annotation, unit]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+
+    def read(text: str) -> Any:
+        try:
+            return adapter.validate_python(text)
+        except ValidationError:
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted(annotation)}") from None
+
+    return read
+
+
+class Help(argparse.Action):
+    """`--help`, and `--help GROUP` or `--help KEY` for the settings."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        from emcl.describe import explain, overview
+
+        try:
+            print(explain(str(values)) if values else f"{parser.format_help()}\n{overview()}")
+        except UserError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
+def add_help(parser: argparse.ArgumentParser) -> None:
+    """To a parser made with `add_help=False`."""
+    parser.add_argument(
+        "-h", "--help", nargs="?", metavar="GROUP", action=Help, help="this, or what settings there are"
+    )

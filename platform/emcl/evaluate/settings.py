@@ -1,0 +1,37 @@
+"""Settings of evaluations; without PyTorch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from emcl.settings import Clips, Epochs, group
+
+
+@group
+class EvaluateConfig:
+    """How validation and test splits are scored."""
+
+    every_epochs: Epochs = Field(
+        1,
+        ge=1,
+        description="Validate after so many epochs; the test set is scored once, at the end, with the best model.",
+    )
+    batch_size: Clips = Field(32, ge=1, description="Samples a rank encodes at once.")
+    tile: int = Field(
+        32,
+        ge=1,
+        description="Texts x videos that meet the reference EMCL together; its scores depend on this (docs/emcl.md).",
+    )
+    dsl: bool = Field(
+        False, description="Also report the dual softmax (transductive: it uses all test queries together)."
+    )
+    dsl_temperature: float = Field(0.01, gt=0, description="Of the dual softmax.")
+    shuffle_frames: bool = Field(
+        False, description="Score with every video's frames in a random order, to see whether order matters."
+    )
+    swap_videos: bool = Field(
+        False,
+        description=(
+            "Score with the videos dealt out anew among the samples: a control, which says what is known without them."
+        ),
+    )
