@@ -48,7 +48,8 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2
-    assert f"error: argument {said}" in capsys.readouterr().err.splitlines()[-1]
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"error: argument {said}") and complaint.count("\n") == 1
 
 
 def test_defaults_and_ordinary_values_are_taken() -> None:

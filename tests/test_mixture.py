@@ -59,6 +59,12 @@ def test_a_name_of_configs_stands_for_its_training_shards() -> None:
     assert training_patterns(config.data) == {"shards/sample/train-{000000..000003}.tar": 3, "other.tar": 1}
 
 
+def test_a_set_that_stands_twice_under_two_names_is_refused() -> None:
+    config = resolve(["retrieval"], overrides=["data.mixture={sample: 3, shards/sample/train-{000000..000003}.tar: 1}"])
+    with pytest.raises(UserError, match="which stands there already"):
+        training_patterns(config.data)
+
+
 def test_bad_weights_are_refused() -> None:
     with pytest.raises(UserError, match="above 0"):
         resolve(["retrieval"], overrides=["data.mixture={sample: 0}"])

@@ -98,6 +98,17 @@ def test_a_plain_dataclass_in_the_tasks_own_module_is_checked_with_the_task(
     assert "`tasks.odd.label`" in describe()
 
 
+def test_another_packages_settings_of_the_same_name_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, apart=False)
+    (tmp_path / "other-1.dist-info").mkdir()
+    (tmp_path / "other-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1\n")
+    (tmp_path / "other-1.dist-info" / "entry_points.txt").write_text("[emcl.settings]\nodd = nowhere:Config\n")
+    assert early_settings_of("odd") is None
+    assert settings_of("odd") is not None
+
+
 def test_settings_of_no_task_name_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, apart=True)
     with pytest.raises(UserError, match="unknown task 'od', did you mean 'odd'"):

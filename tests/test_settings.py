@@ -14,9 +14,10 @@ import pytest
 from conftest import ROOT, emcl_command
 from emcl.config import from_dict, resolve, to_yaml
 from emcl.errors import UserError, one_line
+from emcl.model.limits import check_limits
 from emcl.recipe import read_yaml
 from emcl.train.deepspeed_file import read_deepspeed
-from emcl.train.folders import saved_config
+from emcl.train.folders import config_of_run
 
 REFUSED = {
     # numbers
@@ -313,6 +314,13 @@ def test_a_wrong_recipe_is_refused_in_one_line(
     assert named in one_line(caught.value)
 
 
+def test_a_wrong_recipe_is_named_beside_right_overrides_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("optim: {lr: nan}\n")
+    with pytest.raises(UserError, match=rf"^{recipe}: optim\.lr=nan is not"):
+        resolve(["retrieval"], str(recipe), ["seed=1"])
+
+
 def test_a_wrong_override_of_a_right_recipe_is_not_the_recipes() -> None:
     with pytest.raises(UserError, match=r"^optim\.lr=0 is not"):
         resolve(["retrieval"], overrides=["optim.lr=0"])
@@ -346,7 +354,8 @@ def test_overrides_are_held_against_the_run_that_goes_on(tmp_path: Path) -> None
         ["captioning"], overrides=["tasks.captioning.words=80", "model.temporal=mean", "name=mine", "data.frames=90"]
     )
     (tmp_path / "config.yaml").write_text(to_yaml(saved).replace("name: mine", "name: group/mine"))
-    config = saved_config(tmp_path, ["tasks.captioning.generation.max_new_tokens=60"])
+    override = "tasks.captioning.generation.max_new_tokens=60"
+    config = config_of_run(None, None, [override], evaluate=None, resumed=tmp_path)
     assert (config.tasks["captioning"].generation.max_new_tokens, config.name) == (60, "mine")
     status, said, _, torch = launched("--resume", str(tmp_path), "model.temporal=transformer")
     assert (status, torch) == (2, False) and "data.frames=90 is not a whole number from 1 to 77" in said
@@ -354,6 +363,38 @@ def test_overrides_are_held_against_the_run_that_goes_on(tmp_path: Path) -> None
     assert (status, torch) == (2, False) and "was not trained for retrieval (its tasks: captioning)" in said
     status, said, _, torch = launched("--resume", str(tmp_path / "none"))
     assert (status, torch) == (2, False) and "no run's folder" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"embed_dim": -1}, "embed_dim or context_length is no number above 0"),
+        ({"embed_dim": True}, "embed_dim or context_length is no number above 0"),
+        ({"embed_dim": "64"}, "embed_dim or context_length is no number above 0"),
+        ({"text_cfg": {"context_length": None}}, "embed_dim or context_length is no number above 0"),
+        ({"text_cfg": 3}, "is no architecture in open_clip's format"),
+        ({"vision_cfg": []}, "vision_cfg no table"),
+    ],
+)
+def test_an_architecture_with_wrong_numbers_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**json.loads((ROOT / "configs/model/tiny.json").read_text()), **change}))
+    config = resolve(["retrieval"], overrides=[f"model.name={path}"])
+    with pytest.raises(UserError, match=f"^{path} is no architecture in open_clip's format") as caught:
+        check_limits(config)
+    assert named in one_line(caught.value)
+
+
+def test_a_model_without_the_layer_may_be_narrower_than_its_bases() -> None:
+    config = resolve(["retrieval"], overrides=["emcl.k=500", "emcl.enabled=false"])
+    check_limits(config)
+    with pytest.raises(UserError, match=r"emcl\.k=500 is not a whole number from 1 to 192"):
+        check_limits(resolve(["retrieval"], overrides=["emcl.k=500"]))
+
+
+def test_an_entry_for_a_mixture_that_is_no_table_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^data\.mixture={a: 1 is not a table"):
+        resolve(["retrieval"], overrides=["data.mixture={a: 1", "data.mixture.b=2"])
 
 
 @pytest.mark.parametrize(

@@ -27,20 +27,17 @@ def task_names(text: str) -> list[str]:
     return names
 
 
-def whole(*units: Any, **bounds: int) -> Callable[[str], int]:
+def whole(**bounds: Any) -> Callable[[str], int]:
     """An option's `type=`, such as `whole(ge=1)`; the bounds are those of a setting's `Field`."""
-    return _reader(int, units, bounds)
+    return _reader(Annotated[int, Field(**bounds)])
 
 
-def number(*units: Any, **bounds: float) -> Callable[[str], float]:
+def number(**bounds: Any) -> Callable[[str], float]:
     """As `whole`; finite."""
-    return _reader(float, units, {**bounds, "allow_inf_nan": False})
+    return _reader(Annotated[float, Field(allow_inf_nan=False, **bounds)])
 
 
-def _reader(kind: type, units: Sequence[Any], bounds: Any) -> Callable[[str], Any]:
-    annotation: Any = Annotated[kind, Field(**bounds)]
-    for unit in units:
-        annotation = Annotated[annotation, unit]
+def _reader(annotation: Any) -> Callable[[str], Any]:
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
 
     def read(text: str) -> Any:

@@ -81,8 +81,7 @@ class Config:
         description=(
             "Some rank has to get on in this time (with a step, a batch of an evaluation, a video's features) "
             "before the run ends, naming the rank that the others wait for; six times that for what does not say "
-            "how it "
-            "gets on, such as saving. A rank that gives no sign of life for 20 seconds is named at once."
+            "how it gets on, such as saving. A rank that gives no sign of life for 20 seconds is named at once."
         ),
     )
     deepspeed: str = Field(

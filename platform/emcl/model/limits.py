@@ -18,7 +18,8 @@ SIDE = 224
 
 
 def check_limits(config: Config) -> None:
-    """
+    """Whether frames, bases, words and size are what the model has room for.
+
     Raises:
         UserError: no such architecture; more frames, words or bases than it has room for; another size.
     """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from emcl.errors import UserError, first_line
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.conv import ConvTower
+from emcl.model.limits import CONTEXT
 from emcl.model.patches import embed_patches_by_product
 from emcl.model.settings import ModelConfig
 from emcl.shipped import find_architecture
@@ -179,7 +180,7 @@ def tokenizer(name: str, words: int) -> Callable[[list[str]], Tensor]:
     if text.get("hf_tokenizer_name"):
         _local_directory(text["hf_tokenizer_name"], "hf_tokenizer_name")
         return _Trimmed(open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=words))
-    limit = text.get("context_length", 77)
+    limit = text.get("context_length", CONTEXT)
     if words > limit:  # of an architecture that model/limits.py does not know, from open_clip's `local-dir:`
         raise UserError(f"data.words={words} is more than the {limit} positions of {name}'s text tower")
     return open_clip.tokenizer.SimpleTokenizer(context_length=words)

@@ -42,7 +42,7 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise UserError(f"{path}: zero_optimization={zero} is no table, such as {{'stage': 1}}")
-    stage = zero.get("stage", 0)
+    stage = stage_of(settings)
     if isinstance(stage, bool) or stage not in STAGES:
         raise UserError(f"{path}: zero_optimization.stage={stage!r} is not one of {', '.join(map(str, STAGES))}")
     if config.precision == "fp16" and stage == 0:
@@ -51,10 +51,15 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     return settings
 
 
+def stage_of(settings: dict[str, Any]) -> int:
+    """ZeRO's, of a DeepSpeed file's settings; 0 where it names none."""
+    return settings.get("zero_optimization", {}).get("stage", 0)
+
+
 def zero_stage(config: Config) -> int:
-    """Of the run; 0 where the file names none.
+    """Of the run.
 
     Raises:
         UserError: as `read_deepspeed` does.
     """
-    return int(read_deepspeed(config).get("zero_optimization", {}).get("stage", 0))
+    return stage_of(read_deepspeed(config))

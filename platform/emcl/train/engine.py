@@ -12,7 +12,7 @@ from torch import nn
 from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.train.deepspeed_file import read_deepspeed, zero_stage
+from emcl.train.deepspeed_file import read_deepspeed, stage_of
 from emcl.train.gradient_norm import take_norms_at_once
 from emcl.train.optimizer import build_optimizer, build_schedule
 
@@ -54,7 +54,7 @@ def build_engine(
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
-    checked = config.precision == "fp32" and zero_stage(config) == 0
+    checked = config.precision == "fp32" and stage_of(settings) == 0
     optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda", checked=checked)
     schedule = build_schedule(optimizer, config.optim, steps)
     engine, *_ = deepspeed.initialize(

@@ -11,6 +11,7 @@ from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve
 from emcl.errors import UserError
 from emcl.recipe import read_yaml
 from emcl.registry import expand, settings_of
+from emcl.settings import Tree
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -57,16 +58,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in found if (path / MANIFEST).is_file())
 
 
-def saved_config(folder: Path, overrides: Sequence[str] = (), *, kind_of: Callable[[str], Any] = settings_of) -> Config:
-    """What a run or export was configured with, and overrides over it.
+def saved_config(folder: Path) -> Config:
+    """What a run or export was configured with.
 
     Raises:
-        UserError: its file, or an override, is wrong.
+        UserError: its file is wrong.
     """
+    return from_dict([_saved(folder)], source=str(folder / CONFIG))
+
+
+def _saved(folder: Path) -> Tree:
     saved = read_yaml(folder / CONFIG)
     if isinstance(saved.get("name"), str):
         saved["name"] = saved["name"].rpartition("/")[2]  # earlier versions took `a/b`
-    return from_dict([saved], overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
+    return saved
 
 
 def config_of_run(
@@ -87,8 +92,9 @@ def config_of_run(
     if recipe is not None or earlier is None:
         return resolve(tasks, recipe or DEFAULT_RECIPE, overrides, kind_of=kind_of)
     folder = find_export(evaluate) if evaluate else earlier
-    trained = list(read_yaml(folder / CONFIG).get("tasks", {}))
+    saved = _saved(folder)
+    trained = list(saved.get("tasks", ()))
     missing = [name for name in expand(tasks or []) if name not in trained]
     if missing:
         raise UserError(f"{earlier} was not trained for {missing[0]} (its tasks: {', '.join(trained)})")
-    return saved_config(folder, overrides, kind_of=kind_of)
+    return from_dict([saved], overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
