@@ -18,7 +18,7 @@ train: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed platform/launch.py --task retrieval
 
 # A page to search the sample's test clips in, with a model of all tasks (trained first, some 12 minutes): make demo
-DEMO := $(if $(wildcard runs/demo),--resume runs/demo,--task all name=demo)
+DEMO := $(if $(wildcard runs/demo/checkpoints/step-*/manifest.json),--resume runs/demo,--task all name=demo)
 demo: install
 	test -f runs/demo/scores-test.json || PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed platform/launch.py $(DEMO)
 	$(BIN)/emcl unpack shards/sample/test-000000.tar --out demo/videos

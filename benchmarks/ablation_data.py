@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from emcl.config import DEFAULT_RECIPE
 from emcl.errors import UserError
+from emcl.run_folder import RUNS, WEIGHTS, RunFolder
 
 MSRVTT = "shards/msrvtt_frames"
 EVERY_SENTENCE = "shards/msrvtt_frames_every_sentence"
@@ -60,17 +62,25 @@ def make_msrvtt(annotations: Path | None, frames: Path | None) -> None:
         prepare_shards(clips, Videos(frames), Path(folder), options, source="msrvtt", protocol=protocol)
 
 
+def train_to_the_end(folder: RunFolder, recipe: str, settings: Sequence[str]) -> None:
+    """A retrieval run; one that was cut short goes on."""
+    from emcl.train.run import run
+
+    if folder.whole_checkpoints():
+        run(["retrieval"], overrides=settings, resume=str(folder))
+    else:
+        run(["retrieval"], recipe=recipe, overrides=[*settings, f"runs={folder.path.parent}", f"name={folder.name}"])
+
+
 def make_sample(_: Path | None, __: Path | None) -> None:
     """Trains 5 epochs of the sample recipe once without EMCL; its towers, frozen, serve every variant."""
     if SAMPLE_TOWERS.is_file():
         return
-    from emcl.train.run import run
-
-    export = Path("runs/ablation-towers/best/model.safetensors")
-    if not export.is_file():
+    folder = RunFolder(Path(RUNS) / "ablation-towers")
+    if not (folder.best / WEIGHTS).is_file():
         settings = ["emcl.enabled=false", "optim.epochs=5", "data.val=null", "data.test=null", "tracking.enabled=false"]
-        run(["retrieval"], overrides=[*settings, "name=ablation-towers"])
-    trained = load_file(export)
+        train_to_the_end(folder, DEFAULT_RECIPE, settings)
+    trained = load_file(folder.best / WEIGHTS)
     towers = {}
     for name, value in trained.items():
         for ours, theirs in (("backbone.image.trunk.", "visual."), ("backbone.text.trunk.", "text.")):

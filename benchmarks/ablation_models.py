@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ablation_data import train_to_the_end
 from emcl.config import Config, resolve
 from emcl.data.loader import every_caption
 from emcl.data.order import Draw
@@ -29,9 +30,8 @@ from emcl.model.embeddings import Embeddings
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.report.options import reference_module
-from emcl.train.export import WEIGHTS
+from emcl.run_folder import WEIGHTS, RunFolder
 from emcl.train.features import open_source
-from emcl.train.run import run
 
 TILE = 32
 """Texts x videos that the reference's EM sees together, as published."""
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def export(self) -> Path:
-        return self.folder / self.name / "best"
+        return RunFolder(self.folder / self.name).best
 
     def config(self) -> Config:
         return resolve(["retrieval"], self.recipe, self._settings())
@@ -64,7 +64,7 @@ def train(job: Job) -> Path:
     if not (job.export / WEIGHTS).is_file():
         (job.folder / job.name).mkdir(parents=True, exist_ok=True)
         with _output_to(job.folder / job.name / "log.txt"):
-            run(["retrieval"], recipe=job.recipe, overrides=job._settings())
+            train_to_the_end(RunFolder(job.folder / job.name), job.recipe, job._settings())
     return job.export
 
 

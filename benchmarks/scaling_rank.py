@@ -54,6 +54,7 @@ def main() -> None:
     count_all()
     from emcl import distributed
     from emcl.config import resolve
+    from emcl.run_folder import RunFolder
     from emcl.train.inputs import open_inputs
     from emcl.train.loop import Trainer
     from sample_clips import settings
@@ -66,7 +67,8 @@ def main() -> None:
     sent: dict[str, int] = {}
     for stage in stages:
         config = resolve(["retrieval"], "sample", [*settings(clips), f"deepspeed=deepspeed/zero{stage}.json"])
-        trainers[stage] = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / f"run{stage}")
+        kept = RunFolder(folder / f"run{stage}")
+        trainers[stage] = Trainer(open_inputs(config, ranks), ranks, distributed.device(), kept)
         trainers[stage].engine.train()
     batches = [batch for (batch, _), _ in zip(trainers[stages[0]]._steps(0), range(STEPS + WARM), strict=False)]
     for batch in batches:

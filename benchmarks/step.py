@@ -20,6 +20,7 @@ import torch
 from emcl import distributed
 from emcl.config import resolve
 from emcl.multitask import total_loss
+from emcl.run_folder import RunFolder
 from emcl.task import to_device
 from emcl.tracking import open_tracker
 from emcl.train.clock import PARTS, StepClock
@@ -38,7 +39,7 @@ COLLECTIVES = 40
 def trainer_of(folder: Path, clips: str, *overrides: str) -> Trainer:
     config = resolve(["retrieval"], "sample", [*settings(clips), *overrides])
     ranks = distributed.start()
-    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), folder / "run")
+    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), RunFolder(folder / "run"))
     trainer.tracker = open_tracker(config, "benchmark", first_rank=True)
     trainer.engine.train()
     return trainer

@@ -25,6 +25,7 @@ from emcl.config import resolve
 from emcl.data.mixture import open_training
 from emcl.data.shards import open_shards
 from emcl.metrics.captions import caption_metrics, plain_tokens
+from emcl.run_folder import RUNS, RunFolder
 
 TASKS = ("retrieval", "captioning", "msrvtt_qa")
 CHOSEN = {
@@ -44,7 +45,7 @@ def launch(tasks: str, name: str, *settings: str) -> None:
 
 
 def scores(name: str, split: str = "test") -> dict[str, dict[str, float]]:
-    found = json.loads((Path("runs") / name / f"scores-{split}.json").read_text())["tasks"]
+    found = json.loads(RunFolder(Path(RUNS) / name).scores(split).read_text())["tasks"]
     return {task: item["metrics"] for task, item in found.items()}
 
 
@@ -55,19 +56,23 @@ def run_name(tasks: str, recipe: str, seed: int, label: str = "") -> str:
 def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") -> tuple[dict[str, Any], float]:
     """Test scores, and the minutes that it took where that is known."""
     name = run_name(tasks, recipe, seed, label)
-    taken = Path("runs") / name / "minutes"
-    if not (Path("runs") / name / "scores-test.json").is_file():
+    folder = RunFolder(Path(RUNS) / name)
+    taken = folder.path / "minutes"
+    if not folder.scores("test").is_file():
         began = time.perf_counter()
-        launch(tasks, name, "--recipe", recipe, f"seed={seed}", *extra)
-        taken.write_text(str((time.perf_counter() - began) / 60))
+        cut_short = folder.whole_checkpoints()
+        launch(tasks, name, *(["--resume", str(folder)] if cut_short else ["--recipe", recipe, f"seed={seed}", *extra]))
+        if not cut_short:
+            taken.write_text(str((time.perf_counter() - began) / 60))
     return scores(name), float(taken.read_text()) if taken.is_file() else float("nan")
 
 
 def swapped(tasks: str, recipe: str, seed: int) -> dict[str, dict[str, float]]:
     """The joint model's scores with the videos dealt out anew."""
     name = run_name(tasks, recipe, seed)
-    if not (Path("runs") / name / "scores-test-swapped.json").is_file():
-        launch(tasks, name, "--evaluate", f"runs/{name}", "evaluate.swap_videos=true")
+    folder = RunFolder(Path(RUNS) / name)
+    if not folder.scores("test-swapped").is_file():
+        launch(tasks, name, "--evaluate", str(folder), "evaluate.swap_videos=true")
     return scores(name, "test-swapped")
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from emcl.prepare.benchmarks import read_benchmark
+from emcl.run_folder import RunFolder
 
 CLIPS = (
     "data.generate=false", "data.val=null", "data.batch_size=16", "data.frames=12", "optim.epochs=60", "optim.lr=1e-3",
@@ -32,8 +33,11 @@ def say_and_do(*command: str) -> None:
     print(f"[{time.perf_counter() - began:.0f} s]", flush=True)
 
 
-def train(*arguments: str) -> None:
-    say_and_do("deepspeed", "--num_accelerators", "1", "platform/launch.py", "--task", "retrieval", *arguments)
+def train(run: RunFolder, *arguments: str) -> None:
+    """One that is there already goes on."""
+    new = ["--task", "retrieval", *arguments, f"runs={run.path.parent}", f"name={run.name}"]
+    chosen = ["--resume", str(run)] if run.whole_checkpoints() else new
+    say_and_do("deepspeed", "--num_accelerators", "1", "platform/launch.py", *chosen)
 
 
 def msrvtt(options: argparse.Namespace) -> None:
@@ -44,7 +48,7 @@ def msrvtt(options: argparse.Namespace) -> None:
     say_and_do("emcl", "prepare", "msrvtt", *given, "--keep", "--allow-missing", "--out", shards)
     say_and_do("emcl", "verify", shards)
     data = [f"data.train={shards}/train-*.tar", f"data.test={shards}/test-*.tar"]
-    train("--recipe", "msrvtt_frames", *data, *_run(options), *options.set)
+    train(_run(options), "--recipe", "msrvtt_frames", *data, *options.set)
 
 
 def clips(options: argparse.Namespace) -> None:
@@ -58,7 +62,7 @@ def clips(options: argparse.Namespace) -> None:
     )  # fmt: skip
     say_and_do("emcl", "verify", "--decode", shards)
     data = [f"data.train={shards}/train-*.tar", f"data.test={shards}/train-*.tar"]
-    train(*data, *CLIPS, *_run(options), *options.set)
+    train(_run(options), *data, *CLIPS, *options.set)
 
 
 def table_of_clips(videos: Path, annotations: Path) -> list[dict[str, object]]:
@@ -74,8 +78,8 @@ def table_of_clips(videos: Path, annotations: Path) -> list[dict[str, object]]:
     return rows
 
 
-def _run(options: argparse.Namespace) -> list[str]:
-    return [f"runs={options.out}/runs", "name=run"]
+def _run(options: argparse.Namespace) -> RunFolder:
+    return RunFolder(options.out / "runs" / "run")
 
 
 def main() -> None:
@@ -88,7 +92,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     options.out = options.out or Path("whole-way") / options.what
     {"msrvtt": msrvtt, "clips": clips}[options.what](options)
-    run = f"{options.out}/runs/run"
+    run = str(_run(options))
     say_and_do("emcl", "options", run)
     say_and_do("emcl", "report", run, "--out", f"{options.out}/report")
 

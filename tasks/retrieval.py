@@ -27,10 +27,11 @@ from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
-from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
+from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import emcl_layer
 from emcl.model.similarity import similarity, similarity_by_tile
 from emcl.pictures import Example, draw_retrieval
+from emcl.run_folder import EMBEDDINGS, SIMILARITY
 from emcl.task import Evaluation, Scorer, Scores, Task
 
 EXAMPLES = 6

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emcl import distributed
 from emcl.config import resolve
+from emcl.run_folder import RunFolder
 from emcl.tracking import open_tracker
 from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
@@ -104,7 +105,7 @@ def step_of(variant: str, settings: list[str]) -> Waits:
         chosen = [*settings, *quiet, f"emcl.variant={variant}"]
         config = resolve(["retrieval", "captioning", "msrvtt_qa"], "sample", chosen)
         ranks = distributed.start()
-        trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), Path(folder) / "run")
+        trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), RunFolder(Path(folder) / "run"))
         trainer.tracker = open_tracker(config, "waits", first_rank=True)
         trainer.engine.train()
         watch = Waits()

@@ -14,6 +14,7 @@ from conftest import small
 from emcl import distributed
 from emcl.config import resolve
 from emcl.distributed import Ranks
+from emcl.run_folder import RunFolder
 from emcl.task import to_device
 from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
@@ -41,7 +42,7 @@ def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, st
     own = ["data.workers=0", f"precision={precision}", f"deepspeed=deepspeed/zero{stage}.json"]
     config = resolve(["retrieval"], "sample", [*small(shards), *own])
     device = torch.device("cpu")
-    trainer = Trainer(open_inputs(config, ranks), ranks, device, folder / f"run{ranks.rank}", resuming=False)
+    trainer = Trainer(open_inputs(config, ranks), ranks, device, RunFolder(folder / f"run{ranks.rank}"))
     (batch,), _ = next(trainer._steps(0))
     trainer.engine.backward(sum(trainer.engine(to_device(batch, device)).values()))
     optimizer, theirs = trainer.engine.optimizer, DeepSpeedZeroOptimizer

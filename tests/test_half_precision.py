@@ -14,6 +14,7 @@ from emcl.model.backbone import Backbone
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.settings import ModelConfig
 from emcl.prepare.towers import write_towers
+from emcl.run_folder import RunFolder
 from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
 
@@ -37,7 +38,7 @@ def test_a_step_of_every_shipped_architecture_in_bf16(
         "data.batch_size=2", "emcl.k=8", "data.workers=0", *settings,
     ])  # fmt: skip
     ranks = distributed.start()
-    trainer = Trainer(open_inputs(config, ranks), ranks, torch.device("cpu"), tmp_path / "run")
+    trainer = Trainer(open_inputs(config, ranks), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
     trainer.engine.train()
     batches, _ = next(trainer._steps(0))
     losses = trainer._step(batches)

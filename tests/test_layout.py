@@ -18,6 +18,7 @@ FLOORS = (
     {"settings"},
     {"em", "registry", "shipped", "recipe", "metrics"},
     {"config", "distributed"},
+    {"run_lock", "run_folder"},
     {"data"},
     {"prepare", "model", "pictures"},
     {"task"},
@@ -27,7 +28,7 @@ FLOORS = (
     {"inference", "placement", "describe", "arguments", "report", "doctor"},
     {"search"},
     {"serve"},
-    {"cli", "cli_search"},
+    {"launch", "cli", "cli_search"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class.
 
@@ -94,27 +95,3 @@ def test_the_page_of_settings_is_what_the_code_says() -> None:
 
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert page == describe(), "run: emcl config --describe > docs/configuration.md"
-
-
-def test_a_wheel_in_a_clean_environment_imports_lists_tasks_and_finds_configurations(tmp_path: Path) -> None:
-    """The environment has the dependencies and the wheel; the checkout and the editable install are not in it."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(ROOT)], check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(wheel)], check=True)
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    dependencies = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "dependencies.pth").write_text(dependencies + "\n")  # appended: its own .pth files are not read
-
-    def output(*command: str) -> str:
-        return subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True).stdout
-
-    where = output(str(python), "-c", "import emcl, emcl.tasks; print(emcl.__file__, emcl.tasks.__file__)")
-    assert str(ROOT) not in where
-    assert where.count(str(site)) == 2
-    emcl = str(tmp_path / "venv" / "bin" / "emcl")
-    assert "retrieval" in output(emcl, "tasks")
-    assert "sample" in output(emcl, "config", "--list")
-    assert "batch_size: 64" in output(emcl, "config", "--task", "retrieval")

@@ -116,9 +116,10 @@ def test_a_report_without_shards_or_kept_scores_leaves_out_what_it_lacks(run: Pa
 
 
 def test_a_folder_without_scores_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
     assert main(["report", str(tmp_path)]) == 2
-    assert "--evaluate" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--evaluate"):
+    assert "emcl evaluate" in capsys.readouterr().err
+    with pytest.raises(UserError, match="emcl evaluate"):
         Embeddings.open(tmp_path / "embeddings-test.safetensors")
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from conftest import LAUNCH, deepspeed_command, launch, launch_environment, losses, recorded, small
 from emcl.errors import UserError
+from emcl.run_folder import MANIFEST, RunFolder, checkpoints_in
 from emcl.train import checkpoint
-from emcl.train.lock import RunLock
 from emcl.train.universal import PART
 from forked import start_ranks
 
@@ -103,7 +103,7 @@ def twelve(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def forget_after(cwd: Path, step: int) -> None:
-    for path in checkpoint.checkpoints(cwd / "runs/run/checkpoints"):
+    for path in checkpoints_in(cwd / "runs/run/checkpoints"):
         if int(path.name.rpartition("-")[2]) > step:
             shutil.rmtree(path)
 
@@ -163,7 +163,7 @@ def test_what_cannot_go_on_is_named(run: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
-    found = checkpoint.checkpoints(folder)
+    found = checkpoints_in(folder)
     assert len(found) == 3
     assert checkpoint.newest_whole(folder) == found[-1]
     said: list[str] = []
@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run: Path, tm
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    (found[-2] / checkpoint.MANIFEST).write_text("{")
+    (found[-2] / MANIFEST).write_text("{")
     assert checkpoint.newest_whole(folder, said.append) == found[-3]
     assert victim.name in said[0] and found[-2].name in said[1]
     next(found[-3].rglob("*.pt")).unlink()
@@ -183,9 +183,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run: Path, tm
 def test_a_checkpoint_cut_short_is_none(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
-    newest = checkpoint.checkpoints(folder)[-1]
+    newest = checkpoints_in(folder)[-1]
     newest.rename(newest.with_name(f"{newest.name}{PART}"))
-    assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1] != newest
+    assert checkpoint.newest_whole(folder) == checkpoints_in(folder)[-1] != newest
 
 
 @pytest.mark.xdist_group("resume")
@@ -204,7 +204,7 @@ def test_a_full_disk_is_an_error_that_says_how_much_and_leaves_the_old_ones(
         assert re.search(r"error: step-\d+ could not be saved .* needs [\d,]+ MiB, [\d,]+ are free; step-\d+", output)
         assert "Traceback" not in output
         folder = place / "runs/run/checkpoints"
-        assert checkpoint.newest_whole(folder) == checkpoint.checkpoints(folder)[-1]
+        assert checkpoint.newest_whole(folder) == checkpoints_in(folder)[-1]
         assert not list(folder.glob(f"*{PART}"))
     finally:
         subprocess.run(["umount", str(place)], check=True)
@@ -234,10 +234,10 @@ def test_a_signal_saves_ends_with_75_and_the_run_goes_on(sample_shards: Path, tm
 
 @pytest.mark.xdist_group("resume")
 def test_a_second_run_with_the_same_folder_is_refused(sample_shards: Path, tmp_path: Path) -> None:
-    lock = RunLock(tmp_path / "runs/run")
+    held = RunFolder.create(tmp_path / "runs", "run", ["retrieval"])
     done = launch("--task", "retrieval", *settings(sample_shards, 1), cwd=tmp_path, ranks=2)
     assert done.returncode != 0
     assert f"runs/run is in use by process {os.getpid()} on" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    del lock
-    RunLock(tmp_path / "runs/run")
+    held.release()
+    RunFolder.create(tmp_path / "runs", "run", ["retrieval"]).release()

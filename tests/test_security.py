@@ -20,6 +20,7 @@ from emcl.config import resolve
 from emcl.data.decode import DecodeError, decode
 from emcl.data.shards import find_shards, open_shards
 from emcl.errors import UserError
+from emcl.run_folder import saved_config
 from emcl.secrets import masked
 from emcl.train.run import run
 
@@ -171,7 +172,8 @@ def test_no_secret_reaches_mlflow_or_an_export(
     monkeypatch.setenv("STORE_TOKEN", "topsecretvalue")
     (tmp_path / "topsecretvalue").symlink_to(sample_shards)
     settings = small(Path("${oc.env:STORE_TOKEN}"))
-    run(["retrieval"], overrides=[*settings, "optim.max_steps=1", "name=run", *recorded(tmp_path)])
+    mixture = "data.mixture={topsecretvalue/train-000000.tar: 1}"
+    run(["retrieval"], overrides=[*settings, "optim.max_steps=1", "name=run", mixture, *recorded(tmp_path)])
     assert mlflow_run(tmp_path)[1].data.params["data.train"] == "***/train-*.tar"
     shown = capfd.readouterr()
     assert "topsecretvalue" not in shown.out + shown.err
@@ -181,6 +183,9 @@ def test_no_secret_reaches_mlflow_or_an_export(
         tmp_path / "mlflow.db",
     ]:
         assert path.is_dir() or b"topsecretvalue" not in path.read_bytes(), path
+    export = saved_config(tmp_path / "runs/run/best")  # which is still read as YAML
+    assert (export.data.train, export.name) == ("***/train-*.tar", "run")
+    assert list(export.data.mixture) == ["***/train-000000.tar"]
 
 
 def test_a_playlist_in_place_of_a_video_opens_no_other_file(sample_shards: Path, tmp_path: Path) -> None:

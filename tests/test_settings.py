@@ -16,8 +16,9 @@ from emcl.config import from_dict, resolve, to_yaml
 from emcl.errors import UserError, one_line
 from emcl.model.limits import check_limits
 from emcl.recipe import read_yaml
+from emcl.run_folder import RunFolder
 from emcl.train.deepspeed_file import read_deepspeed
-from emcl.train.folders import config_of_run
+from emcl.train.run_config import config_of_run
 
 REFUSED = {
     # numbers
@@ -354,13 +355,16 @@ def test_overrides_are_held_against_the_run_that_goes_on(tmp_path: Path) -> None
         ["captioning"], overrides=["tasks.captioning.words=80", "model.temporal=mean", "name=mine", "data.frames=90"]
     )
     (tmp_path / "config.yaml").write_text(to_yaml(saved).replace("name: mine", "name: group/mine"))
+    written = tmp_path / "checkpoints/step-00000004/manifest.json"
+    written.parent.mkdir(parents=True)
+    written.write_text("{}")
     override = "tasks.captioning.generation.max_new_tokens=60"
-    config = config_of_run(None, None, [override], evaluate=None, resumed=tmp_path)
+    config = config_of_run(None, None, [override], evaluate=None, resumed=RunFolder(tmp_path))
     assert (config.tasks["captioning"].generation.max_new_tokens, config.name) == (60, "mine")
     status, said, _, torch = launched("--resume", str(tmp_path), "model.temporal=transformer")
     assert (status, torch) == (2, False) and "data.frames=90 is not a whole number from 1 to 77" in said
     status, said, _, torch = launched("--resume", str(tmp_path), "--task", "retrieval")
-    assert (status, torch) == (2, False) and "was not trained for retrieval (its tasks: captioning)" in said
+    assert (status, torch) == (2, False) and "goes on with its own tasks (captioning), not with retrieval" in said
     status, said, _, torch = launched("--resume", str(tmp_path / "none"))
     assert (status, torch) == (2, False) and "no run's folder" in said
 

@@ -135,20 +135,21 @@ def test_what_could_not_be_sent_at_all_is_kept_and_sent_when_the_run_goes_on(
     monkeypatch.setattr(tracking, "DRAIN", 2.0)
     config = resolve(["retrieval"])
     with server(folder, port):
-        first = open_tracker(config, "run", first_rank=True, folder=folder)
+        first = open_tracker(config, "run", first_rank=True, unsent=folder / "unsent.json")
         first.metrics({"train/loss": 1.0}, 1)
         time.sleep(2)
     for step in (2, 3):
         first.metrics({"train/loss": float(step)}, step)
     first.finish("KILLED")
-    assert (folder / tracking.UNSENT).is_file()
+    assert (folder / "unsent.json").is_file()
     with server(folder, port):
-        second = open_tracker(config, "run", first_rank=True, continued=first.run_id, folder=folder)
+        second = open_tracker(config, "run", first_rank=True, continued=first.run_id, unsent=folder / "unsent.json")
+        assert (folder / "unsent.json").is_file()  # until all of it has arrived: a kill loses nothing
         second.metrics({"train/loss": 4.0}, 4)
         second.finish()
         history = MlflowClient(tracking_uri=uri).get_metric_history(str(first.run_id), "train/loss")
         assert [(item.step, item.value) for item in history] == [(step, float(step)) for step in range(1, 5)]
-    assert not (folder / tracking.UNSENT).exists()
+    assert not (folder / "unsent.json").exists()
 
 
 def test_a_record_that_the_store_refuses_holds_up_nothing(opened: Config, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,14 +1,17 @@
-"""What the commands' argument parsers share: numbers with a range, and help on settings."""
+"""What the commands' argument parsers share: numbers with a range, `--out`, and help on settings."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from emcl.errors import UserError, one_line
+from emcl.run_folder import why_not_written
 from emcl.settings import wanted
 
 
@@ -47,6 +50,19 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} is not {wanted(annotation)}") from None
 
     return read
+
+
+def check_out(path: Path, *, folder: bool, option: str = "--out") -> None:
+    """Whether results can be written, before the work that they come from; nothing is made.
+
+    Raises:
+        UserError: something else has the name, or the place is read-only.
+    """
+    why = why_not_written(path)
+    if os.path.lexists(path) and os.path.isdir(path) != folder:  # noqa: PTH112, which raises
+        why = "a file, not a folder" if folder else "a folder, not a file"
+    if why:
+        raise UserError(f"{option} {path}: {why}")
 
 
 class Help(argparse.Action):

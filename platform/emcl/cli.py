@@ -1,14 +1,16 @@
-"""The `emcl` command: preparation and look-ups around training. Training itself is `deepspeed platform/launch.py`."""
+"""The `emcl` command: all there is, from preparation to serving."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emcl.arguments import Parser, add_help, number, task_names, whole
+from emcl import launch
+from emcl.arguments import Parser, add_help, check_out, number, task_names, whole
 from emcl.cli_search import add_commands
 from emcl.errors import UserError, one_line
 from emcl.secrets import masked
@@ -27,13 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        "train", add_help=False, help="deepspeed platform/launch.py ..., on this machine's accelerators"
-    )
-    train.set_defaults(act=_train)
-    evaluate = commands.add_parser("evaluate", help="score a run's best model: train --evaluate RUN ...")
-    evaluate.add_argument("run", help="a run's folder, or an export")
-    evaluate.set_defaults(act=_train)
+    commands.add_parser("train", add_help=False, help="train on this machine's accelerators")  # emcl.launch has these
+    commands.add_parser("evaluate", add_help=False, help="score a run's best model on its test split")
 
     prepare = commands.add_parser("prepare", help="turn videos and captions into shards")
     kinds = prepare.add_subparsers(dest="kind", required=True, metavar="WHAT")
@@ -204,21 +201,10 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train(options: argparse.Namespace) -> None:
-    """Becomes the launcher, with what followed the command."""
-    import os
-
-    script = Path(__file__).resolve().parent.parent / "launch.py"
-    if not script.is_file():
-        raise UserError("training wants the checkout: deepspeed platform/launch.py --task retrieval")
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    scored = ["--evaluate", options.run] if options.command == "evaluate" else []
-    os.execv(launcher, [launcher, str(script), *scored, *options.rest])
-
-
 def _sample(options: argparse.Namespace) -> None:
     from emcl.prepare.sample import generate
 
+    check_out(options.out, folder=True)
     generate(options.out, seed=options.seed, processes=options.processes)
 
 
@@ -236,7 +222,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 
 def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, protocol: str) -> None:
-    from emcl.data.remote import is_remote, publish
+    from emcl.data.remote import check_published, is_remote, publish
     from emcl.prepare.shards import Encoding, Options, prepare_shards
     from emcl.prepare.videos import Videos
 
@@ -244,6 +230,9 @@ def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, p
     if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
         raise UserError(f"--part {options.part}: I/N, such as 2/8, with I from 1 to N")
     out = options.staging if is_remote(options.out) else Path(options.out)
+    check_out(out, folder=True, option="--staging" if out is options.staging else "--out")
+    if out is options.staging:
+        check_published(options.out)
     report = prepare_shards(
         clips,
         Videos(options.videos),
@@ -299,12 +288,14 @@ def _verify(options: argparse.Namespace) -> None:
 def _unpack(options: argparse.Namespace) -> None:
     from emcl.prepare.unpack import TABLE, unpack
 
+    check_out(options.out, folder=True)
     print(f"{options.out}: {unpack(options.shards, options.out)} videos, their captions in {TABLE}")
 
 
 def _towers(options: argparse.Namespace) -> None:
     from emcl.prepare.towers import write_towers
 
+    check_out(options.out, folder=True)
     for path in write_towers(options.out):
         print(path)
 
@@ -321,6 +312,7 @@ def _transform(options: argparse.Namespace) -> None:
         write,
     )
 
+    check_out(options.out, folder=True)
     features = Features.read(options.video, options.text)
     owner = read_owner(options.video_of_text, features)
     if (options.fit_video is None) != (options.fit_text is None):
@@ -347,6 +339,7 @@ def _options(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from emcl.report.page import write_report
 
+    check_out(options.out, folder=True)
     page, text = write_report(options.runs, options.out)
     print(text)
     print(f"written: {page}, {page.with_suffix('.md')}")
@@ -362,6 +355,7 @@ def _doctor(options: argparse.Namespace) -> None:
 def _bundle(options: argparse.Namespace) -> None:
     from emcl.doctor.bundle import bundle
 
+    check_out(options.out, folder=False)
     size = bundle(options.out, Path.cwd(), full=options.full, python=options.python, machine=options.machine)
     script = "install.sh" if options.full else "check.sh"
     print(f"{options.out}: {size / 1e6:.1f} MB; there: tar xf {options.out.name}, then sh emcl-bundle/{script}")
@@ -395,18 +389,21 @@ def _config(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    options.rest = rest
-    if rest and options.act is not _train:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    launched = {"train": launch.train, "evaluate": launch.evaluate}
     try:
+        if given and given[0] in launched:
+            return launched[given[0]](given[1:])
+        options = build_parser().parse_args(given)
         options.act(options)
     except UserError as error:
         print(f"error: {masked(one_line(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `emcl ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emcl.arguments import number, whole
+from emcl.arguments import check_out, number, whole
 from emcl.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,14 +94,19 @@ def _open(options: argparse.Namespace) -> VideoTextModel:
 
 
 def _index(options: argparse.Namespace) -> None:
-    from emcl.search.index import VideoIndex
+    from emcl.search.index import VideoIndex, faiss_package
     from emcl.search.windows import Windows
 
     if not options.videos.is_dir():
         raise UserError(f"{options.videos}: no such folder")
     if options.overlap >= options.window:
         raise UserError(f"--overlap {options.overlap:g} is not below --window {options.window:g}")
-    index = VideoIndex(options.out, _open(options), windows=Windows(options.window, options.overlap, options.cut))
+    check_out(options.out, folder=True)
+    faiss_package()
+    model = _open(options)
+    if options.emcl:
+        model.check_no_emcl()
+    index = VideoIndex(options.out, model, windows=Windows(options.window, options.overlap, options.cut))
     changes = index.update(options.videos, emcl=options.emcl)
     for path, reason in changes.broken.items():
         print(f"left out: {path}: {reason}")
@@ -112,15 +117,17 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from emcl.search.index import VideoIndex
+    from emcl.search.index import VideoIndex, check_index
 
     if sum(given is not None for given in (options.query, options.video, options.queries)) != 1:
         raise UserError("give a sentence, or --video FILE, or --queries FILE")
+    check_index(options.index)
+    _check_files([options.video] if options.video else [])
+    texts = [options.query] if options.queries is None else _lines(options.queries)
     index = VideoIndex(options.index, _open(options))
     if options.video is not None:
         found = [(str(options.video), index.search_by_video(options.video, options.top))]
     else:
-        texts = [options.query] if options.queries is None else _lines(options.queries)
         found = list(zip(texts, index.search_all(texts, options.top), strict=True))
     for query, hits in found:
         if options.queries is not None and not options.json:
@@ -130,9 +137,15 @@ def _search(options: argparse.Namespace) -> None:
             print(json.dumps({**asked, **asdict(hit)}, ensure_ascii=False) if options.json else _line(place, hit))
 
 
+def _check_files(files: list[Path]) -> None:
+    """Before a model is opened for them."""
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+
+
 def _lines(file: Path) -> list[str]:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
+    _check_files([file])
     lines = [line.strip() for line in file.read_text().splitlines()]
     return [line for line in lines if line]
 
@@ -148,21 +161,25 @@ def _clock(seconds: float) -> str:
 def _caption(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
+    _check_files(options.files)
     model = _open(options)
     for file in tqdm(options.files, unit="video", disable=len(options.files) < 5):
         tqdm.write(f"{file}: {model.caption(file)[0]}")
 
 
 def _ask(options: argparse.Namespace) -> None:
+    _check_files([options.file])
     for answer, share in _open(options).answer(options.file, options.question, top=options.top):
         print(f"{share:6.1%}  {answer}")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    from emcl.search.index import VideoIndex
+    from emcl.search.index import VideoIndex, check_index
     from emcl.serve.limits import Limits
-    from emcl.serve.server import serve
+    from emcl.serve.server import bind, serve
 
+    check_index(options.index)
     limits = Limits(waiting=options.queue, upload_mib=options.max_upload)
-    index = VideoIndex(options.index, _open(options))
-    serve(index, limits, host=options.host, port=options.port, browser=options.open)
+    with bind(options.host, options.port) as address:
+        index = VideoIndex(options.index, _open(options))
+        serve(index, limits, address, host=options.host, browser=options.open)

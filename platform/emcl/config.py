@@ -21,6 +21,7 @@ from emcl.evaluate.settings import EvaluateConfig
 from emcl.model.settings import EMCLConfig, ModelConfig
 from emcl.recipe import Overrides, as_written, parse_overrides, read_recipe
 from emcl.registry import expand, settings_of, task_entry
+from emcl.secrets import masked
 from emcl.settings import Seconds, Steps, Tree, build, group, merge, nested, subgroups
 from emcl.shipped import find_file
 from emcl.train.settings import CheckpointConfig, OptimConfig
@@ -58,7 +59,7 @@ class Config:
 
     seed: int = Field(0, ge=0, lt=2**32, description="Of weights, order, captions, augmentation.")
     name: Annotated[str, AfterValidator(_stays_in_runs)] | None = Field(
-        None, description="Of the run; made from task and time where not given."
+        None, description="Of a new run; one that a run has is refused. Made from task and time where not given."
     )
     runs: str = Field("runs", min_length=1, description="Folder of all runs.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -213,18 +214,25 @@ def _tasks(settings: Any) -> Sequence[str]:
     raise UserError(f"tasks={settings} is no table of tasks with their settings")
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration, readable by `from_dict`."""
-    return yaml.safe_dump(_escaped(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+def to_yaml(config: Config, *, secrets: bool = True) -> str:
+    """The resolved configuration, readable by `from_dict`; for others to see, without `secrets`."""
+    tree = dataclasses.asdict(config)
+    if not secrets:
+        tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
+    return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)
 
 
-def _escaped(value: Any) -> Any:
-    """With every `${` as `\\${`: it is text by now, and no more to be replaced."""
+def _each_text(value: Any, change: Callable[[str], str], *, in_keys: bool = False) -> Any:
     if isinstance(value, dict):
-        return {name: _escaped(one) for name, one in value.items()}
+        return {change(key) if in_keys else key: _each_text(one, change, in_keys=in_keys) for key, one in value.items()}
     if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return [_each_text(one, change, in_keys=in_keys) for one in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _escaped(text: str) -> str:
+    """With every `${` as `\\${`: it is text by now, and no more to be replaced."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def _meet() -> tuple[dist.Store, int, int]:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ.get("MASTER_PORT")
-        way_out = "deepspeed --master_port N platform/launch.py ..."
+        way_out = "deepspeed --master_port N platform/launch.py ... (or --module emcl.launch ...)"
         raise UserError(f"port {port} is taken, by another run perhaps: give a free one, {way_out}") from None
     except dist.DistStoreError as error:
         raise UserError(

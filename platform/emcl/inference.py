@@ -32,8 +32,8 @@ from emcl.model.pooling import mean_of_frames
 from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
 from emcl.multitask import VideoLanguageModel
 from emcl.placement import Placement, placement
+from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
 from emcl.train.export import open_export
-from emcl.train.folders import CONFIG, WEIGHTS, find_export
 
 
 class VideoError(UserError):
@@ -165,12 +165,16 @@ class VideoTextModel:
         Raises:
             UserError: the model has an EMCL layer.
         """
-        if self._task("retrieval", "it has no similarity").emcl is not None:
-            raise UserError(f"{self.files[0].parent} was trained with an EMCL layer of its own")
+        self.check_no_emcl()
         width = self.model.backbone.embed_dim
         chosen = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], width), **settings}
         self.module = EMCL(variant="compact", **chosen).fit(videos.mean(), texts).eval().to(self.device)
         return self
+
+    def check_no_emcl(self) -> None:
+        """Raises UserError: the model has an EMCL layer of its own, so that none can be fitted to it."""
+        if self._task("retrieval", "it has no similarity").emcl is not None:
+            raise UserError(f"{self.files[0].parent} was trained with an EMCL layer of its own")
 
     def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
         """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them."""
@@ -284,7 +288,7 @@ def load(
     if pretrained is not None:
         where, config = placement(device, precision), _plain_clip(str(path), Path(pretrained))
         return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], where=where)
-    folder = find_export(Path(path))
+    folder = RunFolder.open(Path(path)).export
     model, config = open_export(folder)
     where = placement(device, precision, trained=config.precision)
     return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], where=where)

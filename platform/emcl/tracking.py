@@ -17,7 +17,9 @@ from typing import Any
 from emcl.config import Config, flatten
 from emcl.errors import first_line
 from emcl.outbox import Message, Outbox
+from emcl.run_folder import write_whole
 from emcl.secrets import masked
+from emcl.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,6 @@ TIMEOUT = 5.0
 PARAM_LENGTH = 6000
 DRAIN = 60.0
 """Seconds that the end of a run waits for a store that is away."""
-UNSENT = "mlflow_unsent.json"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
@@ -51,7 +52,7 @@ class MLflowTracker(Tracker):
     """An MLflow run. What is recorded is sent by a thread; while the store is away it is kept, and none is sent twice.
 
     With `continued`, the run of that id goes on: what it holds already of a metric is not written twice. What could
-    not be sent at all is kept in `folder`, and sent when that run goes on.
+    not be sent at all is kept in the file `unsent`, and sent when that run goes on.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class MLflowTracker(Tracker):
         *,
         local_artifacts: Path | None,
         continued: str | None = None,
-        folder: Path | None = None,
+        unsent: Path | None = None,
     ) -> None:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         logging.getLogger("alembic").setLevel(logging.ERROR)
         self.uri = uri
-        self._mlflow, self._unsent = mlflow, folder / UNSENT if folder else None
+        self._mlflow, self._unsent, self._owed = mlflow, unsent, False
         self._asked_for = os.environ.get(VARIABLE)
         mlflow.set_tracking_uri(uri)  # which sets the variable, too
         self._client = mlflow.MlflowClient(tracking_uri=uri)
@@ -86,15 +87,15 @@ class MLflowTracker(Tracker):
                 identifier = experiment.experiment_id
             self._run = mlflow.start_run(experiment_id=identifier, run_name=name, log_system_metrics=True)
             mlflow.log_params(
-                {_parameter(key): masked(str(value))[:PARAM_LENGTH] for key, value in flatten(config).items()}
+                {_parameter(masked(key)): masked(str(value))[:PARAM_LENGTH] for key, value in flatten(config).items()}
             )
         self.run_id = self._id = str(self._run.info.run_id)
         mlflow.set_tag("commit", commit())
         self._outbox = Outbox(_is_refusal, lambda text: log.warning("MLflow at %s %s", masked(uri), masked(text)))
         if continued is not None and self._unsent and self._unsent.is_file():
+            self._owed = True
             for entries in json.loads(self._unsent.read_text()):
                 self._put_metrics(entries)
-            self._unsent.unlink()
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         now = int(time.time() * 1000)
@@ -131,8 +132,10 @@ class MLflowTracker(Tracker):
     def finish(self, status: str = "FINISHED") -> None:
         left = self._outbox.close(DRAIN)
         if left and self._unsent:
-            self._unsent.write_text(json.dumps(left))
+            write_whole(self._unsent, json.dumps(left))
             log.warning("%d records of metrics could not be sent; --resume sends them from %s", len(left), self._unsent)
+        elif self._owed and self._unsent:  # all of it has arrived
+            self._unsent.unlink(missing_ok=True)
         try:
             self._mlflow.end_run(status)
         except Exception as error:
@@ -147,11 +150,11 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def open_tracker(
-    config: Config, name: str, *, first_rank: bool, continued: str | None = None, folder: Path | None = None
+    config: Config, name: str, *, first_rank: bool, continued: str | None = None, unsent: Path | None = None
 ) -> Tracker:
     """The run's tracker on rank 0; the null object elsewhere and where tracking is off.
 
-    With `continued`, that MLflow run goes on, where the store knows it. `folder` is the run's own.
+    With `continued`, that MLflow run goes on, where the store knows it. `unsent` is the file for what it does not get.
     """
     if not (first_rank and config.tracking.enabled):
         return Tracker()
@@ -170,7 +173,7 @@ def open_tracker(
             log.warning("MLflow at %s does not know the run %s; a new one is recorded", masked(chosen), continued)
             continued = None
         kept = None if wanted else artifacts
-        return MLflowTracker(chosen, config, name, local_artifacts=kept, continued=continued, folder=folder)
+        return MLflowTracker(chosen, config, name, local_artifacts=kept, continued=continued, unsent=unsent)
     except Exception as error:
         log.warning(
             "MLflow at %s cannot be used (%s); training goes on without it", masked(chosen), masked(first_line(error))
@@ -189,16 +192,21 @@ def _knows(uri: str, run_id: str) -> bool:
 
 
 def commit() -> str:
-    """The checkout's commit, with `-dirty` where files differ from it; `unknown` outside a checkout."""
+    """The checkout's commit, with `-dirty` where files differ from it; outside a checkout, the package's version.
+
+    An environment may lie in somebody else's repository, whose commit says nothing of this code.
+    """
     try:
-        here = Path(__file__).parent
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="],
-            cwd=here, capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-        return found.stdout.strip()
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--match=")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return f"version {__version__}"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+    return found.stdout.strip()
 
 
 def _answers(uri: str) -> bool:

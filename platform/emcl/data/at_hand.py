@@ -35,13 +35,13 @@ def of_sample(data: DataConfig, patterns: list[str]) -> list[str]:
     return [pattern for pattern in patterns if Path(pattern).parent == folder]
 
 
-def check_local(data: DataConfig) -> None:
-    """Finds shards of a training run that are missing on this disk, but for those that rendering makes.
+def check_local(data: DataConfig, *, training: bool = True) -> None:
+    """Finds shards that a run wants and this disk lacks, but for those that rendering makes.
 
     Raises:
         UserError: as `wanted`, or a pattern without its files.
     """
-    patterns = wanted(data, training=True)
+    patterns = wanted(data, training=training)
     made = of_sample(data, patterns)
     for pattern in patterns:
         if pattern not in made and not any(is_remote(part) for part in pattern.split("::")):

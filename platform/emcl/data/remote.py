@@ -72,6 +72,30 @@ def cache_folder(url: str) -> Path:
     return root / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
+def check_published(url: str) -> None:
+    """Whether `publish` can reach a URL, before shards are made for it.
+
+    Raises:
+        UserError: a scheme that cannot be written to, or a store that does not answer.
+    """
+    with _store(url, "shards would be published there, so none were made") as (store, root):
+        store.makedirs(root, exist_ok=True)
+
+
+@contextmanager
+def _store(url: str, otherwise: str) -> Iterator[tuple[Any, str]]:
+    """fsspec's file system behind a URL and the path there; what goes wrong is one error for the user."""
+    scheme = url.partition(":")[0]
+    if scheme not in STORES:
+        raise UserError(f"{url}: shards are written to {', '.join(STORES)} or local paths, not by {scheme}:")
+    import fsspec
+
+    try:
+        yield fsspec.core.url_to_fs(url)
+    except Exception as error:  # each store has its own kinds
+        raise UserError(f"{url}: not to be written ({first_line(error)}); {otherwise}") from None
+
+
 def publish(folder: Path, url: str) -> int:
     """Copies a folder of shards to a URL, its `index.json` last; what stands there as the index says is left.
 
@@ -80,15 +104,9 @@ def publish(folder: Path, url: str) -> int:
     Raises:
         UserError: a scheme that cannot be written to, or a store that refuses.
     """
-    scheme = url.partition(":")[0]
-    if scheme not in STORES:
-        raise UserError(f"{url}: shards are written to {', '.join(STORES)} or local paths, not by {scheme}:")
-    import fsspec
-
     index = json.loads((folder / "index.json").read_text())
     others = [name for name in ("report.json", "index.json") if (folder / name).is_file()]
-    try:
-        store, root = fsspec.core.url_to_fs(url)
+    with _store(url, f"the shards are whole in {folder}") as (store, root):
         there = _published(store, f"{root}/index.json")
         wanted = [
             name
@@ -100,9 +118,6 @@ def publish(folder: Path, url: str) -> int:
         store.makedirs(root, exist_ok=True)
         for name in tqdm([*wanted, *others], desc=f"copying to {url}", unit="file"):
             store.put_file(str(folder / name), f"{root}/{name}")
-    except Exception as error:  # each store has its own kinds
-        reason = first_line(error)
-        raise UserError(f"{url}: not to be written ({reason}); the shards are whole in {folder}") from None
     return len(wanted)
 
 

@@ -16,6 +16,7 @@ from emcl.config import Config, resolve
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.prepare.sample import generate
+from emcl.run_folder import RunFolder
 from emcl.tracking import Tracker
 from emcl.train.arithmetic import set_arithmetic
 from emcl.train.inputs import open_inputs
@@ -69,7 +70,8 @@ def settings(bench: Bench, *overrides: str, tasks: Sequence[str] = ("retrieval",
 def trainer(bench: Bench, config: Config, name: str, *, resuming: bool = False) -> Iterator[Trainer]:
     """A trainer whose memory is given back at the end."""
     set_arithmetic(config)
-    made = Trainer(open_inputs(config, bench.ranks), bench.ranks, bench.device, bench.folder / name, resuming=resuming)
+    folder = RunFolder(bench.folder / name)
+    made = Trainer(open_inputs(config, bench.ranks), bench.ranks, bench.device, folder, resuming=resuming)
     made.tracker = Tracker()
     made.engine.train()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,8 @@ from typing import Any
 from emcl.config import Config
 from emcl.data.decode import Frames, decode
 from emcl.data.shards import ShardSet
+from emcl.run_folder import RunFolder, export_identity, write_whole
+from emcl.run_lock import in_turn
 from emcl.task import Scores
 from emcl.tracking import Tracker, commit
 
@@ -36,6 +39,29 @@ def lines_of(metrics: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
+COMPARABLE = ("split", "benchmark_split", "samples_sha256", "model_id")
+"""What scores of a run's tasks have in common that stand beside each other."""
+
+
+def _with_those_before(summary: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Where some of a run's tasks were scored alone: beside what `path` has of the others.
+
+    That is, of the same model on the very same samples; what is left out is named.
+    """
+    try:
+        before = json.loads(path.read_text())
+        others = {name: {"commit": before["commit"], **item} for name, item in before["tasks"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return summary
+    if any(key not in before or before[key] != summary[key] for key in COMPARABLE):
+        gone = [name for name in others if name not in summary["tasks"]]
+        if gone:
+            what = f"{', '.join(gone)} in {path} were of other samples or another model"
+            print(f"note: the scores of {what}, and are left out", flush=True)
+        return summary
+    return {**summary, "tasks": {**others, **summary["tasks"]}}
+
+
 def as_json(scores: Mapping[str, Scores], shards: ShardSet, split: str, config: Config) -> dict[str, Any]:
     benchmark, protocol = shards.origin()
     return {
@@ -43,6 +69,7 @@ def as_json(scores: Mapping[str, Scores], shards: ShardSet, split: str, config: 
         "benchmark": benchmark,
         "benchmark_split": protocol,
         "samples": len(shards),
+        "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in shards.rows).encode()).hexdigest(),
         "commit": commit(),
         "seed": config.seed,
         "tasks": {name: {"metrics": item.metrics, "protocol": item.protocol} for name, item in scores.items()},
@@ -53,38 +80,41 @@ def record(
     scores: Mapping[str, Scores],
     shards: ShardSet,
     config: Config,
-    folder: Path,
+    folder: RunFolder,
     tracker: Tracker,
     *,
     split: str,
     step: int,
 ) -> None:
-    """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0."""
+    """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0.
 
-    summary = as_json(scores, shards, split, config)
+    What the folder has of other tasks, which were not scored this time, stays.
+    """
+    summary = {**as_json(scores, shards, split, config), "model_id": export_identity(folder.export)}
     for name in ("benchmark", "benchmark_split"):
         tracker.tag(name, summary[name])
-    path = folder / f"scores-{split}.json"
-    path.write_text(json.dumps(summary, indent=1))
+    path = folder.scores(split)
+    with in_turn(folder.path / ".scores.lock"):
+        write_whole(path, json.dumps(_with_those_before(summary, path), indent=1))
     tracker.artifact(path)
     for name, item in scores.items():
         tracker.metrics({f"{split}/{name}/{key}": value for key, value in item.metrics.items()}, step)
         tracker.tag(f"{split}.{name}.protocol", item.protocol)
-        text = folder / f"{name}-{split}.txt"
-        text.write_text(table(item) + "\n")
+        text = folder.table(name, split)
+        write_whole(text, table(item) + "\n")
         tracker.artifact(text)
         for filename, content in item.files.items():
-            kept = folder / filename.format(split=split)
-            kept.write_text(content)
+            kept = folder.path / filename.format(split=split)
+            write_whole(kept, content)
             tracker.artifact(kept)
         if item.items:
-            kept = folder / f"items-{name}-{split}.json"
-            kept.write_text(json.dumps(item.items))
+            kept = folder.items(name, split)
+            write_whole(kept, json.dumps(item.items))
             tracker.artifact(kept)
         for filename, write in item.save.items() if split == "test" else ():
-            write(folder / filename.format(split=split))  # large: not for MLflow
+            write(folder.path / filename.format(split=split))  # large: not for MLflow
         if item.picture is not None:
-            picture = folder / f"{name}-{split}.png"
+            picture = folder.picture(name, split)
             item.picture(picture, partial(frames_of, shards, config))
             tracker.artifact(picture)
 

@@ -16,9 +16,6 @@ from torch import Tensor
 from emcl.errors import UserError
 from emcl.model.pooling import mean_of_frames
 
-EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
-"""What a run keeps of a split; the second holds `similarity` (texts, videos)."""
-
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -65,6 +62,4 @@ class Embeddings:
                 owner = file.get_tensor("owner").numpy()
                 return cls(file.get_tensor("text"), frames, mask, owner, names["sentences"], names["videos"])
         except (OSError, SafetensorError, KeyError, ValueError):
-            raise UserError(
-                f"{path} holds no embeddings: `deepspeed platform/launch.py --evaluate {path.parent}` writes them"
-            ) from None
+            raise UserError(f"{path} holds no embeddings: `emcl evaluate {path.parent}` writes them") from None

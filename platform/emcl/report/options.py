@@ -27,14 +27,14 @@ from emcl.errors import UserError
 from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
-from emcl.model.embeddings import EMBEDDINGS, Embeddings
+from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.multitask import VideoLanguageModel
-from emcl.report.result import OPTION_COLUMNS, OPTIONS, Option
+from emcl.report.result import OPTION_COLUMNS, Option
+from emcl.run_folder import WEIGHTS, RunFolder, saved_config, write_whole
 from emcl.train.export import open_export
 from emcl.train.features import open_source
-from emcl.train.folders import WEIGHTS, find_export
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
@@ -49,17 +49,18 @@ def every_option(run: Path, *, bank_videos: int = 500) -> list[Option]:
     Raises:
         UserError: no export, no retrieval in it, or no kept embeddings.
     """
-    export = find_export(run)
-    model, config = open_export(export)
-    if "retrieval" not in model.heads:
+    folder = RunFolder.open(run)
+    folder.check_written()
+    export = folder.export
+    if "retrieval" not in saved_config(export).tasks:
         raise UserError(f"{run} was not trained for retrieval, which these options are for")
-    folder = export.parent if export.name == "best" else export
-    test = Embeddings.open(folder / EMBEDDINGS.format(split="test"))
+    test = Embeddings.open(folder.embeddings("test"))
+    model, config = open_export(export)
     place = device()
     model.to(place)
-    bank = _bank(export, folder / EMBEDDINGS.format(split="bank"), model, config, bank_videos, place)
+    bank = _bank(export, folder.embeddings("bank"), model, config, bank_videos, place)
     found = list(_combinations(model.heads["retrieval"], config.evaluate.tile, test, bank, place))
-    (folder / OPTIONS).write_text(json.dumps([dataclasses.asdict(option) for option in found], indent=1))
+    write_whole(folder.options, json.dumps([dataclasses.asdict(option) for option in found], indent=1))
     return found
 
 

@@ -13,7 +13,6 @@ from emcl.report.examples import cases
 from emcl.report.plots import retrieval_plots
 from emcl.report.published import PUBLISHED
 from emcl.report.result import COLUMNS, OPTION_COLUMNS, Result, open_results, short
-from emcl.secrets import masked
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, str]:
             "result": result,
             "plots": retrieval_plots(result) if result.task == "retrieval" else [],
             "cases": cases(result),
-            "config": masked(to_yaml(result.config)),
+            "config": to_yaml(result.config, secrets=False),
         }
         for result in results
     ]

@@ -18,9 +18,9 @@ from emcl.errors import UserError, first_line
 from emcl.metrics.bootstrap import interval, interval_of
 from emcl.metrics.captions import COUNTS, bleu
 from emcl.metrics.retrieval import RECALLS
-from emcl.model.embeddings import EMBEDDINGS, SIMILARITY, Embeddings
+from emcl.model.embeddings import Embeddings
 from emcl.prepare.benchmarks import BENCHMARKS
-from emcl.train.folders import saved_config
+from emcl.run_folder import RunFolder
 
 WAYS = {"text_to_video": "t2v", "video_to_text": "v2t"}
 RANKED = ("R@1", "R@5", "R@10", "MdR", "MnR")
@@ -30,7 +30,6 @@ COLUMNS = {
     "msrvtt_qa": ["accuracy", "accuracy_in_vocabulary", "top_5", "most_frequent"],
 }
 """Of each task, what a table shows; of another's task all that it has."""
-SCORES, OPTIONS = "scores-test.json", "options-test.json"
 
 
 def _bleu_in_per_cent(n: int, counts: NDArray[np.float64]) -> float:
@@ -66,7 +65,7 @@ OPTION_COLUMNS = ["EMCL", "rescoring", "", *(short(name) for name in COLUMNS["re
 class Result:
     """One task of one run on its test split."""
 
-    folder: Path
+    folder: RunFolder
     task: str
     metrics: dict[str, float]
     protocol: str
@@ -84,7 +83,7 @@ class Result:
 
     @cached_property
     def items(self) -> dict[str, list[Any]]:
-        path = self.folder / f"items-{self.task}-test.json"
+        path = self.folder.items(self.task, "test")
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @cached_property
@@ -115,54 +114,53 @@ class Result:
 
     @cached_property
     def similarity(self) -> NDArray[np.float32] | None:
-        path = self.folder / SIMILARITY.format(split="test")
+        path = self.folder.similarity("test")
         try:
             return load_file(path)["similarity"] if path.is_file() else None
         except (SafetensorError, KeyError):
-            raise UserError(f"{path} is not whole: score the run again by --evaluate {self.folder}") from None
+            raise UserError(f"{path} is not whole: score the run again: emcl evaluate {self.folder}") from None
 
     @cached_property
     def embeddings(self) -> Embeddings | None:
-        path = self.folder / EMBEDDINGS.format(split="test")
+        path = self.folder.embeddings("test")
         return Embeddings.open(path) if path.is_file() else None
 
     @cached_property
     def options(self) -> list[Option]:
         """Of `emcl options`, where it was called."""
-        path = self.folder / OPTIONS
+        path = self.folder.options
         if self.task != "retrieval" or not path.is_file():
             return []
         return [Option(**option) for option in json.loads(path.read_text())]
 
 
-def open_results(folder: Path) -> list[Result]:
+def open_results(path: Path) -> list[Result]:
     """Each task of a run.
 
     Raises:
         UserError: no run there, or one that was not scored on its test split.
     """
-    folder = folder.parent if folder.name == "best" else folder
-    path = folder / SCORES
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {SCORES}: `deepspeed platform/launch.py --evaluate {folder}` writes it")
+    folder = RunFolder.open(path)
+    kept = folder.scores("test")
+    if not kept.is_file():
+        raise UserError(f"{folder} holds no {kept.name}: `emcl evaluate {folder}` writes it")
+    config = folder.config()
     try:
-        scores = json.loads(path.read_text())
-        tasks = scores["tasks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {SCORES} is not readable ({first_line(error)})") from None
-    config = saved_config(folder)
-    return [
-        Result(
-            folder=folder,
-            task=task,
-            metrics=item["metrics"],
-            protocol=item["protocol"],
-            benchmark=scores.get("benchmark", ""),
-            split=scores.get("benchmark_split", ""),
-            samples=scores.get("samples", 0),
-            commit=scores["commit"],
-            seed=scores["seed"],
-            config=config,
-        )
-        for task, item in tasks.items()
-    ]
+        scores = json.loads(kept.read_text())
+        return [
+            Result(
+                folder=folder,
+                task=task,
+                metrics=item["metrics"],
+                protocol=item["protocol"],
+                benchmark=scores.get("benchmark", ""),
+                split=scores.get("benchmark_split", ""),
+                samples=scores.get("samples", 0),
+                commit=item.get("commit", scores["commit"]),
+                seed=scores["seed"],
+                config=config,
+            )
+            for task, item in scores["tasks"].items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: {kept.name} is not readable ({first_line(error)})") from None

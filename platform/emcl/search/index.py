@@ -93,8 +93,8 @@ class VideoIndex:
 
     def __init__(self, folder: Path, model: VideoTextModel, *, windows: Windows | None = None) -> None:
         self.folder, self.model = folder, model
-        if windows is None and not (folder / "clips.sqlite").is_file():
-            raise UserError(f"{folder}: no index there; make one with `emcl index DIR --model RUN --out {folder}`")
+        if windows is None:
+            check_index(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._base = sqlite3.connect(folder / "clips.sqlite", check_same_thread=False)
         self._base.execute("PRAGMA foreign_keys = ON")
@@ -130,6 +130,8 @@ class VideoIndex:
         Args:
             emcl: fit the compact EMCL to the collection, for a model without one.
         """
+        if emcl:
+            self.model.check_no_emcl()
         there = {str(path.relative_to(videos)): path for path in videos_in(videos)}
         known = {
             path: (size, changed) for path, size, changed in self._base.execute("SELECT path, size, changed FROM files")
@@ -349,6 +351,12 @@ def vectors_for(count: int, width: int) -> Any:
         return faiss.IndexIDMap2(faiss.IndexFlatIP(width))
     kind = faiss.ScalarQuantizer.QT_8bit
     return faiss.IndexIDMap2(faiss.IndexScalarQuantizer(width, kind, faiss.METRIC_INNER_PRODUCT))
+
+
+def check_index(folder: Path) -> None:
+    """Raises UserError: there is none."""
+    if not (folder / "clips.sqlite").is_file():
+        raise UserError(f"{folder}: no index there; make one with `emcl index DIR --model RUN --out {folder}`")
 
 
 def faiss_package() -> Any:

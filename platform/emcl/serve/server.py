@@ -21,38 +21,41 @@ GRACE = 10
 """Seconds that requests under way get when the server is asked to stop."""
 
 
-def serve(index: VideoIndex, limits: Limits, *, host: str, port: int, browser: bool = False) -> None:
+def serve(index: VideoIndex, limits: Limits, address: socket.socket, *, host: str, browser: bool = False) -> None:
     """Until SIGINT or SIGTERM; requests under way are answered first.
 
-    Raises:
-        UserError: the port is taken, or the address is not this machine's.
+    Args:
+        address: as `bind` gives it for `host`.
     """
     # the other half of the cores decodes, makes pictures and answers; with all of them the model was half as fast
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) // 2)))
     app = build_app(index, limits)
     if host in LOOPBACK:  # a page from elsewhere whose name is made to point here must not read the videos
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
-    listener = _listen(host, port)
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = f"http://{host}:{address.getsockname()[1]}"
     print(f"{len(index)} windows of {index.folder}: {url} (API: {url}/docs); Ctrl-C stops", flush=True)
     if host not in LOOPBACK:
         print("note: whoever reaches this address sees the indexed videos; there is no password", flush=True)
     if browser:
         threading.Timer(1, webbrowser.open, [url]).start()
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
-    with listener:
-        uvicorn.Server(config).run([listener])
+    uvicorn.Server(config).run([address])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """An address of this machine, taken before a model is opened for it; who asks meanwhile waits.
+
+    Raises:
+        UserError: the port is taken, or the address is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # named, not left to the system: asyncio turns Nagle's delay of 40 ms off for sockets that say they are TCP's
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    address = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host.strip("[]"), port))
+        address.bind((host.strip("[]"), port))
+        address.listen(128)
     except (OSError, OverflowError) as error:
-        listener.close()
+        address.close()
         raise UserError(f"cannot listen at {host}:{port} ({error}); give another --port or --host") from None
-    listener.listen(128)
-    return listener
+    return address

@@ -9,17 +9,19 @@ from tqdm import tqdm
 
 from emcl.data.bad import check_bad_fraction
 from emcl.distributed import Ranks
-
-FILE = "bad_clips.txt"
-"""In the run's folder: all of them, a line each."""
+from emcl.run_folder import write_whole
 
 
 class BadClips:
     """Distinct bad clips of all ranks so far; a resumed run goes on counting."""
 
-    def __init__(self, ranks: Ranks, folder: Path, samples: int, max_bad_fraction: float, damaged: list[str]) -> None:
-        """`samples` of the training split; `damaged` are those that its shards lost, which every rank knows."""
-        self.ranks, self.path, self.allowed = ranks, folder / FILE, max_bad_fraction
+    def __init__(self, ranks: Ranks, listed: Path, samples: int, max_bad_fraction: float, damaged: list[str]) -> None:
+        """`samples` of the training split; `damaged` are those that its shards lost, which every rank knows.
+
+        Args:
+            listed: the file of all of them, a line each.
+        """
+        self.ranks, self.path, self.allowed = ranks, listed, max_bad_fraction
         self.total = samples + len(damaged)
         kept = self.path.read_text().splitlines() if ranks.first and self.path.is_file() else []
         self.names = {*damaged, *ranks.gather_objects(kept)[0]}
@@ -49,6 +51,6 @@ class BadClips:
         self.new = []
         if self.ranks.first:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(f"{name}\n" for name in sorted(self.names)))
+            write_whole(self.path, "".join(f"{name}\n" for name in sorted(self.names)))
         what, where = "clips are damaged or do not decode", f" (all of them in {self.path})"
         check_bad_fraction(sorted(self.names), self.total, self.allowed, what, where=where)

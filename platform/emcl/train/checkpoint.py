@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
-from emcl.train.folders import MANIFEST, PREFIX, checkpoints
+from emcl.run_folder import MANIFEST, STEP, aside, checkpoints_in, replace_folder
 from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
 
 MIB = 2**20
@@ -40,7 +40,8 @@ def save(
     names: list[list[str]],
     keep: int,
 ) -> None:
-    """Called by all ranks. Older checkpoints than the newest `keep` are removed.
+    """Called by all ranks. Once the new one stands, all but the newest `keep` up to its step go; so do those of later
+    steps: they were damaged, or the run would have gone on from them.
 
     Args:
         names: of the learning weights, by group of the optimiser.
@@ -48,7 +49,7 @@ def save(
     Raises:
         UserError: it cannot be written; the checkpoints before are as they were.
     """
-    tag = f"{PREFIX}{step:08d}"
+    tag = f"{STEP}{step:08d}"
     part = folder / f"{tag}{PART}"
     error = None
     if ranks.first:
@@ -89,34 +90,61 @@ def _layout(engine: Any, ranks: Ranks) -> dict[str, int]:
 
 def _finish(part: Path, place: Path, facts: dict[str, Any], keep: int) -> None:
     (part / MANIFEST).write_text(json.dumps({**facts, "files": _facts(part)}, indent=1))
-    shutil.rmtree(place, ignore_errors=True)  # the same step, of a run that went back
-    part.replace(place)
-    for old in checkpoints(place.parent)[: -max(1, keep)]:
-        shutil.rmtree(old)
-    for converted in place.parent.glob(f"*{UNIVERSAL}"):  # it has served
-        shutil.rmtree(converted)
+    replace_folder(part, place)
+    standing = checkpoints_in(place.parent)
+    number = standing.index(place) + 1
+    # those that were converted to go on from have served; what was cut short serves nobody
+    left = [path for path in place.parent.iterdir() if path.name.endswith((UNIVERSAL, PART, aside(place).suffix))]
+    for old in [*standing[: max(0, number - keep)], *standing[number:], *left]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:  # the new one stands all the same
+            print(f"note: {old} could not be removed ({error.strerror})", flush=True)
 
 
 def _needed(engine: Any, folder: Path) -> int:
     """Bytes of a checkpoint: of the last one; before the first, weights and Adam's two moments."""
-    last = checkpoints(folder)
+    last = checkpoints_in(folder)
     if last:
         return sum(path.stat().st_size for path in last[-1].rglob("*") if path.is_file())
-    return 12 * sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+    return 12 * _count(engine)
 
 
-def _no_room(engine: Any, folder: Path, tag: str) -> UserError | None:
-    """Found before any rank writes: one that fails alone would leave the others waiting."""
-    folder.mkdir(parents=True, exist_ok=True)
-    need = _needed(engine, folder)
-    return _not_written(folder, tag, need, "no room") if shutil.disk_usage(folder).free < need else None
+def _count(engine: Any) -> int:
+    """Weights, of all ranks."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
+
+
+def check_room(engine: Any, folder: Path, ranks: Ranks) -> None:
+    """Called by all ranks before the first step.
+
+    Raises:
+        UserError: the disk has no room for a checkpoint with the best model beside it.
+    """
+    model = 4 * _count(engine)
+    ranks.agree(_no_room(engine, folder, "a checkpoint with a best model", model) if ranks.first else None)
+
+
+def _no_room(engine: Any, folder: Path, tag: str, more: int = 0) -> UserError | None:
+    """Found before any rank writes: one that fails alone would leave the others waiting.
+
+    `more` bytes are needed besides.
+    """
+    need = _needed(engine, folder) + more
+    return _not_written(folder, tag, need, "no room") if _free(folder) < need else None
+
+
+def _free(folder: Path) -> int:
+    """Bytes of the disk that a folder lies on, or would lie on."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def _not_written(folder: Path, tag: str, need: int, reason: str) -> UserError:
-    free, last = shutil.disk_usage(folder).free, checkpoints(folder)
+    free, last = _free(folder), checkpoints_in(folder)
     before = f"; {last[-1].name}, the one before, is whole" if last else ""
     return UserError(
-        f"{tag} could not be saved in {folder} ({reason}): a checkpoint needs {need / MIB:,.0f} MiB, "
+        f"{tag} could not be saved in {folder} ({reason}): it needs {need / MIB:,.0f} MiB, "
         f"{free / MIB:,.0f} are free{before}"
     )
 
@@ -137,7 +165,7 @@ def newest_whole(folder: Path, warn: Callable[[str], None] = print) -> Path:
     Raises:
         UserError: there is none.
     """
-    for path in reversed(checkpoints(folder)):
+    for path in reversed(checkpoints_in(folder)):
         wrong = damage(path)
         if wrong is None:
             return path

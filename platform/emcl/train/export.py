@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,10 +15,7 @@ from torch import Tensor, nn
 from emcl.config import Config, to_yaml
 from emcl.errors import UserError
 from emcl.multitask import VideoLanguageModel
-from emcl.secrets import masked
-from emcl.train.folders import CONFIG, WEIGHTS, saved_config
-
-SCORES = "scores.json"
+from emcl.run_folder import CONFIG, EXPORT_SCORES, WEIGHTS, replace_folder, saved_config
 
 
 def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: dict[str, Any]) -> None:
@@ -28,14 +26,9 @@ def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: 
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
     )
-    (temporary / CONFIG).write_text(masked(to_yaml(config)))
-    (temporary / SCORES).write_text(json.dumps(scores, indent=1))
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    (temporary / CONFIG).write_text(to_yaml(config, secrets=False))
+    (temporary / EXPORT_SCORES).write_text(json.dumps(scores, indent=1))
+    replace_folder(temporary, folder)
 
 
 def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
@@ -45,13 +38,17 @@ def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, T
     return f"{name} is {tuple(there[name].shape)} there, {tuple(here[name].shape)} here"
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fills `model` from an export.
+def load_weights(model: nn.Module, folder: Path, *, without: tuple[str, ...] = ()) -> None:
+    """Fills `model` from an export, but for what begins with one of `without`.
 
     Raises:
         UserError: the weights are of another architecture; names the first difference.
     """
-    state = load_file(folder / WEIGHTS)
+    try:
+        kept = load_file(folder / WEIGHTS)
+    except FileNotFoundError:  # a training has just put a better one in its place
+        raise UserError(f"{folder / WEIGHTS} has gone while it was opened: try again") from None
+    state = {name: weight for name, weight in kept.items() if not name.startswith(without)}
     own = model.state_dict()
     for name in own:
         if name not in state:
@@ -67,8 +64,18 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def open_export(folder: Path, config: Config | None = None) -> tuple[VideoLanguageModel, Config]:
-    """Builds the exported model (or what `config` makes of it) with its weights; nothing is downloaded."""
-    config = config or saved_config(folder)
+    """Builds the exported model (or what `config` makes of it) with its weights; nothing is downloaded.
+
+    Heads of tasks that `config` has not are left where they are, and with them what weighs the tasks' losses.
+
+    Raises:
+        UserError: the weights are of another architecture, or are gone.
+    """
+    saved = saved_config(folder)
+    config = config or saved
+    left = [name for name in saved.tasks if name not in config.tasks]
+    if left:
+        config = dataclasses.replace(config, uncertainty_weights=False)
     model = VideoLanguageModel(config, load_weights=False)
-    load_weights(model, folder)
+    load_weights(model, folder, without=(*(f"tasks.{name}." for name in left), *(["uncertainty."] if left else [])))
     return model.eval(), config

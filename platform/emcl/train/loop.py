@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
 from emcl.evaluate.report import as_json
 from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.run_folder import RunFolder
 from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
@@ -32,7 +32,7 @@ from emcl.train.inputs import Inputs
 from emcl.train.memory import keep_freed_memory
 from emcl.train.meter import Meter
 from emcl.train.optimizer import group_names
-from emcl.train.profile import StepProfile, phase
+from emcl.train.profile import WARM, StepProfile, phase
 from emcl.train.start import start_from
 from emcl.train.stop import Stopped, StopRequest
 from emcl.train.watch import Watch
@@ -58,7 +58,7 @@ class Trainer:
         inputs: Inputs,
         ranks: Ranks,
         device: torch.device,
-        folder: Path,
+        folder: RunFolder,
         *,
         init: Path | None = None,
         resuming: bool = False,
@@ -81,9 +81,7 @@ class Trainer:
         if self.val:
             self.val_source = open_source(config, self.val, backbone, ranks, device, progress=progress)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        found = (
-            checkpoint.find(folder / "checkpoints", ranks, zero_stage(config), config.precision) if resuming else None
-        )
+        found = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config.precision) if resuming else None
         universal = found is not None and found.universal
         self.names = group_names(model, config.optim)
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
@@ -91,9 +89,11 @@ class Trainer:
         if found is not None:
             state = checkpoint.load(self.engine, found)
             self.start, self.best = state["step"], state["best"]
+        self.saved = self.start
+        self.resumed = _resumed(self.start, self.total) if resuming else None
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
         allowed = config.data.max_bad_fraction
-        self.bad = BadClips(ranks, folder, len(self.shards), allowed, self.shards.damaged)
+        self.bad = BadClips(ranks, folder.bad_clips, len(self.shards), allowed, self.shards.damaged)
         self.meter = Meter(config, ranks, device, self.bad)
         self.stragglers: list[str] = []
         self.stop = StopRequest()
@@ -101,6 +101,18 @@ class Trainer:
     @property
     def model(self) -> VideoLanguageModel:
         return self.engine.module
+
+    def check(self) -> None:
+        """What would fail later. By all ranks, before the first step.
+
+        Raises:
+            UserError: no room for a checkpoint, or no step for a profile.
+        """
+        left = self.total - self.start
+        if left > 0:
+            checkpoint.check_room(self.engine, self.folder.checkpoints, self.ranks)
+        if self.config.tracking.profile and left <= WARM:
+            raise UserError(f"--profile looks at steps after the first {WARM}; {left} are left of this run")
 
     def train(self, tracker: Tracker) -> None:
         """From the start, or from the checkpoint, to the last step.
@@ -115,7 +127,7 @@ class Trainer:
             dynamic_ncols=True,
         )  # fmt: skip
         steps = self.config.tracking.profile if self.ranks.first else 0
-        profile = StepProfile(steps, self.model, self.folder, tracker, self._say)
+        profile = StepProfile(steps, self.model, self.folder.profile, tracker, self._say)
         with self.stop, bar, profile:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
                 self.watch.step(step + 1, "training")
@@ -185,12 +197,11 @@ class Trainer:
         self._say(f"step {step + 1}: the gradient is not finite; left out on all ranks ({self.in_a_row} in a row)")
         searching = self.config.precision == "fp16" and self.skipped == step + 1  # for its first loss scale, from 2^16
         if self.in_a_row >= self.config.optim.max_skipped + (LOSS_SCALES if searching else 0):
-            kept = self.folder / f"bad-batch-{step + 1}-rank{self.ranks.rank}.pt"
-            torch.save(micro_batches, kept)
+            torch.save(micro_batches, self.folder.bad_batch(step + 1, self.ranks.rank))
             raise UserError(
                 f"{self.in_a_row} steps in a row had no finite gradient: lower optim.lr, or train with precision=fp32. "
-                f"The batch is kept in {self.folder}/bad-batch-{step + 1}-rank*.pt, the last checkpoint in "
-                f"{self.folder / 'checkpoints'}"
+                f"The batch is kept in {self.folder.bad_batch(step + 1, '*')}, the last checkpoint in "
+                f"{self.folder.checkpoints}"
             )
         return True
 
@@ -245,7 +256,7 @@ class Trainer:
         state = weights(self.engine, self.ranks)
         if self.ranks.first:
             record = {**as_json(scores, self.val or self.shards, "val", self.config), "step": done}
-            save_export(self.folder / "best", state, self.config, record)
+            save_export(self.folder.best, state, self.config, record)
         self.ranks.barrier()
 
     def _to_stop(self, done: int) -> bool:
@@ -255,19 +266,23 @@ class Trainer:
         return bool(self.ranks.maximum(torch.tensor(float(self.stop.asked), device=self.device)))
 
     def _save(self, done: int) -> None:
+        if self.saved == done:  # asked to stop where it had just been saved
+            return
         self.watch.slow("saving")
         checkpoint.save(
-            self.engine, self.folder / "checkpoints", done, {"best": self.best}, self.ranks, names=self.names,
+            self.engine, self.folder.checkpoints, done, {"best": self.best}, self.ranks, names=self.names,
             keep=self.config.checkpoint.keep,
         )  # fmt: skip
+        self.saved = done
+        if self.ranks.first:
+            self.folder.note_saved()
 
     def _say(self, text: str) -> None:
         if self.ranks.first:
             tqdm.write(text)
 
 
-def write_run(folder: Path, config_yaml: str, facts: dict[str, Any]) -> None:
-    """What a run's folder says of itself from its start."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config_yaml)
-    (folder / "run.json").write_text(json.dumps(facts, indent=1))
+def _resumed(start: int, total: int) -> str:
+    if start < total:
+        return f"goes on from step {start} of {total}"
+    return f"all {total} steps are done, so it is scored again; more optim.epochs= train on"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from emcl.run_folder import write_whole
 from emcl.tracking import Tracker
 
 WARM = 5
@@ -34,7 +35,7 @@ class StepProfile:
     def __init__(
         self, steps: int, model: nn.Module, folder: Path, tracker: Tracker, say: Callable[[str], None]
     ) -> None:
-        self.steps, self.model, self.folder, self.tracker, self.say = steps, model, folder / "profile", tracker, say
+        self.steps, self.model, self.folder, self.tracker, self.say = steps, model, folder, tracker, say
         self._done = 0
         self._profiler: Any = None
         self._hooks: list[Any] = []
@@ -87,7 +88,7 @@ class StepProfile:
         trace = self.folder / "trace.json.gz"
         taken.export_chrome_trace(str(trace))
         text = summary(taken.key_averages(), self.steps_seen)
-        (self.folder / "summary.txt").write_text(text)
+        write_whole(self.folder / "summary.txt", text)
         self.tracker.artifact(trace, "profile")
         self.tracker.artifact(self.folder / "summary.txt", "profile")
         self.say(f"\n{text}\ntrace: {trace} (open it in https://ui.perfetto.dev, or from the run in MLflow)")

@@ -1,11 +1,10 @@
-"""One run from settings to the final table; what launch.py and a notebook call."""
+"""One run from settings to the final table; what the launcher and a notebook call."""
 
 from __future__ import annotations
 
 import fcntl
-import json
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -21,8 +20,10 @@ from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
 from emcl.model.limits import check_limits
 from emcl.model.towers import missing_weights
+from emcl.multitask import VideoLanguageModel
 from emcl.prepare.sample import generate
 from emcl.registry import expand, task_class
+from emcl.run_folder import RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
@@ -30,10 +31,9 @@ from emcl.train.cores import place, too_few_cores
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import open_export
 from emcl.train.features import open_source
-from emcl.train.folders import config_of_run, find_export, find_run
 from emcl.train.inputs import Inputs, open_inputs
-from emcl.train.lock import RunLock
-from emcl.train.loop import Trainer, write_run
+from emcl.train.loop import Trainer
+from emcl.train.run_config import config_of_run, find_run
 from emcl.train.stop import Stopped
 from emcl.train.watch import Watch
 
@@ -49,7 +49,8 @@ def run(
 ) -> dict[str, Scores]:
     """Trains (or only evaluates) and returns the test scores of each task; without `tasks`, of those of the recipe.
 
-    With `init`, training starts from the weights of an earlier run, of the same tasks or of others.
+    With `init`, training starts from the weights of an earlier run, of the same tasks or of others. `resume` is a run's
+    folder, its name, or `auto`.
 
     Everything that can be wrong with the settings is found before a process group or a folder is made.
 
@@ -58,9 +59,9 @@ def run(
     """
     for name in expand(tasks or []):
         task_class(name)
-    init = find_export(init) if init else None
-    folder = find_run(resume) if resume else None
-    config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=folder)
+    init = RunFolder.open(init).export if init else None
+    resumed = find_run(resume, tasks, overrides) if resume else None
+    config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=resumed)
     expected = distributed.described()
     _check(config, expected, training=evaluate_path is None)
     inputs = open_inputs(config, expected, init) if evaluate_path is None else None
@@ -68,22 +69,26 @@ def run(
     distributed.quiet_start()
     ranks = distributed.start()
     device = distributed.device()
-    name = folder.name if folder else ranks.from_first(config.name or _name(list(config.tasks)))
-    with _Recorded() as recorded, Watch(ranks, config.patience, at_end=recorded.failed) as watch:
+    with (
+        ExitStack() as at_end,
+        _Recorded() as recorded,
+        Watch(ranks, config.patience, at_end=recorded.failed) as watch,
+    ):
         if inputs is None:
             assert evaluate_path is not None
-            export = find_export(evaluate_path)
-            recorded.tracker = open_tracker(config, f"evaluate {export.parent.name}", first_rank=ranks.first)
-            return _score(export, config, ranks, device, _home(export), recorded.tracker, watch, step=0)
-        folder = folder or Path(config.runs) / name
-        return _train(inputs, ranks, device, folder, recorded, watch, resuming=resume is not None, init=init)
+            folder = RunFolder.open(evaluate_path)
+            folder.check_written()
+            recorded.tracker = open_tracker(config, f"evaluate {folder.name}", first_rank=ranks.first)
+            return _score(folder, config, ranks, device, recorded.tracker, watch, step=0)
+        folder = at_end.enter_context(_claimed(ranks, config, resumed))  # until all is recorded
+        return _train(inputs, ranks, device, folder, recorded, watch, resuming=resumed is not None, init=init)
 
 
 def _train(
     inputs: Inputs,
     ranks: Ranks,
     device: torch.device,
-    folder: Path,
+    folder: RunFolder,
     recorded: _Recorded,
     watch: Watch,
     *,
@@ -93,57 +98,52 @@ def _train(
     few = too_few_cores(ranks.gather_objects(place()), inputs.config.data.workers)
     if few and ranks.first:
         print(f"note: {few}", flush=True)
-    lock = _locked(folder, ranks) if resuming else None
     # before anything is recorded: it finds what is wrong
     trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming, watch=watch)
-    if not resuming:
-        lock = _locked(folder, ranks)
+    trainer.check()
     config = inputs.config
-    continued = _mlflow_run(folder) if resuming else None
-    tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, folder=folder)
+    continued = folder.facts().get("mlflow_run") if resuming else None
+    tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, unsent=folder.unsent)
     recorded.tracker = tracker
     if ranks.first:
-        facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id, "ranks": ranks.world_size}
-        write_run(folder, to_yaml(config), facts)
-        tracker.text(to_yaml(config), "config.yaml")
+        facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id or continued, "ranks": ranks.world_size}
+        folder.write_start(to_yaml(config), facts)
+        tracker.text(to_yaml(config, secrets=False), folder.config_file.name)
         print(
             f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
             f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
             f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
             flush=True,
         )
-        if trainer.taken:
-            print(trainer.taken, flush=True)
+        for note in filter(None, (trainer.taken, trainer.resumed)):
+            print(note, flush=True)
     trainer.train(tracker)
     total = trainer.total
     del trainer
     scores = {}
     if config.data.test:
-        scores = _score(folder / "best", config, ranks, device, folder, tracker, watch, step=total)
+        scores = _score(folder, config, ranks, device, tracker, watch, step=total)
     if ranks.first:
-        print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder}/best'))")
+        print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder.best}'))")
         if tracker.uri:
             hint = f"mlflow ui --backend-store-uri {tracker.uri}" if tracker.uri.startswith("sqlite") else tracker.uri
             print(f"compare runs in MLflow: {hint}")
-    del lock  # held until the test is scored
     return scores
 
 
 def _score(
-    export: Path,
+    folder: RunFolder,
     config: Config,
     ranks: Ranks,
     device: torch.device,
-    folder: Path,
     tracker: Tracker,
     watch: Watch,
     *,
     step: int,
 ) -> dict[str, Scores]:
-    """The exported model on the test split."""
+    """The run's best model on the test split."""
     watch.slow("scoring the test split")
-    model, _ = open_export(export, config)
-    model.to(device)
+    model = _best_model(folder, config, ranks).to(device)
     shards = open_shards(str(config.data.test))
     source = open_source(config, shards, model.backbone, ranks, device, progress=watch.progress)
     scores = evaluate(model, source, config, ranks, device, name="test", progress=watch.progress)
@@ -153,6 +153,23 @@ def _score(
         for name, item in scores.items():
             print(f"\n{name} on {split}\n{table(item)}", flush=True)
     return scores
+
+
+def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguageModel:
+    """The same one on every rank, though a training may put a better one in its place meanwhile."""
+    error, model, seen = None, None, []
+    try:
+        export = folder.export
+        seen = [export_identity(export)]
+        model, _ = open_export(export, config)
+        seen.append(export_identity(export))
+    except UserError as wrong:
+        error = wrong
+    ranks.agree(error)
+    if len({identity for both in ranks.gather_objects(seen) for identity in both}) > 1:
+        raise UserError(f"{folder.best} was replaced while it was opened: try again")
+    assert model is not None
+    return model
 
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
@@ -190,32 +207,23 @@ def _render(folder: Path, patterns: list[str]) -> None:
         find_shards(pattern)
 
 
-def _name(tasks: Sequence[str]) -> str:
-    return f"{'-'.join(tasks)}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _home(export: Path) -> Path:
-    return export.parent if export.name == "best" else export
-
-
-def _locked(folder: Path, ranks: Ranks) -> RunLock | None:
-    """Rank 0's hold on the folder; an error of it is one of all ranks."""
-    lock, error = None, None
+def _claimed(ranks: Ranks, config: Config, resumed: RunFolder | None) -> RunFolder:
+    """The folder of a new run, or of the one that goes on, which rank 0 holds; its error is one of all ranks."""
+    folder, error = None, None
     if ranks.first:
         try:
-            lock = RunLock(folder)
+            if resumed is None:
+                folder = RunFolder.create(Path(config.runs), config.name, list(config.tasks))
+            else:
+                folder = RunFolder.resume(resumed.path)
         except UserError as found:
             error = found
     ranks.agree(error)
-    return lock
-
-
-def _mlflow_run(folder: Path) -> str | None:
-    """The MLflow run that a folder's run was recorded as."""
-    try:
-        return json.loads((folder / "run.json").read_text()).get("mlflow_run")
-    except (OSError, ValueError):
-        return None
+    path = ranks.from_first(folder.path if folder else None)
+    if resumed is not None and resumed.path != path:  # each rank has looked for the newest
+        error = UserError(f"--resume found {path} and then {resumed}, since another run has saved: name one of them")
+    ranks.agree(error)
+    return folder or RunFolder(path)
 
 
 class _Recorded:

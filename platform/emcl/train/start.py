@@ -14,8 +14,8 @@ from emcl.data.shards import ShardSet
 from emcl.errors import UserError
 from emcl.model.towers import wants_quick_gelu
 from emcl.registry import task_class
+from emcl.run_folder import WEIGHTS, saved_config
 from emcl.train.export import different_shape
-from emcl.train.folders import WEIGHTS, saved_config
 
 
 def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:

@@ -1,0 +1,343 @@
+"""A run's folder: the names of all that is in it, who may write there, and with what it was configured.
+
+Without PyTorch, so that what is wrong with a run that is named is said at once. In `runs/NAME/`:
+
+    config.yaml, run.json             the settings, all resolved; where it is recorded, whether it has a checkpoint
+    checkpoints/step-N/               what `--resume` goes on from, the newest few
+    best/                             the model chosen on validation, as an export: model.safetensors, config.yaml,
+                                      scores.json; `emcl.load` and `--evaluate` take it wherever it is copied to
+    scores-SPLIT.json                 figures of an evaluation
+    TASK-SPLIT.txt, TASK-SPLIT.png, items-TASK-SPLIT.json, embeddings-SPLIT.safetensors, similarity-SPLIT.safetensors
+                                      the same as a table and a picture; what they are made of
+    options-test.json                 of `emcl options`
+    bad_clips.txt, bad-batch-STEP-rankR.pt, profile/, mlflow_unsent.json
+                                      what did not decode; batches without a finite gradient; of `--profile`; what
+                                      MLflow has not got yet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from emcl.config import Config, from_dict
+from emcl.errors import UserError
+from emcl.recipe import read_yaml
+from emcl.run_lock import InUseError, RunLock
+from emcl.settings import Tree
+from emcl.shipped import is_file
+
+RUNS = "runs"
+CONFIG, WEIGHTS, EXPORT_SCORES = "config.yaml", "model.safetensors", "scores.json"
+"""Of an export; a run's own settings have the same name."""
+BEST = "best"
+SAVED = "saved"
+"""In `run.json`: whether a checkpoint ever stood."""
+STEP = "step-"
+MANIFEST = "manifest.json"
+"""In a checkpoint: how many ranks and which ZeRO stage wrote it, the optimiser's groups; size and checksum of every
+other file. It is written last."""
+EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
+"""What a run keeps of a split; the second holds `similarity` (texts, videos)."""
+
+
+class TakenError(UserError):
+    """A run has the name already."""
+
+
+class RunFolder:
+    """A run by its folder. `create` and `resume` hold it for this process until the end of a `with`.
+
+    `open` is for what reads a run and for scores, which may be written while it trains.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """The names alone: nothing is looked at or made."""
+        self.path = path
+        self.config_file, self.facts_file = path / CONFIG, path / "run.json"
+        self.best, self.checkpoints = path / BEST, path / "checkpoints"
+        self.options, self.profile = path / "options-test.json", path / "profile"
+        self.bad_clips, self.unsent = path / "bad_clips.txt", path / "mlflow_unsent.json"
+        self._lock_file = path / ".lock"
+        self._lock: RunLock | None = None
+        self._made: list[Path] = []
+        """Folders that were made for this one, from the inside out: what they hold for nothing goes with it."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path.name not in ("", "..") else self.path.resolve().name
+
+    def scores(self, split: str) -> Path:
+        return self.path / f"scores-{split}.json"
+
+    def table(self, task: str, split: str) -> Path:
+        return self.path / f"{task}-{split}.txt"
+
+    def picture(self, task: str, split: str) -> Path:
+        return self.path / f"{task}-{split}.png"
+
+    def items(self, task: str, split: str) -> Path:
+        return self.path / f"items-{task}-{split}.json"
+
+    def embeddings(self, split: str) -> Path:
+        return self.path / EMBEDDINGS.format(split=split)
+
+    def similarity(self, split: str) -> Path:
+        return self.path / SIMILARITY.format(split=split)
+
+    def bad_batch(self, step: int, rank: int | str) -> Path:
+        return self.path / f"bad-batch-{step}-rank{rank}.pt"
+
+    @classmethod
+    def create(cls, runs: Path, name: str | None, tasks: Sequence[str]) -> RunFolder:
+        """A new run below `runs`, held by this process; without a name, one is made from tasks and time.
+
+        Raises:
+            UserError: the name is a run's already, or it cannot be written there.
+        """
+        wanted = name or f"{'-'.join(tasks)[:150]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for number in count(1):
+            folder = cls(runs / (wanted if number == 1 else f"{wanted}-{number}"))
+            if name is not None:
+                folder.check_new()
+            try:
+                folder._hold("runs= names another folder")
+                folder.check_new()  # another process may have been faster
+                folder._clear()
+                return folder
+            except (TakenError, InUseError):
+                folder.release()
+                if name is not None:
+                    raise
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def resume(cls, path: Path) -> RunFolder:
+        """A run that goes on, held by this process.
+
+        Raises:
+            UserError: no run with a checkpoint there, or another process holds it.
+        """
+        folder = cls(path)
+        folder.check_resumable()
+        folder._hold("a run that goes on writes there")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """To read: a run's folder, or an export. The best one of a run stands for its run.
+
+        Raises:
+            UserError: neither is there.
+        """
+        if not path.exists():
+            raise UserError(f"{path}: no such directory (give a run's folder, such as {RUNS}/NAME, or an export in it)")
+        folder = cls.around(path)
+        if not folder.has_config() and not is_file(folder.best / CONFIG):
+            raise UserError(f"{path} holds no {CONFIG}, so it is no run; give a run's folder, such as {RUNS}/NAME")
+        return folder
+
+    @classmethod
+    def around(cls, path: Path) -> RunFolder:
+        """The run that a folder is, or whose best model it is."""
+        return cls(path.parent if path.name == BEST and cls(path.parent).has_config() else path)
+
+    @property
+    def export(self) -> Path:
+        """The directory of the best model: `best/`, or the folder itself where it is an export.
+
+        Raises:
+            UserError: there is none.
+        """
+        for candidate in (self.best, aside(self.best), self.path):
+            if is_file(candidate / WEIGHTS) and is_file(candidate / CONFIG):
+                return candidate
+        raise UserError(f"{self} holds no export ({WEIGHTS} and {CONFIG}): no epoch of it has ended yet")
+
+    def has_config(self) -> bool:
+        """Whether it is a run, or an export, at all."""
+        return is_file(self.config_file)
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Those that were finished, oldest first; whether they are as they were written is not looked at."""
+        return checkpoints_in(self.checkpoints)
+
+    def config(self) -> Config:
+        """The run's settings; where it is only a best model, those of that.
+
+        Raises:
+            UserError: its file is wrong.
+        """
+        return saved_config(self.path if self.has_config() else self.export)
+
+    def facts(self) -> dict[str, Any]:
+        """What `run.json` says: where the run is recorded, whether it has saved a checkpoint."""
+        try:
+            facts = json.loads(self.facts_file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+    def write_start(self, config_yaml: str, facts: dict[str, Any]) -> None:
+        """What it says of itself from its start."""
+        write_whole(self.config_file, config_yaml)
+        write_whole(self.facts_file, json.dumps({**facts, SAVED: bool(self.whole_checkpoints())}, indent=1))
+
+    def note_saved(self) -> None:
+        """Once its first checkpoint stands: from now on it can go on, and its name is taken."""
+        facts = self.facts()
+        if not facts.get(SAVED):
+            write_whole(self.facts_file, json.dumps({**facts, SAVED: True}, indent=1))
+
+    def check_written(self) -> None:
+        """Raises UserError: scores could not be kept here."""
+        if why := why_not_written(self.path):
+            raise UserError(f"{self} keeps the scores of its model, and {why}: score a copy of it")
+
+    def check_new(self) -> None:
+        """Whether a run may begin here; one that ended before its first checkpoint is no hindrance, whatever it left.
+
+        Raises:
+            TakenError: a run saved something, which another would write over.
+        """
+        checkpoints = self.whole_checkpoints()
+        models = [path for path in (self.best, aside(self.best), self.path / WEIGHTS) if path.exists()]
+        saved = [*checkpoints[-1:], *models, *sorted(self.path.glob("scores-*.json"))]
+        if not saved or (not checkpoints and self.facts().get(SAVED) is False):
+            return
+        go_on = f"--resume {self} goes on with it, " if checkpoints else ""
+        raise TakenError(f"{self} is a run already ({saved[0].name}): {go_on}another name= begins another")
+
+    def check_resumable(self) -> None:
+        """Raises UserError: no run here, or none that saved a checkpoint."""
+        if not self.has_config():
+            around = next((path for path in self.path.parents if RunFolder(path).has_config()), None)
+            meant = f"; give its run, {around}" if around else f" (it would hold {CONFIG} and checkpoints/)"
+            raise UserError(f"--resume {self}: no run's folder{meant}")
+        if not self.whole_checkpoints():
+            raise UserError(f"--resume {self}: it has no whole checkpoint; start it anew without --resume")
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _hold(self, way_out: str) -> None:
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self._lock_file)
+        except OSError as error:
+            if self._made:
+                self._remove_made()
+            raise UserError(f"{self} cannot be written to ({error.strerror}); {way_out}") from None
+
+    def release(self) -> None:
+        """Others may hold it; a folder that was made for it and has stayed empty goes."""
+        if self._lock is None:
+            return
+        empty = bool(self._made) and self.path.is_dir() and list(self.path.iterdir()) == [self._lock_file]
+        self._lock.release(remove=empty)
+        self._lock = None
+        if empty:
+            self._remove_made()
+
+    def _remove_made(self) -> None:
+        with suppress(OSError):  # another run has come
+            self._lock_file.unlink(missing_ok=True)
+            for path in self._made:
+                path.rmdir()
+
+    def _clear(self) -> None:
+        """What an earlier run left that ended before it saved anything: this one is not to go on counting from it."""
+        for path in (self.bad_clips, self.unsent):
+            path.unlink(missing_ok=True)
+        for part in self.checkpoints.glob(f"{STEP}*"):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that were finished, oldest first."""
+    named = [path for path in folder.glob(f"{STEP}*") if re.fullmatch(rf"{STEP}\d+", path.name)]
+    return sorted((path for path in named if is_file(path / MANIFEST)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(STEP))
+
+
+def saved_config(folder: Path) -> Config:
+    """What a run or an export was configured with.
+
+    Raises:
+        UserError: its file is wrong.
+    """
+    return from_dict([saved_settings(folder)], source=str(folder / CONFIG))
+
+
+def saved_settings(folder: Path) -> Tree:
+    """The same as its file has them, unchecked.
+
+    Raises:
+        UserError: it is no YAML.
+    """
+    saved = read_yaml(folder / CONFIG)
+    if isinstance(saved.get("name"), str):
+        saved["name"] = saved["name"].rpartition("/")[2]  # earlier versions took `a/b`
+    return saved
+
+
+def aside(path: Path) -> Path:
+    """Where what stood at `path` waits until what replaces it stands."""
+    return path.with_name(f".{path.name}.old")
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Gives a whole folder its name. What had the name before goes last, and is at `aside(path)` until then."""
+    old = aside(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def export_identity(export: Path) -> str:
+    """Another one for each model that was ever chosen: of the figures that it was chosen by, with its step."""
+    try:
+        return hashlib.sha256((export / EXPORT_SCORES).read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Beside its place, then renamed: whoever reads it, or kills this process, finds the old text or the new."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # several processes may write at once
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def why_not_written(path: Path) -> str | None:
+    """In words, what keeps a file or a folder from being made at `path`; nothing is made."""
+    nearest = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    if nearest != path and not os.path.isdir(nearest):  # noqa: PTH112, which raises where a folder is not to be read
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK) else f"{nearest} may not be written to"

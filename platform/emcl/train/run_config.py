@@ -1,0 +1,133 @@
+"""Which run is meant, and with which settings it trains or is scored; without PyTorch: an error comes at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve
+from emcl.errors import UserError, first_line
+from emcl.nearest import nearest
+from emcl.recipe import parse_overrides
+from emcl.registry import EVERY_TASK, settings_of
+from emcl.run_folder import CONFIG, RUNS, RunFolder, saved_settings
+
+AUTO = "auto"
+"""In place of a run: the one that `name=` names, or the newest one, of the tasks that are named."""
+
+
+def find_run(resume: str, tasks: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> RunFolder:
+    """The run that goes on: a folder, a name in `runs/`, or for `auto` the one with the newest checkpoint there.
+
+    Raises:
+        UserError: there is none, it has no checkpoint, or `overrides` name another.
+    """
+    given = dict(parse_overrides(overrides))
+    runs, name = Path(_filled_in(given, "runs") or RUNS), _filled_in(given, "name")
+    if resume != AUTO:
+        folder = RunFolder.around(Path(resume))
+        if not folder.has_config() and (runs / resume).is_dir():
+            folder = RunFolder.around(runs / resume)
+    elif name:
+        folder = RunFolder(runs / name)
+    else:
+        folder = _newest(runs, tasks)
+    folder.check_resumable()
+    if name and name not in (folder.name, folder.path.resolve().name):
+        raise UserError(f"--resume {folder} goes on under its own name, not as name={name}")
+    return folder
+
+
+def _filled_in(given: Mapping[str, str], key: str) -> str:
+    """A setting as it is typed, with `${oc.env:...}` replaced; empty where it is not given."""
+    text = given.get(key, "")
+    if "${" in text:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            text = str(OmegaConf.create({key: text})[key])
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}={text}: {first_line(error)}") from None
+    return "" if text == "null" else text
+
+
+def _newest(runs: Path, tasks: Sequence[str] | None) -> RunFolder:
+    saved = [(folder.whole_checkpoints(), folder) for folder in map(RunFolder, runs.glob("*")) if folder.has_config()]
+    named = _named(tasks)
+    by_age = sorted((_written(steps[-1]), folder.name, folder) for steps, folder in saved if steps)
+    for *_, folder in reversed(by_age):
+        if not named or set(named) == set(_trained(folder.path)):
+            return folder
+    of_tasks = f" of {', '.join(named)}" if named else ""
+    raise UserError(f"--resume: no run{of_tasks} with a whole checkpoint in {runs}/; start one without --resume")
+
+
+def _written(checkpoint: Path) -> float:
+    try:
+        return checkpoint.stat().st_mtime
+    except OSError:  # its run has just saved another
+        return time.time()
+
+
+def config_of_run(
+    tasks: Sequence[str] | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    *,
+    evaluate: Path | None,
+    resumed: RunFolder | None,
+    kind_of: Callable[[str], Any] = settings_of,
+) -> Config:
+    """From the recipe; or, to evaluate or resume, from what the run itself was configured with.
+
+    A run is scored on those of its tasks that are named, on all of them where none is; it goes on with all.
+
+    Raises:
+        UserError: something in it is wrong, or the run was not trained for one of `tasks`.
+    """
+    if resumed is not None:
+        return _of_resumed(resumed, tasks, overrides, kind_of)
+    export = RunFolder.open(evaluate).export if evaluate else None
+    if export is None or recipe is not None:
+        return resolve(tasks, recipe or DEFAULT_RECIPE, overrides, kind_of=kind_of)
+    trained = _trained(export)
+    for name in _named(tasks):
+        if name not in trained:
+            meant = nearest(name, trained)
+            raise UserError(f"{evaluate} was not trained for {name}{meant} (its tasks: {', '.join(trained)})")
+    return _from_saved(export, _named(tasks) or None, overrides, kind_of)
+
+
+def _of_resumed(
+    folder: RunFolder, tasks: Sequence[str] | None, overrides: Sequence[str], kind_of: Callable[[str], Any]
+) -> Config:
+    trained = _trained(folder.path)
+    named = _named(tasks)
+    if named and set(named) != set(trained):
+        raise UserError(
+            f"--resume {folder} goes on with its own tasks ({', '.join(trained)}), not with {', '.join(named)}; "
+            f"--init {folder} starts from its weights"
+        )
+    return _from_saved(folder.path, None, overrides, kind_of)
+
+
+def _from_saved(
+    folder: Path, tasks: Sequence[str] | None, overrides: Sequence[str], kind_of: Callable[[str], Any]
+) -> Config:
+    saved, source = saved_settings(folder), str(folder / CONFIG)
+    if isinstance(saved.get("tracking"), dict):
+        saved["tracking"].pop("profile", None)  # of the call that asked for it
+    return from_dict([saved], tasks, overrides=overrides, source=source, kind_of=kind_of)
+
+
+def _named(tasks: Sequence[str] | None) -> list[str]:
+    """None of them where all of a run's are meant."""
+    return [] if list(tasks or ()) == [EVERY_TASK] else list(tasks or ())
+
+
+def _trained(folder: Path) -> list[str]:
+    saved = saved_settings(folder).get("tasks")
+    return list(saved) if isinstance(saved, dict) else []
