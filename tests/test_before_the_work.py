@@ -204,4 +204,4 @@ def test_help_of_what_is_launched_comes_without_the_launcher(tmp_path: Path) -> 
     for command, named in (("train", "emcl train --recipe msrvtt_retrieval"), ("evaluate", "usage: emcl evaluate")):
         done = emcl_command(command, "--help", cwd=tmp_path)
         assert done.returncode == 0 and named in done.stdout and "--module emcl.launch" in done.stdout
-    assert launch.LAUNCHED in launch.train_parser("launch.py", launch.LAUNCHED).format_help()
+    assert launch.LAUNCHED in launch.train_parser(launch.LAUNCHED).format_help()

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
-    {"errors", "version", "secrets", "outbox", "ahead", "nearest"},
+    {"disk", "errors", "version", "secrets", "outbox", "ahead", "nearest"},
     {"settings"},
     {"em", "registry", "shipped", "recipe", "metrics"},
     {"config", "distributed"},

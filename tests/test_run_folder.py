@@ -20,9 +20,10 @@ from conftest import launch, small
 from emcl import distributed
 from emcl import launch as launcher
 from emcl.config import resolve, to_yaml
+from emcl.disk import aside, replace_folder
 from emcl.distributed import ALONE
 from emcl.errors import UserError
-from emcl.run_folder import RunFolder, aside, checkpoints_in, replace_folder, saved_config, write_whole
+from emcl.run_folder import RunFolder, checkpoints_in, saved_config
 from emcl.run_lock import RunLock
 from emcl.tracking import Tracker
 from emcl.train import checkpoint, loop
@@ -135,6 +136,21 @@ def test_a_folder_that_nothing_came_into_goes_with_what_was_made_for_it(tmp_path
     with RunFolder.create(tmp_path, "one", ["retrieval"]) as folder:
         folder.write_start("", {})
     assert names(tmp_path) == ["empty", "one"]
+
+
+def test_a_folder_that_goes_leaves_the_lock_of_whoever_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = RunLock.release
+
+    def then_another_comes(lock: RunLock, *, remove: bool = False) -> None:
+        release(lock, remove=remove)
+        lock.path.write_text("another's")
+
+    folder = RunFolder.create(tmp_path, "one", ["retrieval"])
+    monkeypatch.setattr(RunLock, "release", then_another_comes)
+    folder.release()
+    assert (tmp_path / "one/.lock").read_text() == "another's"
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
@@ -347,20 +363,6 @@ def test_a_model_that_a_kill_left_aside_is_found(tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path / "one").export == tmp_path / "one/best"
 
 
-def test_a_text_is_the_old_one_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "config.yaml"
-    write_whole(path, "old")
-
-    def full(*_: object) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
-        with pytest.raises(OSError, match="full"):
-            write_whole(path, "new")
-    assert path.read_text() == "old"
-
-
 def test_a_stop_at_the_end_of_an_epoch_saves_once(
     sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,12 +388,17 @@ def whole(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return runs / "one"
 
 
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> RunFolder:
+    """A copy of that run, to be changed."""
+    shutil.copytree(whole, tmp_path / "runs/one")
+    return RunFolder(tmp_path / "runs/one")
+
+
 @pytest.mark.xdist_group("run_folder")
 def test_a_task_is_scored_alone_as_it_is_among_all_and_the_others_scores_stay(
-    whole: Path, sample_shards: Path, tmp_path: Path
+    folder: RunFolder, sample_shards: Path
 ) -> None:
-    shutil.copytree(whole, tmp_path / "one")
-    folder = RunFolder(tmp_path / "one")
     test = [f"data.test={sample_shards}/test-000000.tar", "evaluate.batch_size=5"]
     every = run(None, overrides=test, evaluate_path=folder.path)
     before = json.loads(folder.scores("test").read_text())
@@ -410,11 +417,9 @@ def test_a_task_is_scored_alone_as_it_is_among_all_and_the_others_scores_stay(
 @pytest.mark.xdist_group("run_folder")
 @pytest.mark.parametrize("change", ["samples", "model"])
 def test_scores_of_other_samples_or_another_model_do_not_stand_beside_each_other(
-    change: str, whole: Path, sample_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: str, folder: RunFolder, sample_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As many samples, and a model in the same place."""
-    shutil.copytree(whole, tmp_path / "one")
-    folder = RunFolder(tmp_path / "one")
     first, second = (f"data.test={sample_shards}/{split}-000000.tar" for split in ("test", "train"))
     run(["retrieval"], overrides=[first], evaluate_path=folder.path)
     if change == "model":
@@ -427,10 +432,8 @@ def test_scores_of_other_samples_or_another_model_do_not_stand_beside_each_other
 
 @pytest.mark.xdist_group("run_folder")
 def test_a_model_that_is_replaced_while_it_is_opened_is_not_scored(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(whole, tmp_path / "one")
-    folder = RunFolder(tmp_path / "one")
     opened = run_module.open_export
 
     def replaced(*arguments: Any) -> Any:
@@ -448,42 +451,37 @@ def test_a_model_that_is_replaced_while_it_is_opened_is_not_scored(
 
 
 @pytest.mark.xdist_group("run_folder")
-def test_a_finished_run_is_scored_again_on_a_full_disk(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(whole, tmp_path / "one")
-    monkeypatch.setattr(checkpoint, "_free", lambda _: 0)
-    assert run(None, resume=str(tmp_path / "one")) == {}
+def test_a_finished_run_is_scored_again_on_a_full_disk(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 0)
+    assert run(None, resume=str(folder)) == {}
     with pytest.raises(UserError, match="a checkpoint with a best model could not be saved"):
-        run(None, resume=str(tmp_path / "one"), overrides=["optim.max_steps=3"])
+        run(None, resume=str(folder), overrides=["optim.max_steps=3"])
 
 
 @pytest.mark.xdist_group("run_folder")
 def test_the_command_refuses_a_second_run_of_a_name_and_goes_on_with_the_first(
-    whole: Path, sample_shards: Path, tmp_path: Path
+    folder: RunFolder, sample_shards: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole, tmp_path / "runs/one")
-    before = names(tmp_path / "runs/one/checkpoints")
+    before = names(folder.checkpoints)
     done = launch("--task", "retrieval,msrvtt_qa", *small(sample_shards), "name=one", cwd=tmp_path, ranks=2)
     assert done.returncode == 2 and done.stdout == ""
     assert re.fullmatch(r"error: runs/one is a run already \(step-00000002\): --resume runs/one .*\n", done.stderr)
-    assert names(tmp_path / "runs/one/checkpoints") == before
+    assert names(folder.checkpoints) == before
     done = launch("--resume", "optim.max_steps=3", cwd=tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "one: retrieval, msrvtt_qa on 2 cpu" in done.stdout and "goes on from step 2 of 3" in done.stdout
-    record = json.loads((tmp_path / "runs/one/run.json").read_text())
-    (tmp_path / "runs/one/run.json").write_text(json.dumps({**record, "mlflow_run": "known"}))
+    folder.facts_file.write_text(json.dumps({**folder.facts(), "mlflow_run": "known"}))
     done = launch("--resume", "one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 3 steps are done" in done.stdout
-    assert RunFolder(tmp_path / "runs/one").facts()["mlflow_run"] == "known"  # though this time nothing was recorded
+    assert folder.facts()["mlflow_run"] == "known"  # though this time nothing was recorded
 
 
 @pytest.mark.xdist_group("run_folder")
 def test_a_disk_without_room_for_a_checkpoint_is_found_before_the_first_step(
     sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_free", lambda _: 1000)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda _: 1000)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"a checkpoint with a best model could not be saved .*needs \d+ MiB"):
         run(["retrieval"], overrides=[*small(sample_shards), "name=one"])

@@ -10,8 +10,8 @@ from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from emcl.disk import why_not_written
 from emcl.errors import UserError, one_line
-from emcl.run_folder import why_not_written
 from emcl.settings import wanted
 
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emcl import launch
 from emcl.arguments import Parser, add_help, check_out, number, task_names, whole
 from emcl.cli_search import add_commands
 from emcl.errors import UserError, one_line
@@ -390,10 +389,11 @@ def _config(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    launched = {"train": launch.train, "evaluate": launch.evaluate}
     try:
-        if given and given[0] in launched:
-            return launched[given[0]](given[1:])
+        if given[:1] in (["train"], ["evaluate"]):
+            from emcl import launch
+
+            return (launch.train if given[0] == "train" else launch.evaluate)(given[1:])
         options = build_parser().parse_args(given)
         options.act(options)
     except UserError as error:

@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from emcl.arguments import Parser, add_help, task_names, whole
 from emcl.config import Config
+from emcl.disk import why_not_written
 from emcl.errors import OneRankError, UserError, one_line
-from emcl.run_folder import RUNS, RunFolder, why_not_written
+from emcl.run_folder import RUNS, RunFolder
 from emcl.secrets import masked
 from emcl.shipped import is_file
 from emcl.train.run_config import AUTO, config_of_run, find_run
@@ -43,9 +44,9 @@ APART = (
 """Options that exclude each other, and why."""
 
 
-def train_parser(prog: str, command: str) -> Parser:
+def train_parser(command: str) -> Parser:
     parser = Parser(
-        prog=prog,
+        prog=command.rpartition("/")[2],
         description=EXAMPLES.format(command=command),
         epilog=None if command == LAUNCHED else ELSEWHERE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,8 +94,8 @@ def train_parser(prog: str, command: str) -> Parser:
     return parser
 
 
-def parse(arguments: list[str] | None, prog: str = "launch.py", command: str = LAUNCHED) -> argparse.Namespace:
-    parser = train_parser(prog, command)
+def parse(arguments: list[str] | None, command: str = LAUNCHED) -> argparse.Namespace:
+    parser = train_parser(command)
     options = parser.parse_intermixed_args(arguments)
     if options.resume and "=" in options.resume and not _is_run(options.resume):
         options.overrides.insert(0, options.resume)  # `--resume optim.epochs=9`
@@ -156,7 +157,7 @@ def check(options: argparse.Namespace) -> Callable[[], Config]:
 
 def main(arguments: list[str] | None = None, command: str = LAUNCHED) -> int:
     """One rank from the command line to its end; the exit status. `--help` says `command`."""
-    options = parse(arguments, command=command)
+    options = parse(arguments, command)
     # after the options: `--help` must not wait for torch
     from emcl.train.stop import AGAIN, Stopped
 
@@ -206,7 +207,7 @@ def train(arguments: list[str]) -> int:
     Raises:
         UserError: as `check`.
     """
-    options = parse(arguments, "emcl train", "emcl train")
+    options = parse(arguments, "emcl train")
     check(options)
     return main(arguments) if options.dry_run else _become_launcher(arguments)
 

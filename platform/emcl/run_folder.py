@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import count
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config, from_dict
+from emcl.disk import aside, why_not_written, write_whole
 from emcl.errors import UserError
 from emcl.recipe import read_yaml
 from emcl.run_lock import InUseError, RunLock
@@ -71,7 +70,7 @@ class RunFolder:
         self._lock_file = path / ".lock"
         self._lock: RunLock | None = None
         self._made: list[Path] = []
-        """Folders that were made for this one, from the inside out: what they hold for nothing goes with it."""
+        """This folder and those around it that were not there, from the inside out: they go if it stays empty."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -243,6 +242,8 @@ class RunFolder:
             self._lock = RunLock(self._lock_file)
         except OSError as error:
             if self._made:
+                with suppress(OSError):  # nobody has held it
+                    self._lock_file.unlink(missing_ok=True)
                 self._remove_made()
             raise UserError(f"{self} cannot be written to ({error.strerror}); {way_out}") from None
 
@@ -257,8 +258,7 @@ class RunFolder:
             self._remove_made()
 
     def _remove_made(self) -> None:
-        with suppress(OSError):  # another run has come
-            self._lock_file.unlink(missing_ok=True)
+        with suppress(OSError):  # another run has come, whose lock is in there
             for path in self._made:
                 path.rmdir()
 
@@ -289,8 +289,14 @@ def saved_config(folder: Path) -> Config:
     return from_dict([saved_settings(folder)], source=str(folder / CONFIG))
 
 
+def tasks_in(saved: Tree) -> list[str]:
+    """Of `saved_settings`: what the run was trained for."""
+    tasks = saved.get("tasks")
+    return list(tasks) if isinstance(tasks, dict) else []
+
+
 def saved_settings(folder: Path) -> Tree:
-    """The same as its file has them, unchecked.
+    """What a run or an export was configured with as its file has it, unchecked.
 
     Raises:
         UserError: it is no YAML.
@@ -301,43 +307,9 @@ def saved_settings(folder: Path) -> Tree:
     return saved
 
 
-def aside(path: Path) -> Path:
-    """Where what stood at `path` waits until what replaces it stands."""
-    return path.with_name(f".{path.name}.old")
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Gives a whole folder its name. What had the name before goes last, and is at `aside(path)` until then."""
-    old = aside(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def export_identity(export: Path) -> str:
-    """Another one for each model that was ever chosen: of the figures that it was chosen by, with its step."""
+    """Tells the models that a run has chosen from each other: a hash of the step and the figures that chose one."""
     try:
         return hashlib.sha256((export / EXPORT_SCORES).read_bytes()).hexdigest()
     except OSError:
         return ""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Beside its place, then renamed: whoever reads it, or kills this process, finds the old text or the new."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # several processes may write at once
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def why_not_written(path: Path) -> str | None:
-    """In words, what keeps a file or a folder from being made at `path`; nothing is made."""
-    nearest = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
-    if nearest != path and not os.path.isdir(nearest):  # noqa: PTH112, which raises where a folder is not to be read
-        return f"{nearest} is a file"
-    return None if os.access(nearest, os.W_OK) else f"{nearest} may not be written to"

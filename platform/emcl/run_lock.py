@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -61,12 +59,3 @@ class RunLock:
         if remove:
             self.path.unlink(missing_ok=True)
         self._file.close()
-
-
-@contextmanager
-def in_turn(path: Path) -> Iterator[None]:
-    """Processes that write the same file do it one after another; `path` is the lock's own file."""
-    with path.open("w") as file:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config, flatten
+from emcl.disk import write_whole
 from emcl.errors import first_line
 from emcl.outbox import Message, Outbox
-from emcl.run_folder import write_whole
 from emcl.secrets import masked
 from emcl.version import __version__
 

@@ -7,7 +7,6 @@ The cache is $EMCL_CACHE, ~/.cache/emcl where not set. Several processes of a ma
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -24,6 +23,7 @@ from typing import Any
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from emcl.disk import in_turn
 from emcl.errors import UserError, first_line
 
 STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "file")
@@ -141,8 +141,7 @@ def _copy(url: str, known: Mapping[str, Any] | None, *, again: bool = False) -> 
     """The cached file; fetched where it is missing, or `again`."""
     path = cache_folder(url) / url.rpartition("/")[2]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with in_turn(path.with_name(f".{path.name}.lock")):
         if again or not path.is_file():
             _fetch(url, path, known)
     return path

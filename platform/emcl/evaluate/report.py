@@ -12,8 +12,8 @@ from typing import Any
 from emcl.config import Config
 from emcl.data.decode import Frames, decode
 from emcl.data.shards import ShardSet
-from emcl.run_folder import RunFolder, export_identity, write_whole
-from emcl.run_lock import in_turn
+from emcl.disk import in_turn, write_whole
+from emcl.run_folder import RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, commit
 
@@ -69,7 +69,6 @@ def as_json(scores: Mapping[str, Scores], shards: ShardSet, split: str, config: 
         "benchmark": benchmark,
         "benchmark_split": protocol,
         "samples": len(shards),
-        "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in shards.rows).encode()).hexdigest(),
         "commit": commit(),
         "seed": config.seed,
         "tasks": {name: {"metrics": item.metrics, "protocol": item.protocol} for name, item in scores.items()},
@@ -90,11 +89,15 @@ def record(
 
     What the folder has of other tasks, which were not scored this time, stays.
     """
-    summary = {**as_json(scores, shards, split, config), "model_id": export_identity(folder.export)}
+    summary = {
+        **as_json(scores, shards, split, config),
+        "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in shards.rows).encode()).hexdigest(),
+        "model_id": export_identity(folder.export),
+    }
     for name in ("benchmark", "benchmark_split"):
         tracker.tag(name, summary[name])
     path = folder.scores(split)
-    with in_turn(folder.path / ".scores.lock"):
+    with in_turn(folder.path / ".scores.lock", without_locks=True):
         write_whole(path, json.dumps(_with_those_before(summary, path), indent=1))
     tracker.artifact(path)
     for name, item in scores.items():

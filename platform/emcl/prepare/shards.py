@@ -24,6 +24,7 @@ from tqdm import tqdm
 from emcl.ahead import in_order
 from emcl.data.decode import DecodeError, decode
 from emcl.data.samples import Sample
+from emcl.disk import write_whole
 from emcl.errors import UserError
 from emcl.prepare.clips import Clip, Report
 from emcl.prepare.videos import Place, Videos, as_frames, reencode
@@ -160,7 +161,7 @@ def _claim(out: Path, fingerprint: str) -> None:
     if any(out.glob("*.tar")):
         raise UserError(f"{out} holds shards already: give another --out, or remove them")
     plan.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(plan, fingerprint)
+    write_whole(plan, fingerprint)
 
 
 def _note(out: Path, shard: Shard) -> Path:
@@ -184,7 +185,7 @@ def _write(shards: list[Shard], out: Path, options: Options, source: str) -> Non
             note = {"samples": write_shard(path, _good(made, shard, broken, bar)), "broken": broken, **_checksum(path)}
             if not note["samples"]:
                 path.unlink()
-            _write_whole(_note(out, shard), json.dumps(note))
+            write_whole(_note(out, shard), json.dumps(note))
 
 
 def _good(
@@ -249,17 +250,11 @@ def _finish(out: Path, shards: list[Shard], report: Report, options: Options, so
             if note["samples"]
         },
     }
-    _write_whole(out / REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False))
-    _write_whole(out / INDEX, json.dumps(index, indent=1))
+    write_whole(out / REPORT, json.dumps(asdict(report), indent=1, ensure_ascii=False))
+    write_whole(out / INDEX, json.dumps(index, indent=1))
     return report
 
 
 def _checksum(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _write_whole(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from emcl.config import Config
 from emcl.data.mixture import open_training
+from emcl.disk import write_whole
 from emcl.distributed import ALONE, device
 from emcl.em import EMCL
 from emcl.errors import UserError
@@ -32,7 +33,7 @@ from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.multitask import VideoLanguageModel
 from emcl.report.result import OPTION_COLUMNS, Option
-from emcl.run_folder import WEIGHTS, RunFolder, saved_config, write_whole
+from emcl.run_folder import WEIGHTS, RunFolder, saved_settings, tasks_in
 from emcl.train.export import open_export
 from emcl.train.features import open_source
 
@@ -52,7 +53,7 @@ def every_option(run: Path, *, bank_videos: int = 500) -> list[Option]:
     folder = RunFolder.open(run)
     folder.check_written()
     export = folder.export
-    if "retrieval" not in saved_config(export).tasks:
+    if "retrieval" not in tasks_in(saved_settings(export)):
         raise UserError(f"{run} was not trained for retrieval, which these options are for")
     test = Embeddings.open(folder.embeddings("test"))
     model, config = open_export(export)

@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from emcl.data.bad import check_bad_fraction
+from emcl.disk import write_whole
 from emcl.distributed import Ranks
-from emcl.run_folder import write_whole
 
 
 class BadClips:

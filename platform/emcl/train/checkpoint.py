@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from emcl.disk import OLD, free_bytes, replace_folder
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
-from emcl.run_folder import MANIFEST, STEP, aside, checkpoints_in, replace_folder
+from emcl.run_folder import MANIFEST, STEP, checkpoints_in
 from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
 
 MIB = 2**20
@@ -94,7 +95,7 @@ def _finish(part: Path, place: Path, facts: dict[str, Any], keep: int) -> None:
     standing = checkpoints_in(place.parent)
     number = standing.index(place) + 1
     # those that were converted to go on from have served; what was cut short serves nobody
-    left = [path for path in place.parent.iterdir() if path.name.endswith((UNIVERSAL, PART, aside(place).suffix))]
+    left = [path for path in place.parent.iterdir() if path.name.endswith((UNIVERSAL, PART, OLD))]
     for old in [*standing[: max(0, number - keep)], *standing[number:], *left]:
         try:
             shutil.rmtree(old)
@@ -131,17 +132,11 @@ def _no_room(engine: Any, folder: Path, tag: str, more: int = 0) -> UserError | 
     `more` bytes are needed besides.
     """
     need = _needed(engine, folder) + more
-    return _not_written(folder, tag, need, "no room") if _free(folder) < need else None
-
-
-def _free(folder: Path) -> int:
-    """Bytes of the disk that a folder lies on, or would lie on."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
+    return _not_written(folder, tag, need, "no room") if free_bytes(folder) < need else None
 
 
 def _not_written(folder: Path, tag: str, need: int, reason: str) -> UserError:
-    free, last = _free(folder), checkpoints_in(folder)
+    free, last = free_bytes(folder), checkpoints_in(folder)
     before = f"; {last[-1].name}, the one before, is whole" if last else ""
     return UserError(
         f"{tag} could not be saved in {folder} ({reason}): it needs {need / MIB:,.0f} MiB, "

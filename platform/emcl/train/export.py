@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from emcl.config import Config, to_yaml
+from emcl.disk import replace_folder
 from emcl.errors import UserError
 from emcl.multitask import VideoLanguageModel
-from emcl.run_folder import CONFIG, EXPORT_SCORES, WEIGHTS, replace_folder, saved_config
+from emcl.run_folder import CONFIG, EXPORT_SCORES, WEIGHTS, saved_config, saved_settings, tasks_in
 
 
 def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: dict[str, Any]) -> None:
@@ -71,9 +72,11 @@ def open_export(folder: Path, config: Config | None = None) -> tuple[VideoLangua
     Raises:
         UserError: the weights are of another architecture, or are gone.
     """
-    saved = saved_config(folder)
-    config = config or saved
-    left = [name for name in saved.tasks if name not in config.tasks]
+    left: list[str] = []
+    if config is None:
+        config = saved_config(folder)
+    else:
+        left = [name for name in tasks_in(saved_settings(folder)) if name not in config.tasks]
     if left:
         config = dataclasses.replace(config, uncertainty_weights=False)
     model = VideoLanguageModel(config, load_weights=False)

@@ -90,7 +90,7 @@ class Trainer:
             state = checkpoint.load(self.engine, found)
             self.start, self.best = state["step"], state["best"]
         self.saved = self.start
-        self.resumed = _resumed(self.start, self.total) if resuming else None
+        self.resumed = _note_on_resuming(self.start, self.total) if resuming else None
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
         allowed = config.data.max_bad_fraction
         self.bad = BadClips(ranks, folder.bad_clips, len(self.shards), allowed, self.shards.damaged)
@@ -282,7 +282,7 @@ class Trainer:
             tqdm.write(text)
 
 
-def _resumed(start: int, total: int) -> str:
+def _note_on_resuming(start: int, total: int) -> str:
     if start < total:
         return f"goes on from step {start} of {total}"
     return f"all {total} steps are done, so it is scored again; more optim.epochs= train on"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from emcl.run_folder import write_whole
+from emcl.disk import write_whole
 from emcl.tracking import Tracker
 
 WARM = 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from emcl.config import Config, to_yaml
 from emcl.data.at_hand import missing, of_sample, wanted
 from emcl.data.order import check_divisible
 from emcl.data.shards import find_shards, open_shards
+from emcl.disk import in_turn
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
@@ -199,8 +199,7 @@ def _render(folder: Path, patterns: list[str]) -> None:
         UserError: its shards are not those of `patterns`.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with in_turn(folder.parent / f".{folder.name}.lock"):
         if missing(patterns):
             generate(folder, seed=0)
     for pattern in patterns:

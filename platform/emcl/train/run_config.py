@@ -12,7 +12,7 @@ from emcl.errors import UserError, first_line
 from emcl.nearest import nearest
 from emcl.recipe import parse_overrides
 from emcl.registry import EVERY_TASK, settings_of
-from emcl.run_folder import CONFIG, RUNS, RunFolder, saved_settings
+from emcl.run_folder import CONFIG, RUNS, RunFolder, saved_settings, tasks_in
 
 AUTO = "auto"
 """In place of a run: the one that `name=` names, or the newest one, of the tasks that are named."""
@@ -59,7 +59,7 @@ def _newest(runs: Path, tasks: Sequence[str] | None) -> RunFolder:
     named = _named(tasks)
     by_age = sorted((_written(steps[-1]), folder.name, folder) for steps, folder in saved if steps)
     for *_, folder in reversed(by_age):
-        if not named or set(named) == set(_trained(folder.path)):
+        if not named or set(named) == set(tasks_in(saved_settings(folder.path))):
             return folder
     of_tasks = f" of {', '.join(named)}" if named else ""
     raise UserError(f"--resume: no run{of_tasks} with a whole checkpoint in {runs}/; start one without --resume")
@@ -88,46 +88,31 @@ def config_of_run(
     Raises:
         UserError: something in it is wrong, or the run was not trained for one of `tasks`.
     """
-    if resumed is not None:
-        return _of_resumed(resumed, tasks, overrides, kind_of)
-    export = RunFolder.open(evaluate).export if evaluate else None
-    if export is None or recipe is not None:
+    folder = resumed.path if resumed else RunFolder.open(evaluate).export if evaluate else None
+    if folder is None or (evaluate and recipe is not None):
         return resolve(tasks, recipe or DEFAULT_RECIPE, overrides, kind_of=kind_of)
-    trained = _trained(export)
-    for name in _named(tasks):
-        if name not in trained:
-            meant = nearest(name, trained)
-            raise UserError(f"{evaluate} was not trained for {name}{meant} (its tasks: {', '.join(trained)})")
-    return _from_saved(export, _named(tasks) or None, overrides, kind_of)
-
-
-def _of_resumed(
-    folder: RunFolder, tasks: Sequence[str] | None, overrides: Sequence[str], kind_of: Callable[[str], Any]
-) -> Config:
-    trained = _trained(folder.path)
-    named = _named(tasks)
-    if named and set(named) != set(trained):
-        raise UserError(
-            f"--resume {folder} goes on with its own tasks ({', '.join(trained)}), not with {', '.join(named)}; "
-            f"--init {folder} starts from its weights"
-        )
-    return _from_saved(folder.path, None, overrides, kind_of)
-
-
-def _from_saved(
-    folder: Path, tasks: Sequence[str] | None, overrides: Sequence[str], kind_of: Callable[[str], Any]
-) -> Config:
-    saved, source = saved_settings(folder), str(folder / CONFIG)
+    saved = saved_settings(folder)
+    _check_tasks(_named(tasks), tasks_in(saved), evaluate=evaluate, resumed=resumed)
     if isinstance(saved.get("tracking"), dict):
         saved["tracking"].pop("profile", None)  # of the call that asked for it
-    return from_dict([saved], tasks, overrides=overrides, source=source, kind_of=kind_of)
+    scored = _named(tasks) or None if evaluate else None
+    return from_dict([saved], scored, overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
+
+
+def _check_tasks(
+    named: Sequence[str], trained: Sequence[str], *, evaluate: Path | None, resumed: RunFolder | None
+) -> None:
+    if resumed is not None and named and set(named) != set(trained):
+        raise UserError(
+            f"--resume {resumed} goes on with its own tasks ({', '.join(trained)}), not with {', '.join(named)}; "
+            f"--init {resumed} starts from its weights"
+        )
+    unknown = next((name for name in named if name not in trained), None)
+    if unknown is not None:
+        meant = nearest(unknown, trained)
+        raise UserError(f"{evaluate} was not trained for {unknown}{meant} (its tasks: {', '.join(trained)})")
 
 
 def _named(tasks: Sequence[str] | None) -> list[str]:
-    """None of them where all of a run's are meant."""
+    """Without `all`, which means all of a run's, as naming none does."""
     return [] if list(tasks or ()) == [EVERY_TASK] else list(tasks or ())
-
-
-def _trained(folder: Path) -> list[str]:
-    saved = saved_settings(folder).get("tasks")
-    return list(saved) if isinstance(saved, dict) else []
