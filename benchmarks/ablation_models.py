@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ablation_data import train_to_the_end
 from emcl.config import Config, resolve
-from emcl.data.loader import every_caption
+from emcl.data.captions import every_caption
 from emcl.data.order import Draw
 from emcl.data.shards import open_shards
 from emcl.data.text import Caption

@@ -28,7 +28,7 @@ from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import Tokens
 from emcl.model.towers import tokenizer
-from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.registry import task_class
 from emcl.task import to_device
 
@@ -60,15 +60,13 @@ def stepper(tasks: tuple[str, ...], videos: int, device: torch.device) -> Callab
     learnt = {name: task_class(name).learn_settings(item, config, known) for name, item in config.tasks.items()}
     config = dataclasses.replace(config, tasks=learnt)
     texts = Tokens(tokenizer(config.model.name, WORDS))
-    collators = {
-        name: task_class(name).collator(item, config, texts, training=True) for name, item in config.tasks.items()
-    }
+    parts = collators(config, texts, training=True)
     rng = np.random.default_rng(0)
     items: list[tuple[Draw, Sample, np.ndarray, list[str]]] = [
         (Draw(row, None, row), known[row], rng.integers(0, 256, (FRAMES, 224, 224, 3), dtype=np.uint8), [])
         for row in range(videos)
     ]
-    batch = to_device(Collate(collators, frames=FRAMES)(items), device)
+    batch = to_device(Collate(parts, frames=FRAMES)(items), device)
     torch.manual_seed(0)
     model = VideoLanguageModel(config, load_weights=False).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")

@@ -1,1 +1,1 @@
-"""The tasks: one file each, an nn.Module that owns its head and says how it is trained and scored."""
+"""The tasks: in `NAME.py` an nn.Module that owns its head; beside it how it is scored and what a report shows of it."""

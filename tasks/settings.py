@@ -68,7 +68,7 @@ class CaptioningConfig:
         if longest > self.words:
             raise ValueError(
                 f"generation.max_new_tokens={longest} is not a whole number of tokens from 1 to {self.words}, the "
-                "longest caption of training (tasks.captioning.words)"
+                "longest caption of training (words)"
             )
 
 

@@ -120,3 +120,18 @@ def test_a_question_only_model_does_not_see_the_video() -> None:
                 for _ in range(2)
             )
         assert torch.equal(one, two) is same
+
+
+def test_each_video_of_several_is_asked_the_same_question() -> None:
+    task, _, backbone = task_of(settings())
+    frames, mask = torch.randn(3, 3, backbone.embed_dim), torch.ones(3, 3, dtype=torch.bool)
+    with torch.no_grad():
+        together = task.predict(backbone, Encoded(frames, mask), "what moves?", top=9)
+        alone = [
+            task.predict(backbone, Encoded(frames[n : n + 1], mask[:1]), "what moves?", top=9)[0] for n in range(3)
+        ]
+    assert together[0] != together[1]
+    for said, wanted in zip(together, alone, strict=True):
+        assert [one.text for one in said] == [one.text for one in wanted] and len(said) == len(task.settings.answers)
+        assert [one.probability for one in said] == pytest.approx([one.probability for one in wanted], abs=1e-5)
+        assert sum(one.probability for one in said) == pytest.approx(1, abs=1e-5)

@@ -149,7 +149,7 @@ def test_a_local_gpt2_and_its_tokenizer_are_started_from(tmp_path: Path) -> None
     torch.testing.assert_close(task.decoder.decoder.transformer.wte.weight, gpt2.transformer.wte.weight)
     assert task.vocabulary.decode(task.vocabulary.encode("the red dog runs")) == "the red dog runs"
     assert len(task.generate(encoded(task.decoder.frames[0].normalized_shape[0], 3, 2))) == 2
-    with pytest.raises(UserError, match=r"captioning\.words=49 is not a whole number of tokens from 2 to 48, the pos"):
+    with pytest.raises(UserError, match=r"words=49 is not a whole number of tokens from 2 to 48, the pos"):
         task_of(settings(f"tasks.captioning.pretrained={tmp_path}", "tasks.captioning.words=49"))
 
 

@@ -38,7 +38,8 @@ def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
     source = open_source(config, shards, backbone, ALONE, CPU)
     assert source.features is not None
     assert path_of(config, shards.paths[0]).is_file()
-    from emcl.data.loader import Clips, every_caption
+    from emcl.data.captions import every_caption
+    from emcl.data.loader import Clips
     from emcl.data.order import Draw
 
     clips = Clips(shards, config.data, training=False)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
     {"disk", "errors", "version", "secrets", "outbox", "ahead", "nearest"},
     {"settings"},
-    {"em", "registry", "shipped", "recipe", "metrics"},
+    {"em", "registry", "shipped", "recipe", "kinds", "metrics"},
     {"config", "distributed"},
     {"run_lock", "run_folder"},
     {"data"},

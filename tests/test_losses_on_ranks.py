@@ -35,7 +35,7 @@ def part_of(batch: dict[str, torch.Tensor], rows: slice) -> dict:
         "frames": batch["frames"][rows][mask],
         "frame_slot": mask.flatten().nonzero().squeeze(1),
         "video_mask": mask,
-        "retrieval": {"text": batch["text"][rows], "present": mask.any(1)},
+        "tasks": {"retrieval": {"text": batch["text"][rows], "present": mask.any(1)}},
     }
 
 

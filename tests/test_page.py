@@ -104,10 +104,10 @@ def test_a_search_and_a_click_play_the_moment(page: Any) -> None:
 def test_a_video_is_described_asked_about_and_dropped_in(page: Any, server: Server) -> None:
     search(page, "a circle")
     page.locator("#hits button").first.click()
-    page.click("#caption")
+    page.click("[data-task=captioning]")
     until(page, "document.querySelector('#said').textContent.startsWith('“')")
-    page.fill("#question", "what color is it?")
-    page.press("#question", "Enter")
+    page.fill("[data-task=msrvtt_qa] input", "what color is it?")
+    page.press("[data-task=msrvtt_qa] input", "Enter")
     until(page, "document.querySelector('#said').textContent.includes('%')")
     page.click("#similar")
     until(page, "document.querySelector('#status').textContent.includes('look like')")
@@ -117,9 +117,9 @@ def test_a_video_is_described_asked_about_and_dropped_in(page: Any, server: Serv
     assert file.name in page.locator("#hits .path").first.inner_text()
     assert playing(page)["error"] is None
     page.wait_for_selector("#curve:not([hidden]) polyline")
-    page.click("#caption")
+    page.click("[data-task=captioning]")
     until(page, "document.querySelector('#said').textContent.startsWith('“')")
-    page.press("#question", "Enter")
+    page.press("[data-task=msrvtt_qa] input", "Enter")
     until(page, "document.querySelector('#said').textContent.includes('%')")
 
 

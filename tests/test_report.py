@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emcl.tasks.retrieval_plots import embeddings_of, similarity_of
 
 from conftest import launch, small
 from emcl.cli import main
@@ -17,9 +18,9 @@ from emcl.errors import UserError
 from emcl.metrics.bootstrap import interval
 from emcl.metrics.retrieval import retrieval_metrics
 from emcl.model.embeddings import Embeddings
-from emcl.report.page import tables_of, write_report
-from emcl.report.published import PUBLISHED
-from emcl.report.result import open_results
+from emcl.registry import task_class
+from emcl.report.page import compare, report_of, write_report
+from emcl.task.result import open_results
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -39,8 +40,9 @@ def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_kept_embeddings_and_similarity_give_the_scores_again(run: Path) -> None:
     (retrieval,) = (result for result in open_results(run) if result.task == "retrieval")
-    assert retrieval.similarity is not None and retrieval.embeddings is not None
-    again = retrieval_metrics(retrieval.similarity, retrieval.embeddings.owner)
+    similarity, embeddings = similarity_of(retrieval), embeddings_of(retrieval)
+    assert similarity is not None and embeddings is not None
+    again = retrieval_metrics(similarity, embeddings.owner)
     assert again["text_to_video"]["R@1"] == retrieval.metrics["text_to_video/R@1"]
     assert again["video_to_text"]["MnR"] == retrieval.metrics["video_to_text/MnR"]
     assert np.mean(retrieval.items["text_to_video"]) == pytest.approx(retrieval.metrics["text_to_video/MnR"])
@@ -54,7 +56,7 @@ def test_items_add_up_to_the_metrics(run: Path) -> None:
     name = next(name for name in captions.metrics if name.startswith("CIDEr"))
     assert np.mean(captions.items[name]) == pytest.approx(captions.metrics[name])
     for result in found.values():
-        for metric, (low, high) in result.intervals.items():
+        for metric, (low, high) in report_of(result).intervals(result).items():
             assert low <= result.metrics[metric] <= high
 
 
@@ -77,7 +79,7 @@ def test_the_published_figures_stand_beside_ours_and_only_a_whole_test_set_compa
 
     full = replace(changed[0], benchmark="msrvtt", split="1k-A", samples=1000)
     part = replace(full, samples=476)
-    (table,) = tables_of([full, part])
+    (table,) = compare([full, part])
     assert [line.note for line in table.lines if line.ours and "DSL" not in line.name] == [
         "",
         "NOT COMPARABLE with published figures: 476 of 1,000 test videos",
@@ -179,12 +181,13 @@ def test_queries_of_one_video_are_drawn_together() -> None:
     assert together[1] - together[0] > 4 * (alone[1] - alone[0])
 
 
-def test_published_figures_are_of_known_benchmarks_and_metrics() -> None:
+@pytest.mark.parametrize("task", ["retrieval", "captioning", "msrvtt_qa"])
+def test_published_figures_are_of_known_benchmarks_and_metrics(task: str) -> None:
     from emcl.prepare.benchmarks import BENCHMARKS
-    from emcl.report.result import COLUMNS
 
-    for (benchmark, protocol, task), lines in PUBLISHED.items():
+    report = task_class(task).report
+    known = {*report.columns, "text_to_video/R@50", "video_to_text/R@50"}
+    for (benchmark, protocol), lines in report.published.items():
         assert protocol in BENCHMARKS[benchmark].protocols
-        for line in lines:
-            known = [*COLUMNS[task], "text_to_video/R@50", "video_to_text/R@50"]
-            assert set(line.metrics) <= set(known)
+        assert all(set(line.metrics) <= known for line in lines)
+    assert report.published

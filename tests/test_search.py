@@ -24,7 +24,7 @@ from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.placement import Placement
 from emcl.prepare.table import read_table
 from emcl.prepare.writer import encode_mp4, write_shard
-from emcl.run_folder import RunFolder
+from emcl.run_folder import SIMILARITY, RunFolder
 from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows, scenes
 
@@ -75,7 +75,7 @@ def test_a_search_for_all_sentences_ranks_as_the_evaluation_did(sample_shards: P
     index = VideoIndex(tmp_path / "index", emcl.load(run, device="cpu"), windows=Windows())
     index.update(tmp_path / "videos")
     sentences = [caption for row in clips.rows for caption in row.sample.captions]
-    scores = load_file(RunFolder(run).similarity("test"))["similarity"]
+    scores = load_file(RunFolder(run).kept(SIMILARITY, "test"))["similarity"]
     assert scores.shape == (len(sentences), 12)
     for hits, row in zip(index.search_all(sentences, top=12), scores, strict=True):
         best = row.sort(descending=True)

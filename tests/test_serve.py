@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,14 @@ pytestmark = pytest.mark.xdist_group("serve")
 class Server:
     """`emcl serve` in a process of its own."""
 
-    def __init__(self, index: Path, run: Path, *options: str) -> None:
+    def __init__(self, index: Path, run: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
         self.port = free_port()
         self._folder = tempfile.TemporaryDirectory()
         cwd = Path(self._folder.name)
         self.log = cwd / "log"
         self.log.touch()
         command = ["serve", str(index), "--model", str(run), "--port", str(self.port), *options]
-        self.process = start_program("emcl.cli", *command, env=launch_environment(), cwd=cwd, stdout=self.log)
+        self.process = start_program("emcl.cli", *command, env=launch_environment(env), cwd=cwd, stdout=self.log)
         while f":{self.port}" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
@@ -68,8 +68,8 @@ class Server:
 
 
 @contextmanager
-def serving(index: Path, run: Path, *options: str) -> Iterator[Server]:
-    server = Server(index, run, *options)
+def serving(index: Path, run: Path, *options: str, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    server = Server(index, run, *options, env=env)
     try:
         yield server
     finally:

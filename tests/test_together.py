@@ -18,7 +18,7 @@ from emcl.data.samples import Sample
 from emcl.data.text import Tokens
 from emcl.distributed import ALONE, Ranks
 from emcl.model.towers import tokenizer
-from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.registry import task_class, task_entries
 from ranks import run_on_ranks
 
@@ -49,10 +49,7 @@ def _joint(ranks: Ranks, coverage: str, more: list[str]) -> tuple[dict[str, floa
     samples = [Sample(id=str(number), **facts) for number, facts in enumerate(COVERAGES[coverage])]  # type: ignore[arg-type]
     config = configured(samples, *more)
     texts = Tokens(tokenizer(config.model.name, config.data.words))
-    collators = {
-        name: task_class(name).collator(settings, config, texts, training=True)
-        for name, settings in config.tasks.items()
-    }
+    parts = collators(config, texts, training=True)
     mine = range(8)[ranks.share(8)]
     items = []
     for row in mine:
@@ -60,7 +57,7 @@ def _joint(ranks: Ranks, coverage: str, more: list[str]) -> tuple[dict[str, floa
         items.append((Draw(row, None, row), samples[row], frames, []))
     torch.manual_seed(0)
     model = VideoLanguageModel(config, ranks=ranks)
-    losses = model(Collate(collators, frames=3)(items))
+    losses = model(Collate(parts, frames=3)(items))
     total_loss(losses).backward()
     whole = {name: float(ranks.sum(loss.detach()) / ranks.world_size) for name, loss in losses.items()}
     gradients = {
@@ -97,7 +94,7 @@ def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: li
     samples = [Sample(id=str(row), **facts) for row, facts in zip(kept, only, strict=True)]  # type: ignore[arg-type]
     config = configured(samples, *more)
     texts = Tokens(tokenizer(config.model.name, config.data.words))
-    collators = {n: task_class(n).collator(s, config, texts, training=True) for n, s in config.tasks.items()}
+    parts = collators(config, texts, training=True)
     items = [
         (
             Draw(row, None, row),
@@ -108,7 +105,7 @@ def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: li
         for row, sample in zip(kept, samples, strict=True)
     ]
     torch.manual_seed(0)
-    alone = VideoLanguageModel(config)(Collate(collators, frames=3)(items))
+    alone = VideoLanguageModel(config)(Collate(parts, frames=3)(items))
     assert with_others["retrieval/contrastive"] == pytest.approx(
         float(alone["retrieval/contrastive"].detach()), rel=1e-5
     )

@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="emcl",
         description="Video-and-language pretraining with EMCL.",
-        epilog="The usual way: prepare, verify, train, evaluate, report; then index, search, caption, ask, serve.",
+        epilog="The usual way: prepare, verify, train, evaluate, report; then index, search, predict, serve.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=500,
         help="training videos of the query bank, with all their captions (500)",
     )
+    options.add_argument("--task", metavar="NAME", help="which of the run's tasks, where several are retrieval")
     options.set_defaults(act=_options)
 
     report = commands.add_parser(
@@ -332,7 +333,7 @@ def _transform(options: argparse.Namespace) -> None:
 def _options(options: argparse.Namespace) -> None:
     from emcl.report.options import every_option, table
 
-    print(table(every_option(options.run, bank_videos=options.bank)))
+    print(table(every_option(options.run, task=options.task, bank_videos=options.bank)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The commands for people with videos: index, search, caption, ask, serve."""
+"""The commands for people with videos: index, search, predict, caption, ask, serve."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from emcl.errors import UserError
 if TYPE_CHECKING:
     from emcl.inference import VideoTextModel
     from emcl.search.index import Hit
+    from emcl.task import Prediction
 
 
 def add_commands(commands: Any) -> None:
@@ -26,6 +27,7 @@ def add_commands(commands: Any) -> None:
     )
     index.add_argument("videos", type=Path, metavar="DIR")
     _model(index)
+    _compared(index)
     index.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder of the index")
     index.add_argument("--window", type=number(gt=0), default=10.0, help="seconds of a window (default: %(default)s)")
     index.add_argument(
@@ -46,19 +48,36 @@ def add_commands(commands: Any) -> None:
     search.add_argument("--video", type=Path, help="search by what this video looks like")
     search.add_argument("--queries", type=Path, metavar="FILE", help="search for every line of a text file")
     _model(search)
+    _compared(search)
     search.add_argument("--top", type=whole(ge=1), default=10, help="hits (default: %(default)s)")
     search.add_argument("--json", action="store_true", help="one JSON object a line")
     search.set_defaults(act=_search)
 
+    predict = commands.add_parser(
+        "predict",
+        help="what a task of a model says of each video; any task that says something",
+        description="What a task says of each video: captions, answers to --question, or what another package's task "
+        "offers. `emcl caption` and `emcl ask` are short for it.",
+    )
+    predict.add_argument("files", type=Path, nargs="+", metavar="FILE")
+    _model(predict)
+    _said_by(predict)
+    predict.add_argument("--question", help="about each video, for a task that is asked one")
+    predict.add_argument("--top", type=whole(ge=1), default=3, help="of each video at most (default: %(default)s)")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line")
+    predict.set_defaults(act=_predict)
+
     caption = commands.add_parser("caption", help="write a sentence about each video")
     caption.add_argument("files", type=Path, nargs="+", metavar="FILE")
     _model(caption)
+    _said_by(caption)
     caption.set_defaults(act=_caption)
 
     ask = commands.add_parser("ask", help="ask a question about a video")
     ask.add_argument("file", type=Path, metavar="FILE")
     ask.add_argument("question")
     _model(ask)
+    _said_by(ask)
     ask.add_argument("--top", type=whole(ge=1), default=3, help="answers (default: %(default)s)")
     ask.set_defaults(act=_ask)
 
@@ -70,6 +89,7 @@ def add_commands(commands: Any) -> None:
     )
     serve.add_argument("index", type=Path, metavar="INDEX")
     _model(serve)
+    _compared(serve)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     serve.add_argument(
         "--port", type=whole(ge=0, lt=2**16), default=8000, help="(default: %(default)s; 0 takes a free one)"
@@ -87,10 +107,26 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="(default: the run's own; fp32 on a CPU)")
 
 
+def _compared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task", dest="compare_by", metavar="NAME", help="compare by this task, of a model with several that do"
+    )
+
+
+def _said_by(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", metavar="NAME", help="which of the model's tasks, where several can be meant")
+
+
 def _open(options: argparse.Namespace) -> VideoTextModel:
     from emcl.inference import load
 
-    return load(options.model, pretrained=options.pretrained, device=options.device, precision=options.precision)
+    return load(
+        options.model,
+        pretrained=options.pretrained,
+        device=options.device,
+        precision=options.precision,
+        task=getattr(options, "compare_by", None),
+    )
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -158,19 +194,40 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{seconds % 60:04.1f}"
 
 
+def _predict(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    _check_files(options.files)
+    model = _open(options)
+    task = model.task_for(options.task, question=options.question)
+    for file in tqdm(options.files, unit="video", disable=len(options.files) < 5):
+        (predictions,) = model.predict(file, options.question, task=task, top=options.top)
+        if options.json:
+            found = {"path": str(file), "task": task, "predictions": [asdict(one) for one in predictions]}
+            tqdm.write(json.dumps(found, ensure_ascii=False))
+        else:
+            tqdm.write(f"{file}: {', '.join(_said(one) for one in predictions)}")
+
+
+def _said(prediction: Prediction) -> str:
+    share = "" if prediction.probability is None else f" ({prediction.probability:.1%})"
+    return f"{prediction.text}{share}"
+
+
 def _caption(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     _check_files(options.files)
     model = _open(options)
     for file in tqdm(options.files, unit="video", disable=len(options.files) < 5):
-        tqdm.write(f"{file}: {model.caption(file)[0]}")
+        tqdm.write(f"{file}: {model.caption(file, task=options.task)[0]}")
 
 
 def _ask(options: argparse.Namespace) -> None:
     _check_files([options.file])
-    for answer, share in _open(options).answer(options.file, options.question, top=options.top):
-        print(f"{share:6.1%}  {answer}")
+    model = _open(options)
+    for answer, share in model.answer(options.file, options.question, top=options.top, task=options.task):
+        print(f"{'' if share is None else f'{share:.1%}':>6}  {answer}")
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -181,5 +238,7 @@ def _serve(options: argparse.Namespace) -> None:
     check_index(options.index)
     limits = Limits(waiting=options.queue, upload_mib=options.max_upload)
     with bind(options.host, options.port) as address:
-        index = VideoIndex(options.index, _open(options))
+        model = _open(options)
+        model.check_compare_by()
+        index = VideoIndex(options.index, model)
         serve(index, limits, address, host=options.host, browser=options.open)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, Field
 
 from emcl.data.settings import DataConfig
-from emcl.errors import UserError, first_line
+from emcl.errors import UserError, first_line, said_of
 from emcl.evaluate.settings import EvaluateConfig
+from emcl.kinds import Kinds, check_known, check_new, kinds_in
 from emcl.model.settings import EMCLConfig, ModelConfig
 from emcl.recipe import Overrides, as_written, parse_overrides, read_recipe
-from emcl.registry import expand, settings_of, task_entry
+from emcl.registry import EVERY_TASK, is_built_in, settings_of, task_entries
 from emcl.secrets import masked
 from emcl.settings import Seconds, Steps, Tree, build, group, merge, nested, subgroups
 from emcl.shipped import find_file
@@ -94,6 +96,13 @@ class Config:
     tasks: dict[str, Any] = Field(
         default_factory=dict, description="Settings of each active task; the task's own class says which."
     )
+    kinds: dict[str, str] = Field(
+        default_factory=dict,
+        description=(
+            "Further names of tasks, for several of one kind: `--task captioning,short kinds.short=captioning "
+            "tasks.short.layers=1`."
+        ),
+    )
     uncertainty_weights: bool = Field(
         False,
         description=(
@@ -107,6 +116,17 @@ class Config:
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    def kind_of(self, task: str) -> str:
+        """The task's own name, by which it is installed, for the name that it has in this run."""
+        return self.kinds.get(task, task)
+
+    def alias_of(self, task: str) -> str:
+        """The name that its files begin with, so that tasks with one scorer have files of their own.
+
+        Empty for this package's own tasks under their own names.
+        """
+        return "" if task not in self.kinds and is_built_in(task) else task
 
     def __post_init__(self) -> None:
         if not self.model.cache_features:
@@ -127,16 +147,31 @@ def resolve(
     overrides: Iterable[str] = (),
     *,
     kind_of: Callable[[str], Any] = settings_of,
+    kinds: Kinds | None = None,
 ) -> Config:
     """Defaults, then the recipe and what it includes, then `key=value` overrides, for the named tasks.
 
     Without `tasks`, those that the recipe has settings for.
 
+    Args:
+        kinds: further names of tasks that a run has which is to be scored with a recipe; they stand.
+
     Raises:
         UserError: unknown task, recipe or key, ill-typed or impossible value.
     """
     path = find_file(recipe, "recipe")
-    return from_dict(read_recipe(path), tasks, overrides=overrides, source=str(path), kind_of=kind_of)
+    layers, of_run = read_recipe(path), dict(kinds or {})
+    with said_of(str(path)):
+        own = kinds_in(layers)
+    check_new(
+        {
+            name: kind
+            for name, kind in kinds_in([{"kinds": own}], parse_overrides(overrides)).items()
+            if name not in of_run
+        }
+    )
+    layers = [*layers, {"kinds": of_run}]
+    return from_dict(layers, tasks, overrides=overrides, source=str(path), kind_of=kind_of)
 
 
 def from_dict(
@@ -158,35 +193,53 @@ def from_dict(
         UserError: unknown task or key, ill-typed or impossible value.
     """
     given = parse_overrides(overrides)
-    for name in expand(tasks or ()):
-        task_entry(name)
+    with _said_of(source):
+        own = kinds_in(layers)
+    kinds = kinds_in([{"kinds": own}], given)
+    tables = [name for layer in layers for name in _tasks(layer.get("tasks"))]
+    names = tables if tasks is None else [*task_entries(), *kinds] if list(tasks) == [EVERY_TASK] else tasks
+    if not names:
+        with _said_of(source):
+            raise UserError("no task is named: give --task")
+    with _said_of(source if tasks is None else ""):
+        for name in names:
+            check_known(name, kinds, may_be_further=tasks is not None)
+    for name, kind in kinds_in([], given).items():
+        if name not in names:
+            raise UserError(
+                f"kinds.{name}={kind}: {name} is none of this run's tasks ({', '.join(names)}); --task names them"
+            )
     try:
-        return _built(layers, tasks, given, kind_of)
-    except UserError as error:
-        if given:
-            from_dict(layers, tasks, source=source, kind_of=kind_of)  # raises where the trees alone are wrong
-            raise
-        raise UserError(f"{source}: {error}" if source else str(error)) from None
+        return _built(layers, names, given, kinds, kind_of)
+    except UserError:
+        with _said_of(source):  # raises where the trees alone are wrong
+            _built(layers, [], [], {**kinds, **own}, kind_of)
+        raise
+
+
+def _said_of(source: str) -> AbstractContextManager[None]:
+    return said_of(source) if source else nullcontext()
 
 
 def _built(
-    layers: Sequence[Tree], tasks: Sequence[str] | None, given: Overrides, kind_of: Callable[[str], Any]
+    layers: Sequence[Tree], names: Sequence[str], given: Overrides, kinds: Kinds, kind_of: Callable[[str], Any]
 ) -> Config:
     tables = {name: None for layer in layers for name in _tasks(layer.get("tasks"))}
-    names = expand(tasks) if tasks is not None else list(tables)
-    if not names:
-        raise UserError("no task is named: give --task")
+    for name in tables:
+        check_known(name, kinds, may_be_further=False)
     for key, text in given:
-        _check_task(key, text, names)
-    kinds = {name: kind_of(name) for name in [*names, *tables]}
-    known = {name: kind for name, kind in kinds.items() if kind is not None}
+        _check_task(key, text, names, kinds)
+    settings = {name: kind_of(kinds.get(name, name)) for name in [*names, *tables]}
+    known = {name: kind for name, kind in settings.items() if kind is not None}
     schema = {**subgroups(Config), "tasks": known}
     tree: Tree = {}
     for layer in layers:
-        merge(schema, tree, layer)
+        merge(schema, tree, {key: value for key, value in layer.items() if key != "kinds"})
     for key, text in given:
-        merge(schema, tree, nested(schema, key, text))
-    tree = _interpolated(tree, known)
+        if key.partition(".")[0] != "kinds":
+            merge(schema, tree, nested(schema, key, text))
+    in_use = {name: kind for name, kind in kinds.items() if name in names}
+    tree = _interpolated({**tree, "kinds": in_use}, known)
     of_tasks = tree.pop("tasks", {})
     # a recipe may hold settings for tasks that this run leaves out; they are checked all the same
     built = {name: build(kind, of_tasks.get(name, {}), f"tasks.{name}.") for name, kind in known.items()}
@@ -195,7 +248,7 @@ def _built(
     return dataclasses.replace(config, tasks={name: built[name] for name in names if name in built})
 
 
-def _check_task(key: str, text: str, names: Sequence[str]) -> None:
+def _check_task(key: str, text: str, names: Sequence[str], kinds: Kinds) -> None:
     """Whether an override is for a task of this run, if it is for one."""
     group, _, rest = key.partition(".")
     if group != "tasks":
@@ -203,7 +256,7 @@ def _check_task(key: str, text: str, names: Sequence[str]) -> None:
     name = rest.partition(".")[0]
     if not rest:
         raise UserError(f"{key}={text}: --task names the tasks, tasks.NAME.KEY=VALUE sets what is theirs")
-    task_entry(name)
+    check_known(name, kinds)
     if name not in names:
         raise UserError(f"{key}={text}: {name} is none of this run's tasks ({', '.join(names)}); --task names them")
 
@@ -217,6 +270,8 @@ def _tasks(settings: Any) -> Sequence[str]:
 def to_yaml(config: Config, *, secrets: bool = True) -> str:
     """The resolved configuration, readable by `from_dict`; for others to see, without `secrets`."""
     tree = dataclasses.asdict(config)
+    if not config.kinds:  # so that a model without any has the fingerprint that its indexes know
+        del tree["kinds"]
     if not secrets:
         tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
     return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)

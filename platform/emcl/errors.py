@@ -4,6 +4,11 @@ Entry points print its message as a single line and exit with 2; every other exc
 mistake and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing and the way out, in one line."""
@@ -11,6 +16,15 @@ class UserError(Exception):
 
 class OneRankError(UserError):
     """What one rank alone has found: that rank says it, where others leave it to the first."""
+
+
+@contextmanager
+def said_of(name: str) -> Iterator[None]:
+    """Puts a name before what a `UserError` within says."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -33,7 +33,13 @@ from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
 from emcl.multitask import VideoLanguageModel
 from emcl.placement import Placement, placement
 from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
+from emcl.task import Compares, Offer, Prediction
+from emcl.task.prediction import COMPARE, compares, only_task
 from emcl.train.export import open_export
+
+
+class QuestionError(UserError):
+    """A task that is asked something was asked nothing, or the other way round."""
 
 
 class VideoError(UserError):
@@ -59,7 +65,7 @@ Video = str | Path | Span | np.ndarray | Tensor
 
 
 class VideoTextModel:
-    """Embeds videos and sentences, and compares them as training did.
+    """Embeds videos and sentences, compares them as training did, and says what its tasks predict of a video.
 
     Made by `load`. Not thread-safe; nothing is downloaded and no pickle is run.
     """
@@ -72,8 +78,13 @@ class VideoTextModel:
         *,
         where: Placement | None = None,
         batch_size: int = 16,
+        compare_by: str | None = None,
     ) -> None:
-        """`files` are what the model was read from."""
+        """`files` are what the model was read from; `compare_by` the task by which it compares, where it has several.
+
+        Raises:
+            UserError: it does not compare by that.
+        """
         self.config, self.files, self.batch_size = config, list(files), batch_size
         self.where = where or placement()
         self.replicas = self.where.replicas(model.eval())
@@ -81,6 +92,14 @@ class VideoTextModel:
         self.module: EMCL | None = None
         """The compact EMCL as an inference module, see `fit_emcl`."""
         self._tokenize = tokenizer(self.config.model.name, self.config.data.words)
+        self._compare_by = compare_by
+        if compare_by is not None:
+            self._comparing()
+
+    @property
+    def offers(self) -> dict[str, Offer]:
+        """What its tasks say of a video, by their names."""
+        return {name: task.offer for name, task in self.model.heads.items() if task.offer is not None}
 
     def encode_video(
         self, videos: Video | list[Video] | tuple[Video, ...], *, progress: bool | None = None
@@ -173,13 +192,17 @@ class VideoTextModel:
 
     def check_no_emcl(self) -> None:
         """Raises UserError: the model has an EMCL layer of its own, so that none can be fitted to it."""
-        if self._task("retrieval", "it has no similarity").emcl is not None:
+        if self._comparing().emcl is not None:
             raise UserError(f"{self.files[0].parent} was trained with an EMCL layer of its own")
 
     def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
-        """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them."""
-        task = self._task("retrieval", "it has no similarity")
-        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
+        """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them.
+
+        Raises:
+            UserError: no task compares, or several and `load` was not told which.
+        """
+        task = self._comparing()
+        features = self._features(video)
         embedded = text if isinstance(text, Tensor) else self.encode_text(text)
         scores = task.similarity_in_tiles(
             embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
@@ -188,33 +211,81 @@ class VideoTextModel:
         return torch.from_numpy(scores)
 
     @torch.no_grad()
-    def caption(self, video: VideoFeatures | Video | list[Video]) -> list[str]:
-        """A caption of each video, written as `tasks.captioning.generation` of its run says."""
-        task = self._task("captioning", "it writes no captions")
-        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
-        parts = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
-        with self._precision():
-            return [
-                text
-                for frames, mask in parts
-                for text in task.generate(Encoded(frames.to(self.device), mask.to(self.device)))
-            ]
+    def predict(
+        self,
+        video: VideoFeatures | Video | list[Video],
+        question: str | None = None,
+        *,
+        task: str | None = None,
+        verb: str | None = None,
+        top: int = 1,
+    ) -> list[list[Prediction]]:
+        """What a task says of each video, the likeliest first.
 
-    @torch.no_grad()
-    def answer(self, video: VideoFeatures | Video, question: str, *, top: int = 1) -> list[tuple[str, float]]:
-        """The likeliest answers to a question about one video, with their probabilities."""
-        task = self._task("msrvtt_qa", "it answers no questions")
-        features = video if isinstance(video, VideoFeatures) else self.encode_video(video)
-        encoded = Encoded(features.frames[:1].to(self.device), features.mask[:1].to(self.device))
-        only = torch.zeros(1, dtype=torch.long, device=self.device)
+        Args:
+            question: for a task that is asked one (see `offers`).
+            task: by name; not needed where only one can be meant.
+            verb: takes the tasks of one verb alone, such as `caption`.
+            top: predictions of a video at most; some tasks have one alone.
+
+        Raises:
+            UserError: no task, or several, can be meant; `top` below 1; or a file that does not decode.
+            QuestionError: the task is asked a question and there is none, or is asked nothing and there is one.
+        """
+        head = self.model.heads[self.task_for(task, verb, question=question)]
+        if top < 1:
+            raise UserError(f"top={top}: one prediction of a video at least")
+        features = self._features(video)
+        if not len(features):
+            return []
+        parts = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
+        predictions: list[list[Prediction]] = []
         with self._precision():
-            tokens = self.model.backbone.encode_tokens(self._tokenize([question]).to(self.device))
-            share = task.head_of_all(encoded, *tokens, only, only)[2].float().softmax(1)
-        best = share[0].topk(min(top, share.shape[1]))
-        answers = task.settings.answers
-        return [
-            (answers[number], value) for number, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+            for frames, mask in parts:
+                encoded = Encoded(frames.to(self.device), mask.to(self.device))
+                predictions += head.predict(self.model.backbone, encoded, question, top=top)
+        if not all(predictions):
+            raise ValueError(f"{type(head).__name__}.predict gave nothing for a video")
+        return predictions
+
+    def caption(self, video: VideoFeatures | Video | list[Video], *, task: str | None = None) -> list[str]:
+        """A caption of each video, written as `generation` of the task's settings says.
+
+        Raises:
+            UserError: as `predict`, by tasks that caption.
+        """
+        return [best.text for best, *_ in self.predict(video, task=task, verb="caption")]
+
+    def answer(
+        self, video: VideoFeatures | Video, question: str, *, top: int = 1, task: str | None = None
+    ) -> list[tuple[str, float | None]]:
+        """The likeliest answers to a question about one video, with their probabilities, where the task gives any.
+
+        Raises:
+            UserError, QuestionError: as `predict`, by tasks that answer.
+        """
+        task = self.task_for(task, "answer", question=question)  # before the video is encoded
+        features = self._features(video)
+        only = VideoFeatures(features.frames[:1], features.mask[:1])
+        (answers,) = self.predict(only, question, task=task, top=top)
+        return [(answer.text, answer.probability) for answer in answers]
+
+    def task_for(self, task: str | None = None, verb: str | None = None, *, question: str | None) -> str:
+        """The task that is meant, of those that predict (and do `verb`); arguments as `predict`.
+
+        Raises:
+            UserError, QuestionError: as `predict`.
+        """
+        able = {name: offer for name, offer in self.offers.items() if verb in (None, offer.verb)}
+        name = only_task(
+            self._run, list(able), task, verb or "say something about a video", "--task, task= or /api/predict/TASK"
+        )
+        example = able[name].question
+        if example is not None and not (question or "").strip():
+            raise QuestionError(f"{name} is asked a question, such as {example!r}, and there is none")
+        if example is None and question is not None:
+            raise QuestionError(f"{name} is asked no question ({able[name].description})")
+        return name
 
     def fingerprint(self) -> str:
         """Of weights and settings: what was embedded with one model is compared with no other."""
@@ -224,10 +295,32 @@ class VideoTextModel:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
-    def _task(self, name: str, otherwise: str) -> Any:
-        if name not in self.model.tasks:
-            raise UserError(f"{self.files[0].parent} was not trained for {name}, so {otherwise}")
-        return self.model.heads[name]
+    def check_compare_by(self) -> None:
+        """Raises UserError: several tasks could compare, and none is named; a model may do without any."""
+        if self._able_to_compare():
+            self._comparing()
+
+    def _able_to_compare(self) -> list[str]:
+        return [name for name, task in self.model.heads.items() if compares(task)]
+
+    def _comparing(self) -> Compares:
+        """The task by which sentences and videos are compared.
+
+        Raises:
+            UserError: none is able to, or several and none is named.
+        """
+        task = self.model.heads[
+            only_task(self._run, self._able_to_compare(), self._compare_by, COMPARE, "--task, or task= of emcl.load")
+        ]
+        assert compares(task)
+        return task
+
+    @property
+    def _run(self) -> Path:
+        return self.files[0].parent
+
+    def _features(self, video: VideoFeatures | Video | list[Video]) -> VideoFeatures:
+        return video if isinstance(video, VideoFeatures) else self.encode_video(video)
 
     def _frames(self, video: Video) -> np.ndarray:
         data = self.config.data
@@ -273,6 +366,7 @@ def load(
     pretrained: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
+    task: str | None = None,
 ) -> VideoTextModel:
     """Opens a run's folder or an export of it; or, with `pretrained`, a plain CLIP for zero-shot retrieval.
 
@@ -281,17 +375,18 @@ def load(
         pretrained: a local checkpoint of OpenAI's or LAION's.
         device: one device; all GPUs where not given, the CPU where there is none.
         precision: `fp32`, `bf16` or `fp16`; where not given, fp32 on a CPU and elsewhere what the run was trained in.
+        task: the one by which sentences and videos are compared, of a run with several that do.
 
     Raises:
-        UserError: no export there, or weights that do not fit.
+        UserError: no export there, or weights that do not fit, or the run does not compare by `task`.
     """
     if pretrained is not None:
         where, config = placement(device, precision), _plain_clip(str(path), Path(pretrained))
-        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], where=where)
+        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], where=where, compare_by=task)
     folder = RunFolder.open(Path(path)).export
     model, config = open_export(folder)
     where = placement(device, precision, trained=config.precision)
-    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], where=where)
+    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], where=where, compare_by=task)
 
 
 def _plain_clip(name: str, weights: Path) -> Config:

@@ -56,7 +56,8 @@ def train_parser(command: str) -> Parser:
     parser.add_argument(
         "--task",
         type=task_names,
-        help="one or several of `emcl tasks`, joined by commas, or `all`; a benchmark's recipe names its own",
+        help="one or several of `emcl tasks`, joined by commas, or `all`; a benchmark's recipe names its own; "
+        "kinds.NAME=TASK makes another of a kind",
     )
     parser.add_argument("--recipe", default=None, help="a file of configs/recipe, or a path (default: sample)")
     parser.add_argument(

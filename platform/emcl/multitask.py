@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.loader import Collator
+from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
+from emcl.errors import UserError, said_of
 from emcl.model.backbone import Backbone, Encoded
 from emcl.registry import task_class
 from emcl.task import Task
@@ -24,9 +27,10 @@ class VideoLanguageModel(nn.Module):
         super().__init__()
         self.ranks = ranks
         self.backbone = Backbone(config.model, words=config.data.words, load_weights=load_weights)
-        self.tasks = nn.ModuleDict(
-            {name: task_class(name)(settings, config, self.backbone) for name, settings in config.tasks.items()}
-        )
+        self.tasks = nn.ModuleDict()
+        for name, kind in check_tasks(config).items():
+            with said_of(f"tasks.{name}"):
+                self.tasks[name] = kind(config.tasks[name], config, self.backbone)
         self.uncertainty = Uncertainty(list(config.tasks)) if config.uncertainty_weights else None
 
     @property
@@ -56,12 +60,39 @@ class VideoLanguageModel(nn.Module):
         encoded = Encoded(frames_BTD, batch["video_mask"])
         losses: dict[str, Tensor] = {}
         for name, task in self.heads.items():
-            found = task.losses(self.backbone, encoded, batch[name], self.ranks)
+            found = task.losses(self.backbone, encoded, batch["tasks"][name], self.ranks)
             if self.uncertainty is not None:
                 found = self.uncertainty(name, found, self.ranks)
             for key, loss in found.items():
                 losses[f"{name}/{key}"] = loss * self.ranks.world_size
         return losses
+
+
+def check_tasks(config: Config) -> dict[str, type[Task]]:
+    """The classes of a run's tasks by name.
+
+    Raises:
+        UserError: a name that PyTorch needs itself, such as `values`, or a task of an earlier version.
+    """
+    kinds = {name: task_class(config.kind_of(name)) for name in config.tasks}
+    for name, kind in kinds.items():
+        if hasattr(nn.ModuleDict(), name):
+            way_out = f"kinds.OTHER={config.kind_of(name)} gives the task another"
+            raise UserError(f"{name!r} is a word of PyTorch's own and no name for a task: {way_out}")
+        if not hasattr(kind, "scorer_class"):
+            raise UserError(f"{name}: {kind.__module__} was written for an earlier version: it has no scorer_class")
+    return kinds
+
+
+def collators(
+    config: Config, texts: TextSource, *, training: bool, only: Sequence[str] | None = None
+) -> dict[str, Collator]:
+    """What makes each task's part of a batch (or that of the tasks of `only`)."""
+    return {
+        name: task_class(config.kind_of(name)).collator(settings, config, texts, training=training)
+        for name, settings in config.tasks.items()
+        if only is None or name in only
+    }
 
 
 class Uncertainty(nn.Module):
@@ -84,4 +115,5 @@ class Uncertainty(nn.Module):
 
 
 def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """The sum of a forward pass's losses, ()."""
     return torch.stack(list(losses.values())).sum()

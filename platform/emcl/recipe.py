@@ -77,6 +77,23 @@ def read_recipe(path: Path, includers: Sequence[Path] = ()) -> list[Tree]:
     return [*(layer for file in files for layer in read_recipe(file, [*includers, path])), content]
 
 
+def filled_in(key: str, text: str) -> str:
+    """A setting as it is typed, with `${oc.env:...}` replaced.
+
+    Raises:
+        UserError: there is no such variable.
+    """
+    if "${" not in text:
+        return text
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return str(OmegaConf.create({"text": text})["text"])
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}={text}: {first_line(error)}") from None
+
+
 def parse_overrides(overrides: Iterable[str]) -> Overrides:
     """Keys and their text.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -12,17 +11,15 @@ from emcl.settings import as_group
 
 GROUP = "emcl.tasks"
 SETTINGS = "emcl.settings"
+DISTRIBUTION = "emcl-platform"
+"""This package, as pip knows it."""
 EVERY_TASK = "all"
+"""Stands for every installed task, and every further name of one that a run has."""
 
 
 def task_entries() -> dict[str, EntryPoint]:
     """Every installed task's entry point, by name."""
     return {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name)}
-
-
-def expand(names: Sequence[str]) -> list[str]:
-    """`all` stands for every installed task."""
-    return list(task_entries()) if list(names) == [EVERY_TASK] else list(names)
 
 
 def task_class(name: str) -> Any:
@@ -45,6 +42,12 @@ def task_entry(name: str) -> EntryPoint:
         known = ", ".join(entries) or "none: install the package with `pip install -e .`"
         raise UserError(f"unknown task {name!r}{nearest(name, list(entries))} (tasks: {known})")
     return entries[name]
+
+
+def is_built_in(name: str) -> bool:
+    """Whether it is this package that has registered the name."""
+    entry = task_entries().get(name)
+    return entry is not None and entry.dist is not None and entry.dist.name == DISTRIBUTION
 
 
 def settings_of(name: str) -> Any:

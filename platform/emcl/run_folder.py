@@ -7,9 +7,11 @@ Without PyTorch, so that what is wrong with a run that is named is said at once.
     best/                             the model chosen on validation, as an export: model.safetensors, config.yaml,
                                       scores.json; `emcl.load` and `--evaluate` take it wherever it is copied to
     scores-SPLIT.json                 figures of an evaluation
-    TASK-SPLIT.txt, TASK-SPLIT.png, items-TASK-SPLIT.json, embeddings-SPLIT.safetensors, similarity-SPLIT.safetensors
+    TASK-SPLIT.txt, TASK-SPLIT.png, items-TASK-SPLIT.json
                                       the same as a table and a picture; what they are made of
-    options-test.json                 of `emcl options`
+    embeddings-SPLIT.safetensors, similarity-SPLIT.safetensors, options-test.json, captions-SPLIT.json
+                                      what tasks keep besides, and `emcl options`; of another package's task, or of one
+                                      under a further name (`kinds`), with `TASK-` before it
     bad_clips.txt, bad-batch-STEP-rankR.pt, profile/, mlflow_unsent.json
                                       what did not decode; batches without a finite gradient; of `--profile`; what
                                       MLflow has not got yet
@@ -47,7 +49,9 @@ MANIFEST = "manifest.json"
 """In a checkpoint: how many ranks and which ZeRO stage wrote it, the optimiser's groups; size and checksum of every
 other file. It is written last."""
 EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
-"""What a run keeps of a split; the second holds `similarity` (texts, videos)."""
+"""What retrieval keeps of a split; the second holds `similarity` (texts, videos)."""
+CAPTIONS, OPTIONS = "captions-{split}.json", "options-{split}.json"
+"""All captions of a split, in COCO's format; of `emcl options`."""
 
 
 class TakenError(UserError):
@@ -65,8 +69,8 @@ class RunFolder:
         self.path = path
         self.config_file, self.facts_file = path / CONFIG, path / "run.json"
         self.best, self.checkpoints = path / BEST, path / "checkpoints"
-        self.options, self.profile = path / "options-test.json", path / "profile"
         self.bad_clips, self.unsent = path / "bad_clips.txt", path / "mlflow_unsent.json"
+        self.profile = path / "profile"
         self._lock_file = path / ".lock"
         self._lock: RunLock | None = None
         self._made: list[Path] = []
@@ -91,11 +95,13 @@ class RunFolder:
     def items(self, task: str, split: str) -> Path:
         return self.path / f"items-{task}-{split}.json"
 
-    def embeddings(self, split: str) -> Path:
-        return self.path / EMBEDDINGS.format(split=split)
+    def kept(self, name: str, split: str, *, alias: str = "") -> Path:
+        """A file that a task keeps besides, such as EMBEDDINGS.
 
-    def similarity(self, split: str) -> Path:
-        return self.path / SIMILARITY.format(split=split)
+        Args:
+            alias: what its name begins with (`Config.alias_of`), so that two tasks of a kind have files of their own.
+        """
+        return self.path / f"{f'{alias}-' if alias else ''}{name.format(split=split)}"
 
     def bad_batch(self, step: int, rank: int | str) -> Path:
         return self.path / f"bad-batch-{step}-rank{rank}.pt"

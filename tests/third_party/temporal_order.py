@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from temporal_order_settings import TemporalOrderConfig
+from other_settings import TemporalOrderConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
@@ -15,11 +15,54 @@ from emcl.data.loader import Collator
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
-from emcl.task import Evaluation, Scorer, Scores, Task
+from emcl.task import Case, Offer, Prediction, Record, Result, Scorer, Scores, Shown, Task, TaskReport
+from emcl.task.task_report import PictureOf, best_and_worst
+
+WORDS = ("forwards", "backwards")
+
+
+class OrderScorer(Scorer):
+    """Every other video is turned; a record is whether it was, and how likely that seems."""
+
+    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+        turned_B = torch.tensor([row % 2 for row in rows] or [0], device=encoded.frames_BTD.device)
+        share_B2 = self.evaluation.run(lambda: self.task.logits(encoded, turned_B).softmax(1))
+        self.records += zip(rows, zip(turned_B.tolist(), share_B2.tolist(), strict=True), strict=False)
+
+    def compute(self, records: list[Record]) -> Scores:
+        right = [100.0 * (shares[turned] > 0.5) for _, (turned, shares) in records]
+        return Scores(
+            {"accuracy": sum(right) / len(right)},
+            f"{len(right)} videos, every other one turned",
+            chosen="accuracy",
+            files={"turned-{split}.txt": "\n".join(WORDS[turned] for _, (turned, _) in records)},
+            items={
+                "id": [self.evaluation.sample(row).id for row, _ in records],
+                "accuracy": right,
+                "order": [WORDS[turned] for _, (turned, _) in records],
+                "certainty": [100 * shares[turned] for _, (turned, shares) in records],
+            },
+        )
+
+
+class OrderReport(TaskReport):
+    columns = ("accuracy",)
+
+    def cases(self, result: Result, picture: PictureOf) -> dict[str, list[Case]]:
+        items = result.items
+
+        def case(place: int) -> Case:
+            video = Shown(items["id"][place], "", picture(items["id"][place]))
+            return Case(f"shown {items['order'][place]}", f"found so by {items['certainty'][place]:.0f}%", [video])
+
+        return best_and_worst(items["certainty"], case) if items else {}
 
 
 class TemporalOrderTask(Task):
     config_class = TemporalOrderConfig
+    scorer_class = OrderScorer
+    report = OrderReport()
+    offer = Offer("order", "Which way?", "Whether the frames run forwards or backwards.")
 
     def __init__(self, settings: TemporalOrderConfig, config: Config, backbone: Backbone) -> None:
         super().__init__(settings, config, backbone)
@@ -37,32 +80,20 @@ class TemporalOrderTask(Task):
         return {"cross_entropy": self.weight * loss / count}
 
     def logits(self, encoded: Encoded, backwards_B: Tensor) -> Tensor:
+        """(B, 2) of the videos as they are, or turned."""
         frames_BTD = encoded.frames_BTD
         turned = torch.where(backwards_B[:, None, None] == 1, frames_BTD.flip(1), frames_BTD)
         _, last = self.recurrent(turned)
         return self.classifier(last[0])
 
-    def scorer(self, config: Config) -> Scorer:
-        return _OrderScorer(self)
+    def predict(
+        self, backbone: Backbone, encoded: Encoded, question: str | None = None, *, top: int = 1
+    ) -> list[list[Prediction]]:
+        as_they_are = torch.zeros(len(encoded.frames_BTD), dtype=torch.long, device=encoded.frames_BTD.device)
+        shares_B2 = self.logits(encoded, as_they_are).float().softmax(1).tolist()
+        each = [sorted(zip(shares, WORDS, strict=True), reverse=True)[:top] for shares in shares_B2]
+        return [[Prediction(word, share) for share, word in likely] for likely in each]
 
 
 def _coins(samples: Sequence[Any], draws: Sequence[Any]) -> dict[str, Tensor]:
     return {"backwards": torch.tensor([draw.seed % 2 for draw in draws])}
-
-
-class _OrderScorer(Scorer):
-    def __init__(self, task: TemporalOrderTask) -> None:
-        self.task = task
-        self.right: list[bool] = []
-
-    def add(self, encoded: Encoded, batch: Mapping[str, Any] | None, evaluation: Evaluation) -> None:
-        coins = torch.arange(len(encoded.frames_BTD), device=encoded.frames_BTD.device) % 2
-        guess = evaluation.run(lambda: self.task.logits(encoded, coins).argmax(1))
-        if batch is not None:
-            self.right += (guess == coins).tolist()
-
-    def result(self, evaluation: Evaluation) -> Scores:
-        right = [item for part in evaluation.ranks.gather_objects(self.right) for item in part]
-        return Scores(
-            {"accuracy": 100 * sum(right) / len(right)}, f"{len(right)} videos, half turned", chosen="accuracy"
-        )

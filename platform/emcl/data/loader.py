@@ -3,7 +3,7 @@
 A batch is a dictionary: `frames` (n, H, W, 3) uint8, all frames of its B videos one after another; `frame_slot` (n,)
 each one's place in the flattened (B, T); `video_mask` (B, T) bool; `ids`; `bad`, which samples did not decode and
 why; `loading`, what a `LoadingTime` says; `augment`, in training, how the frames are to be changed (data/image_ops.py
-does it on the device); and one entry per task with what its collator made.
+does it on the device); and `tasks`, of each by name what its collator made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from emcl.data.order import Draw, RankBatches
 from emcl.data.samples import Sample
 from emcl.data.settings import DataConfig
 from emcl.data.shards import Row, ShardSet
-from emcl.data.text import Caption
 from emcl.data.workers import Lives
 
 Clip = NDArray[Any]
@@ -148,8 +147,8 @@ class Collate:
             _, height, width, _ = clips[0].shape
             seeds = [draw.seed for draw, _, _ in good]
             batch["augment"] = self.augmentation.plan(seeds, list(map(len, clips)), height, width)
-        for name, collator in self.collators.items():
-            batch[name] = collator([sample for _, sample, _ in good], [draw for draw, _, _ in good])
+        samples, draws = [sample for _, sample, _ in good], [draw for draw, _, _ in good]
+        batch["tasks"] = {name: collator(samples, draws) for name, collator in self.collators.items()}
         return batch
 
 
@@ -220,17 +219,3 @@ class _Timed:
     def __call__(self, items: Any) -> dict[str, Any]:
         spent, self.clips.spent = self.clips.spent, LoadingTime()
         return {**self.collate(items), "loading": astuple(spent)}
-
-
-def pick_caption(sample: Sample, draw: Draw) -> Caption | None:
-    """The draw's caption of a sample; one at random where it names none."""
-    if not sample.captions:
-        return None
-    index = draw.caption
-    if index is None:
-        index = random.Random(draw.seed).randrange(len(sample.captions))
-    return Caption(draw.row, index, sample.captions[index])
-
-
-def every_caption(sample: Sample, draw: Draw) -> list[Caption]:
-    return [Caption(draw.row, index, text) for index, text in enumerate(sample.captions)]

@@ -124,7 +124,7 @@ class _HuggingFace:
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
-            raise UserError(f"tasks.captioning.tokenizer={folder}: no such folder")
+            raise UserError(f"tokenizer={folder}: no such folder")
         try:
             self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:

@@ -16,7 +16,7 @@ from emcl.data.text import Tokens
 from emcl.doctor.checks import Check
 from emcl.doctor.trainers import ALL_TASKS, Bench, settings
 from emcl.model.towers import tokenizer
-from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.task import to_device
 from emcl.train.arithmetic import set_arithmetic
 from emcl.train.inputs import open_inputs
@@ -62,11 +62,8 @@ def compare(bench: Bench, config: Config, name: str, one: torch.device, other: t
     model = VideoLanguageModel(config).train()
     _well_posed(model)
     texts = Tokens(tokenizer(config.model.name, config.data.words))
-    collators = {
-        task: type(head).collator(config.tasks[task], config, texts, training=True)
-        for task, head in model.heads.items()
-    }
-    (batch,) = next(StepLoader(inputs.shards, config.data, inputs.batches, collators).steps(0))
+    parts = collators(config, texts, training=True)
+    (batch,) = next(StepLoader(inputs.shards, config.data, inputs.batches, parts).steps(0))
     passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
     for part in ("features", "similarity", "loss"):
         yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))
@@ -96,7 +93,7 @@ def _pass(model: VideoLanguageModel, batch: Any, device: torch.device) -> Pass:
     moved = to_device(batch, device)
     with torch.no_grad():
         video = model(moved, part="video")
-        text = model.backbone.encode_text(moved["retrieval"]["text"])
+        text = model.backbone.encode_text(moved["tasks"]["retrieval"]["text"])
         retrieval: Any = copy.deepcopy(model.heads["retrieval"])  # EMCL's state moves in training
         similarity = retrieval.similarity(text, video, moved["video_mask"], model.ranks, retrieval.emcl)
     loss = total_loss(model(moved))

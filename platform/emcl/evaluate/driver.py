@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from emcl.data.source import Source
 from emcl.data.workers import start_workers
 from emcl.distributed import Ranks
 from emcl.model.backbone import Encoded
-from emcl.multitask import VideoLanguageModel
+from emcl.multitask import VideoLanguageModel, collators
 from emcl.task import Evaluation, Lockstep, Scorer, Scores, to_device
 
 
@@ -39,8 +39,8 @@ def evaluate(
     Raises:
         UserError: more samples than `data.max_bad_fraction` allows do not decode; lists them.
     """
-    scorers, evaluation = collect(model, source, config, ranks, device, name=name, progress=progress)
-    scores = {key: scorer.result(evaluation) for key, scorer in scorers.items()}
+    scorers = collect(model, source, config, ranks, device, name=name, progress=progress)
+    scores = {key: scorer.result() for key, scorer in scorers.items()}
     control = _control(config)
     return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
 
@@ -57,21 +57,17 @@ def collect(
     rows: Sequence[int] | None = None,
     only: Sequence[str] | None = None,
     progress: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, Scorer], Evaluation]:
+) -> dict[str, Scorer]:
     """Encodes every sample (or `rows`) and lets the tasks' scorers (or those of `only`) take what they need.
 
     Raises:
         UserError: as `evaluate`.
     """
-    shards, texts = source.shards, source.texts
-    tasks = {key: task for key, task in model.heads.items() if only is None or key in only}
-    collators = {
-        key: type(task).collator(config.tasks[key], config, texts, training=False) for key, task in tasks.items()
-    }
+    shards = source.shards
     loader = evaluation_loader(
         shards,
         config.data,
-        collators,
+        collators(config, source.texts, training=False, only=only),
         batch_size=config.evaluate.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -80,9 +76,7 @@ def collect(
         swap_seed=config.seed if config.evaluate.swap_videos else None,
         features=source.features,
     )
-    scorers = {key: task.scorer(config) for key, task in tasks.items()}
-    lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
-    evaluation = Evaluation(model, model.backbone, source, ranks, device, lockstep)
+    scorers = dict(_scorers(model, source, config, ranks, device, only))
     bad: list[str] = []
     batches = start_workers(loader, ranks.rank)
     steps = int(ranks.maximum(torch.tensor(len(loader), device=device)))
@@ -92,11 +86,26 @@ def collect(
         real = "frames" in batch
         batch = to_device(batch if real else _nothing(source, config), device)
         encoded = Encoded(model(batch, part="video"), batch["video_mask"])
-        for scorer in scorers.values():
-            scorer.add(encoded, batch if real else None, evaluation)
+        for key, scorer in scorers.items():
+            scorer.update(encoded, batch["tasks"][key] if real else None, batch["rows"] if real else [])
         progress()
     _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(shards), config)
-    return scorers, evaluation
+    return scorers
+
+
+def _scorers(
+    model: VideoLanguageModel,
+    source: Source,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    only: Sequence[str] | None,
+) -> Iterator[tuple[str, Scorer]]:
+    lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
+    for name, task in model.heads.items():
+        if only is None or name in only:
+            evaluation = Evaluation(name, model, model.backbone, source, config, ranks, device, lockstep)
+            yield name, task.scorer_class(task, evaluation)
 
 
 def split_name(split: str, config: Config) -> str:

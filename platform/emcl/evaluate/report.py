@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config
-from emcl.data.decode import Frames, decode
 from emcl.data.shards import ShardSet
 from emcl.disk import in_turn, write_whole
+from emcl.pictures import frames_of
 from emcl.run_folder import RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, commit
@@ -107,7 +107,7 @@ def record(
         write_whole(text, table(item) + "\n")
         tracker.artifact(text)
         for filename, content in item.files.items():
-            kept = folder.path / filename.format(split=split)
+            kept = folder.kept(filename, split, alias=config.alias_of(name))
             write_whole(kept, content)
             tracker.artifact(kept)
         if item.items:
@@ -115,15 +115,8 @@ def record(
             write_whole(kept, json.dumps(item.items))
             tracker.artifact(kept)
         for filename, write in item.save.items() if split == "test" else ():
-            write(folder.path / filename.format(split=split))  # large: not for MLflow
+            write(folder.kept(filename, split, alias=config.alias_of(name)))  # large: not for MLflow
         if item.picture is not None:
             picture = folder.picture(name, split)
             item.picture(picture, partial(frames_of, shards, config))
             tracker.artifact(picture)
-
-
-def frames_of(shards: ShardSet, config: Config, row: int) -> Frames:
-    """Some small frames of a sample, to be looked at."""
-    found = shards.rows[row]
-    start, end = found.sample.start, found.sample.end
-    return decode(shards.read(found), frames=6, size=112, start=start, end=end, fps=config.data.fps)

@@ -43,7 +43,7 @@ class CaptionDecoder(nn.Module):
             room = self.decoder.config.n_positions
             if positions > room:
                 raise UserError(
-                    f"tasks.captioning.words={positions - 1} is not a whole number of tokens from 2 to {room - 1}, the "
+                    f"words={positions - 1} is not a whole number of tokens from 2 to {room - 1}, the "
                     f"positions of {pretrained}"
                 )
         width = self.decoder.config.n_embd
@@ -102,7 +102,7 @@ def _pretrained(folder: str, settings: dict[str, Any]) -> GPT2LMHeadModel:
         UserError: no such folder, or no GPT-2 in it.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"tasks.captioning.pretrained={folder}: no folder of a GPT-2 (config.json, model.safetensors)")
+        raise UserError(f"pretrained={folder}: no folder of a GPT-2 (config.json, model.safetensors)")
     try:
         config = GPT2Config.from_pretrained(folder, local_files_only=True, **settings)
         return GPT2LMHeadModel.from_pretrained(folder, config=config, local_files_only=True)

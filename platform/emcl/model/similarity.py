@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +30,8 @@ from emcl.model.pooling import frame_scores, pooling_weights
 
 BLOCK_NUMBERS = 2**22
 """Pooling weights of a block, by default: 16 MiB."""
+LARGE_TILE = 512
+"""Texts x videos at once where the size of a tile changes no score."""
 TILES_AT_ONCE = {"cuda": 64}
 """Of `similarity_by_tile`: EM's matrices of D = 512 take 64 MiB each."""
 _EPSILON = 1e-12
@@ -108,6 +112,39 @@ def similarity_by_tile(
     tiles = (frames_GTD[:whole].unflatten(0, (-1, tile)), mask_GT[:whole].unflatten(0, (-1, tile)))
     scores = torch.func.vmap(of, chunk_size=at_once)(*tiles).transpose(0, 1).flatten(1)  # (A, whole)
     return scores if whole == len(frames_GTD) else torch.cat([scores, of(frames_GTD[whole:], mask_GT[whole:])], 1)
+
+
+@torch.no_grad()
+def similarity_on_ranks(
+    text_QD: Tensor,
+    frames_GTD: Tensor,
+    mask_GT: Tensor,
+    tile: int,
+    ranks: Ranks,
+    *,
+    temperature: float,
+    emcl: EMCL | None = None,
+) -> NDArray[np.float32]:
+    """An evaluation's (Q, G) on rank 0 and (0, G) elsewhere, from tiles of texts x videos, whose rows the ranks share.
+
+    The reference's EM sees one tile of `tile` x `tile` at a time, whichever rank computes it, and its scores depend on
+    that; without it, or with compact bases, any tile gives the same scores, and large ones are taken.
+    """
+    if emcl is None or emcl.variant == "compact":
+        tile = LARGE_TILE
+    own: dict[int, NDArray[np.float32]] = {}
+    for first in range(0, len(text_QD), tile)[ranks.rank :: ranks.world_size]:
+        texts_AD = text_QD[first : first + tile]
+        strip_AG = similarity_by_tile(texts_AD, frames_GTD, mask_GT, tile, temperature=temperature, emcl=emcl)
+        own[first] = strip_AG.float().cpu().numpy()  # the host waits once a strip
+    everyone = ranks.collect_objects(own)
+    if everyone is None:
+        return np.empty((0, len(frames_GTD)), np.float32)
+    scores_QG = np.empty((len(text_QD), len(frames_GTD)), np.float32)
+    for strips in everyone:
+        for first, rows in strips.items():
+            scores_QG[first : first + tile] = rows
+    return scores_QG
 
 
 @dataclass

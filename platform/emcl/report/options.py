@@ -1,4 +1,4 @@
-"""Every inference option on a run's kept embeddings, and their combinations: `emcl options RUN`.
+"""Every inference option of retrieval on a run's kept embeddings, and their combinations: `emcl options RUN`.
 
 EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) by what is done to
 the similarity (nothing, the dual softmax, QB-Norm by the same bank). Nothing is encoded but the bank, once.
@@ -24,7 +24,6 @@ from emcl.data.mixture import open_training
 from emcl.disk import write_whole
 from emcl.distributed import ALONE, device
 from emcl.em import EMCL
-from emcl.errors import UserError
 from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
@@ -32,8 +31,11 @@ from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.multitask import VideoLanguageModel
-from emcl.report.result import OPTION_COLUMNS, Option
-from emcl.run_folder import WEIGHTS, RunFolder, saved_settings, tasks_in
+from emcl.registry import task_class
+from emcl.run_folder import EMBEDDINGS, OPTIONS, WEIGHTS, RunFolder, saved_config
+from emcl.task.prediction import only_task
+from emcl.tasks.retrieval import RetrievalTask
+from emcl.tasks.retrieval_report import OPTION_COLUMNS, Option
 from emcl.train.export import open_export
 from emcl.train.features import open_source
 
@@ -44,8 +46,11 @@ Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 """texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
 
 
-def every_option(run: Path, *, bank_videos: int = 500) -> list[Option]:
+def every_option(run: Path, *, task: str | None = None, bank_videos: int = 500) -> list[Option]:
     """Scores all combinations and keeps them in the run's folder.
+
+    Args:
+        task: which of the run's, where several are retrieval.
 
     Raises:
         UserError: no export, no retrieval in it, or no kept embeddings.
@@ -53,20 +58,23 @@ def every_option(run: Path, *, bank_videos: int = 500) -> list[Option]:
     folder = RunFolder.open(run)
     folder.check_written()
     export = folder.export
-    if "retrieval" not in tasks_in(saved_settings(export)):
-        raise UserError(f"{run} was not trained for retrieval, which these options are for")
-    test = Embeddings.open(folder.embeddings("test"))
+    saved = saved_config(export)
+    able = [name for name in saved.tasks if issubclass(task_class(saved.kind_of(name)), RetrievalTask)]
+    name = only_task(run, able, task, "retrieve, which these options are for", "--task, task=")
+    alias = saved.alias_of(name)
+    test = Embeddings.open(folder.kept(EMBEDDINGS, "test", alias=alias))
     model, config = open_export(export)
     place = device()
     model.to(place)
-    bank = _bank(export, folder.embeddings("bank"), model, config, bank_videos, place)
-    found = list(_combinations(model.heads["retrieval"], config.evaluate.tile, test, bank, place))
-    write_whole(folder.options, json.dumps([dataclasses.asdict(option) for option in found], indent=1))
-    return found
+    bank = _bank(export, folder.kept(EMBEDDINGS, "bank", alias=alias), model, config, name, bank_videos, place)
+    options = list(_combinations(model.heads[name], config.evaluate.tile, test, bank, place))
+    as_json = json.dumps([dataclasses.asdict(option) for option in options], indent=1)
+    write_whole(folder.kept(OPTIONS, "test", alias=alias), as_json)
+    return options
 
 
 def _bank(
-    export: Path, kept: Path, model: VideoLanguageModel, config: Config, videos: int, place: torch.device
+    export: Path, kept: Path, model: VideoLanguageModel, config: Config, task: str, videos: int, place: torch.device
 ) -> Embeddings:
     """Training videos, evenly chosen, with all their captions: kept ones if they are as many and of these weights."""
     shards = open_training(config.data, config.seed)[0]
@@ -78,11 +86,9 @@ def _bank(
     source = open_source(config, shards, model.backbone, ALONE, place)
     plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
     config = dataclasses.replace(config, evaluate=plain)
-    scorers, evaluation = collect(
-        model, source, config, ALONE, place, name="the query bank", rows=rows, only=["retrieval"]
-    )
-    scorer: Any = scorers["retrieval"]
-    bank = scorer.embeddings(evaluation)[0]
+    scorers = collect(model, source, config, ALONE, place, name="the query bank", rows=rows, only=[task])
+    scorer: Any = scorers[task]
+    bank = scorer.embeddings()[0]
     bank.save(kept)
     return bank
 

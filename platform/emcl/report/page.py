@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jinja2
 
 from emcl.config import to_yaml
-from emcl.report.examples import cases
-from emcl.report.plots import retrieval_plots
-from emcl.report.published import PUBLISHED
-from emcl.report.result import COLUMNS, OPTION_COLUMNS, Result, open_results, short
+from emcl.registry import task_class
+from emcl.report.sample_frames import pictures
+from emcl.task import Result, TaskReport
+from emcl.task.result import open_results
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Table:
-    """All runs of one task on one benchmark."""
+class Comparison:
+    """All runs of one kind of task on one benchmark."""
 
     title: str
     columns: list[str]
@@ -43,9 +44,9 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, str]:
         UserError: a run without test scores.
     """
     results = [result for run in runs for result in open_results(run)]
-    tables = tables_of(results)
+    comparisons = compare(results)
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n\n".join(as_markdown(table) for table in tables) + "\n"
+    text = "\n\n".join(as_markdown(comparison) for comparison in comparisons) + "\n"
     (out / "report.md").write_text(text)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emcl.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -53,69 +54,79 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, str]:
     sections = [
         {
             "result": result,
-            "plots": retrieval_plots(result) if result.task == "retrieval" else [],
-            "cases": cases(result),
+            "title": _words(result.task),
+            "plots": report_of(result).plots(result),
+            "tables": report_of(result).tables(result),
+            "cases": report_of(result).cases(result, pictures(result)),
             "config": to_yaml(result.config, secrets=False),
         }
         for result in results
     ]
     page = out / "report.html"
-    page.write_text(
-        environment.get_template("page.html").render(tables=tables, sections=sections, option_columns=OPTION_COLUMNS),
-        "utf-8",
-    )
+    page.write_text(environment.get_template("page.html").render(comparisons=comparisons, sections=sections), "utf-8")
     return page, text
 
 
-def tables_of(results: Sequence[Result]) -> list[Table]:
+def report_of(result: Result) -> TaskReport:
+    """What the result's task has to show."""
+    report: TaskReport = task_class(result.kind).report
+    return report
+
+
+def compare(results: Sequence[Result]) -> list[Comparison]:
+    """A table of each benchmark, protocol and kind of task."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.benchmark, result.split, result.task), []).append(result)
-    return [_table(key, found) for key, found in groups.items()]
+        groups.setdefault((result.benchmark, result.split, result.kind), []).append(result)
+    return [_comparison(*key, group) for key, group in groups.items()]
 
 
-def _table(key: tuple[str, str, str], results: list[Result]) -> Table:
-    benchmark, split, task = key
-    columns = COLUMNS.get(task) or list(dict.fromkeys(name for result in results for name in result.metrics))
-    marked = [name for result in results for name in result.metrics if name.endswith("_tokens")]
-    columns = columns + list(dict.fromkeys(marked))  # scores of another tokenizer have columns of their own
+def _comparison(benchmark: str, split: str, kind: str, results: list[Result]) -> Comparison:
+    report = report_of(results[0])
+    columns = report.columns_of(list(dict.fromkeys(name for result in results for name in result.metrics)))
     lines = []
     for result in results:
-        cells = [_cell(result, name) for name in columns]
+        bounds = report.intervals(result)
         note = f"NOT COMPARABLE with published figures: {result.incomplete}" if result.incomplete else ""
-        lines.append(Line(result.name, True, note, cells))
-        dual = [name for name in result.metrics if "_dsl_transductive/" in name]
-        if dual:
-            found = [result.metrics.get(name.replace("/", "_dsl_transductive/")) for name in columns]
-            dual_cells = [("" if value is None else f"{value:.1f}", "") for value in found]
-            lines.append(Line(f"{result.name} + DSL", True, "transductive", dual_cells))
-    for paper in PUBLISHED.get(key, []):
+        lines.append(Line(result.name, True, note, [_cell(result.metrics, name, bounds) for name in columns]))
+        lines += [
+            Line(f"{result.name} + {one.name}", True, one.note, [_cell(one.metrics, name) for name in columns])
+            for one in report.variants(result)
+        ]
+    for paper in report.published.get((benchmark, split), ()):
         note = paper.source + (", transductive" if paper.transductive else "")
-        values = [f"{paper.metrics[name]:.1f}" if name in paper.metrics else "" for name in columns]
-        lines.append(Line(paper.model, False, note, [(value, "") for value in values]))
-    title = " ".join(part for part in (benchmark or "unnamed set", split, task.replace("_", " ")) if part)
+        lines.append(Line(paper.model, False, note, [_cell(paper.metrics, name) for name in columns]))
+    title = " ".join(part for part in (benchmark or "unnamed set", split, _words(kind)) if part)
     protocols = [
         f"{result.name}: {result.protocol}; seed {result.seed}; commit {result.commit[:12]}; "
         "intervals: 95% by bootstrap over videos, of one training"
         for result in results
     ]
-    return Table(title, [short(name) for name in columns], lines, protocols)
+    return Comparison(title, [report.short(name) for name in columns], lines, protocols)
 
 
-def _cell(result: Result, name: str) -> tuple[str, str]:
-    if name not in result.metrics:
+def _cell(
+    metrics: Mapping[str, float], name: str, bounds: Mapping[str, tuple[float, float]] = MappingProxyType({})
+) -> tuple[str, str]:
+    if name not in metrics:
         return "", ""
-    low_high = result.intervals.get(name)
-    return f"{result.metrics[name]:.1f}", f"{low_high[0]:.1f} to {low_high[1]:.1f}" if low_high else ""
+    low_high = bounds.get(name)
+    return f"{metrics[name]:.1f}", f"{low_high[0]:.1f} to {low_high[1]:.1f}" if low_high else ""
 
 
-def as_markdown(table: Table) -> str:
-    lines = [f"## {table.title}", "", f"| | {' | '.join(table.columns)} | |", "|" + "---|" * (len(table.columns) + 2)]
-    for line in table.lines:
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """A heading, the table, a line for each protocol."""
+    head = f"| | {' | '.join(comparison.columns)} | |"
+    lines = [f"## {comparison.title}", "", head, "|" + "---|" * (len(comparison.columns) + 2)]
+    for line in comparison.lines:
         cells = [f"{value} ({spread})" if spread else value for value, spread in line.cells]
         name = line.name if line.ours else f"*{line.name}*"
         lines.append(f"| {_plain(name)} | {' | '.join(cells)} | {_plain(line.note)} |")
-    return "\n".join([*lines, "", *(f"- {_plain(protocol)}" for protocol in table.protocols)])
+    return "\n".join([*lines, "", *(f"- {_plain(protocol)}" for protocol in comparison.protocols)])
 
 
 def _plain(text: str) -> str:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-Sentence = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"\S")]
-"""Some words: not empty, not blanks alone."""
+Sentence = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"[^\s\u0085\ufeff]")]
+"""Some words: not empty, not blanks alone. The two named are blanks to some regular expressions and not to others."""
 MOST_TEXTS = 64
 LAST_WINDOW = 2**63 - 1
 """SQLite's largest number."""
@@ -41,13 +41,24 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]]
 
 
+class Said(BaseModel):
+    """One thing that a task says of a video."""
+
+    text: str
+    probability: float | None = Field(description="from 0 to 1; null where the task gives none")
+
+
+class Predictions(BaseModel):
+    predictions: list[Said] = Field(description="the likeliest first")
+
+
 class Caption(BaseModel):
     caption: str
 
 
 class Answer(BaseModel):
     answer: str
-    probability: float
+    probability: float | None = Field(description="from 0 to 1; null where the task gives none")
 
 
 class Answers(BaseModel):
@@ -61,9 +72,20 @@ class Curve(BaseModel):
     similarity: list[float]
 
 
+class Offered(BaseModel):
+    """A task that says something of a video, by /api/predict/{task}."""
+
+    task: str
+    verb: str
+    button: str = Field(description="what the page writes on its button")
+    description: str
+    question: str | None = Field(description="an example of the question that it is asked; null if it is asked none")
+
+
 class Facts(BaseModel):
     windows: int
     tasks: list[str] = Field(description="what the model was trained for")
+    offers: list[Offered] = Field(description="those of the tasks that say something of a video")
     model: str = Field(description="its fingerprint")
     max_upload_mib: float
 

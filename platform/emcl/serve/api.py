@@ -7,57 +7,38 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi import Path as InPath
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 
 from emcl.data.decode import DecodeError
 from emcl.errors import UserError
-from emcl.inference import VideoError
-from emcl.search.index import Hit, VideoIndex, Window
+from emcl.inference import QuestionError, VideoError
+from emcl.search.index import Hit, VideoIndex
 from emcl.serve import media
 from emcl.serve.answers import (
-    LAST_WINDOW,
-    Answer,
-    Answers,
-    Caption,
     Curve,
     Embeddings,
     Facts,
     Found,
     Health,
     Hits,
+    Offered,
     Problem,
-    Sentence,
     Texts,
 )
 from emcl.serve.desk import BusyError, Desk
 from emcl.serve.limits import Limits
 from emcl.serve.metrics import Metrics
+from emcl.serve.parameters import NOT_THERE, WRONG, WRONG_VIDEO, Number, Text, Top, window_of
+from emcl.serve.predictions import add_predictions
 from emcl.serve.protection import Headers
 from emcl.serve.service import Service
 from emcl.serve.uploads import BODY, Uploads
 from emcl.version import __version__
-
-Number = Annotated[int, InPath(ge=1, le=LAST_WINDOW, description="a window's number")]
-Top = Annotated[int, Query(ge=1, le=100, description="how many")]
-Text = Annotated[Sentence, Query(description="a sentence")]
-WRONG: dict[int | str, dict[str, Any]] = {
-    422: {"model": Problem, "description": "a parameter is missing or wrong"},
-    503: {"model": Problem, "description": "too many requests wait: come back after Retry-After seconds"},
-}
-WRONG_VIDEO: dict[int | str, dict[str, Any]] = {
-    400: {"model": Problem, "description": "nothing was sent, or it is no video"},
-    413: {"model": Problem, "description": "it is too large"},
-    415: {"model": Problem, "description": "its Content-Type is no video's"},
-}
-NOT_THERE: dict[int | str, dict[str, Any]] = {
-    404: {"model": Problem, "description": "no such window, or the model was not trained for this"}
-}
 
 
 def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
@@ -75,7 +56,7 @@ def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
     app = FastAPI(
         title="emcl",
         version=__version__,
-        description="Search a folder of videos by sentence or by video; embed, caption and ask.",
+        description="Search a folder of videos by sentence or by video; embed; and ask the model's tasks about videos.",
         lifespan=lifespan,
         redoc_url=None,
     )
@@ -84,6 +65,7 @@ def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
     _add_texts(app, service, desk)
     _add_videos(app, service, desk, uploads)
     _add_windows(app, service, desk)
+    add_predictions(app, service, desk, uploads)
     _add_media(app, index, pictures)
     _add_state(app, service, desk, limits)
     _add_page(app)
@@ -122,7 +104,12 @@ def _add_problems(app: FastAPI) -> None:
     app.add_exception_handler(BusyError, busy)
     app.add_exception_handler(DecodeError, no_video)
     app.add_exception_handler(VideoError, no_video)
+
+    async def wrong_question(_: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": f"query.question: {error}"}, 422)
+
     app.add_exception_handler(UserError, not_possible)
+    app.add_exception_handler(QuestionError, wrong_question)
     app.add_exception_handler(RequestValidationError, wrong)
 
 
@@ -144,7 +131,6 @@ def _add_texts(app: FastAPI, service: Service, desk: Desk) -> None:
 def _add_videos(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) -> None:
     """What is done with a video that is sent; it is not kept."""
     sent: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO}, "openapi_extra": BODY}
-    asked: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO, **NOT_THERE}, "openapi_extra": BODY}
 
     @app.post("/api/search/video", tags=["search"], **sent)
     async def search_by_video(request: Request, top: Top = 10) -> Hits:
@@ -158,18 +144,6 @@ def _add_videos(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) ->
         async with uploads.receive(request) as video:
             found = await desk.do(service.embed_video, video.path, video.digest)
         return Embeddings(embeddings=found.tolist())
-
-    @app.post("/api/caption", tags=["caption"], **asked)
-    async def caption(request: Request) -> Caption:
-        """A sentence about the video that is sent."""
-        async with uploads.receive(request) as video:
-            return Caption(caption=await desk.do(service.caption, video.path, video.digest))
-
-    @app.post("/api/answer", tags=["answer"], **asked)
-    async def answer(request: Request, question: Text, top: Top = 3) -> Answers:
-        """The likeliest answers to a question about the video that is sent."""
-        async with uploads.receive(request) as video:
-            return _answers(await desk.do(service.answer, video.path, video.digest, question, top))
 
     @app.post("/api/curve", tags=["curve"], **sent)
     async def curve(request: Request, query: Text) -> Curve:
@@ -185,24 +159,13 @@ def _add_windows(app: FastAPI, service: Service, desk: Desk) -> None:
     @app.get("/api/windows/{number}/similar", tags=["search"], **there)
     async def similar(number: Number, top: Top = 10) -> Hits:
         """Moments that look most like an indexed part."""
-        window = _window(service.index, number)
+        window = window_of(service.index, number)
         return await desk.do(lambda: _hits(service.similar(window, top), service.index))
-
-    @app.get("/api/windows/{number}/caption", tags=["caption"], **there)
-    async def caption(number: Number) -> Caption:
-        """A sentence about an indexed part."""
-        return Caption(caption=await desk.do(service.caption_window, _window(service.index, number)))
-
-    @app.get("/api/windows/{number}/answer", tags=["answer"], **there)
-    async def answer(number: Number, question: Text, top: Top = 3) -> Answers:
-        """The likeliest answers to a question about an indexed part."""
-        window = _window(service.index, number)
-        return _answers(await desk.do(service.answer_window, window, question, top))
 
     @app.get("/api/windows/{number}/curve", tags=["curve"], **there)
     async def curve(number: Number, query: Text) -> Curve:
         """How well a sentence fits each moment of the whole file that a part is of."""
-        window = _window(service.index, number)
+        window = window_of(service.index, number)
         return _curve(await desk.do(service.curve_of_window, window, query))
 
 
@@ -218,7 +181,7 @@ def _add_media(app: FastAPI, index: VideoIndex, pictures: Desk) -> None:
     @app.get("/api/windows/{number}/thumbnail.jpg", **there("image/jpeg"))
     async def thumbnail(number: Number) -> Response:
         """The frame in the middle of a part."""
-        window = _window(index, number)
+        window = window_of(index, number)
         return Response(
             await pictures.do(media.thumbnail, window.file, window.start, window.end), 200, kept, "image/jpeg"
         )
@@ -226,13 +189,13 @@ def _add_media(app: FastAPI, index: VideoIndex, pictures: Desk) -> None:
     @app.get("/api/windows/{number}/excerpt.mp4", **there("video/mp4"))
     async def excerpt(number: Number) -> Response:
         """A part as H.264, whatever its file is."""
-        window = _window(index, number)
+        window = window_of(index, number)
         return Response(await pictures.do(media.excerpt, window.file, window.start, window.end), 200, kept, "video/mp4")
 
     @app.get("/api/windows/{number}/video", **there("video/mp4", 206))
     async def video(number: Number) -> Response:
         """The whole file that a part is of, if browsers play it."""
-        window = _window(index, number)
+        window = window_of(index, number)
         kind = media.media_type(window.file)
         if kind is None:
             raise HTTPException(404, f"browsers do not play {window.file.name}; take excerpt.mp4")
@@ -246,8 +209,13 @@ def _add_state(app: FastAPI, service: Service, desk: Desk, limits: Limits) -> No
     @app.get("/api/facts", tags=["state"])
     async def facts() -> Facts:
         """What is indexed, and what the model can do."""
+        offers = [Offered(task=name, **asdict(offer)) for name, offer in service.offers.items()]
         return Facts(
-            windows=len(service.index), tasks=service.tasks, model=fingerprint, max_upload_mib=limits.upload_mib
+            windows=len(service.index),
+            tasks=service.tasks,
+            offers=offers,
+            model=fingerprint,
+            max_upload_mib=limits.upload_mib,
         )
 
     @app.get("/healthz", tags=["state"])
@@ -265,13 +233,6 @@ def _add_state(app: FastAPI, service: Service, desk: Desk, limits: Limits) -> No
     app.add_middleware(metrics.middleware())
 
 
-def _window(index: VideoIndex, number: int) -> Window:
-    found = index.window(number)
-    if found is None:
-        raise HTTPException(404, f"there is no window {number}, or its file has gone")
-    return found
-
-
 def _hits(hits: list[Hit], index: VideoIndex) -> Hits:
     """With where their pictures are; opens files to see whether browsers play them, so not on the event loop."""
     return Hits(hits=[_found(hit, index) for hit in hits])
@@ -286,10 +247,6 @@ def _found(hit: Hit, index: VideoIndex) -> Found:
         video=f"{base}/video" if whole else f"{base}/excerpt.mp4",
         at=hit.start if whole else 0.0,
     )
-
-
-def _answers(found: list[tuple[str, float]]) -> Answers:
-    return Answers(answers=[Answer(answer=answer, probability=share) for answer, share in found])
 
 
 def _curve(points: list[tuple[float, float]]) -> Curve:

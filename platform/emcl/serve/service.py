@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -13,12 +14,23 @@ from emcl.data.decode import duration
 from emcl.inference import Span, Video, VideoFeatures
 from emcl.search.index import Hit, VideoIndex, Window
 from emcl.search.windows import Windows
+from emcl.task import Offer, Prediction
 
 PARTS = 64
 """Of a sent video's curve, at most."""
 
 Curve = list[tuple[float, float]]
 """Seconds and similarity, in order of time."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a video, beside the video (`VideoTextModel.predict`)."""
+
+    task: str | None = None
+    verb: str | None = None
+    question: str | None = None
+    top: int = 1
 
 
 class Service:
@@ -30,6 +42,10 @@ class Service:
     @property
     def tasks(self) -> list[str]:
         return list(self.model.model.heads)
+
+    @property
+    def offers(self) -> dict[str, Offer]:
+        return self.model.offers
 
     def search(self, query: str, top: int) -> list[Hit]:
         return self.index.search(query, top)
@@ -48,17 +64,22 @@ class Service:
         features = self._whole(path, digest)
         return features.frames[0][features.mask[0]]
 
-    def caption(self, path: Path, digest: str) -> str:
-        return self.model.caption(self._whole(path, digest))[0]
+    def predict(self, path: Path, digest: str, asked: Asked) -> list[Prediction]:
+        return self._predicted(self._whole(path, digest), asked)
 
-    def caption_window(self, window: Window) -> str:
-        return self.model.caption(self.index.features([window.number]))[0]
+    def predict_of_window(self, window: Window, asked: Asked) -> list[Prediction]:
+        return self._predicted(self.index.features([window.number]), asked)
 
-    def answer(self, path: Path, digest: str, question: str, top: int) -> list[tuple[str, float]]:
-        return self.model.answer(self._whole(path, digest), question, top=top)
+    def check(self, asked: Asked) -> None:
+        """Before a video is received.
 
-    def answer_window(self, window: Window, question: str, top: int) -> list[tuple[str, float]]:
-        return self.model.answer(self.index.features([window.number]), question, top=top)
+        Raises:
+            UserError: no task can be meant, or a question is missing or too many.
+        """
+        self.model.task_for(asked.task, asked.verb, question=asked.question)
+
+    def _predicted(self, features: VideoFeatures, asked: Asked) -> list[Prediction]:
+        return self.model.predict(features, asked.question, task=asked.task, verb=asked.verb, top=asked.top)[0]
 
     def curve_of_window(self, window: Window, query: str) -> Curve:
         """Over the whole file that the window is of."""

@@ -29,8 +29,7 @@ from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import Caption, TextSource, Tokens
 from emcl.model.towers import tokenizer
-from emcl.multitask import VideoLanguageModel, total_loss
-from emcl.registry import task_class
+from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.task import to_device
 from emcl.train.fake_cuda import GPU, pretended_context
 
@@ -153,10 +152,6 @@ def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> dic
     if config.model.cache_features:
         with torch.device("meta"):
             texts = _Remembered(VideoLanguageModel(config, load_weights=False).backbone.text.width)
-    collators = {
-        name: task_class(name).collator(settings, config, texts, training=True)
-        for name, settings in config.tasks.items()
-    }
     shown = samples or made_up_samples(min(videos, 64), config.data.words)
     clip: Any = np.zeros((config.data.frames, 1, 1, 3), np.uint8)
     if config.model.cache_features:
@@ -166,7 +161,7 @@ def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> dic
         sample = shown[number % len(shown)]
         longest = max(range(len(sample.captions)), key=lambda place: len(sample.captions[place]), default=None)
         items.append((Draw(number, longest, number), sample, clip, []))
-    return Collate(collators, frames=config.data.frames)(items)
+    return Collate(collators(config, texts, training=True), frames=config.data.frames)(items)
 
 
 def made_up_samples(count: int, words: int) -> list[Sample]:

@@ -18,7 +18,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
 from emcl.evaluate.report import as_json
-from emcl.multitask import VideoLanguageModel, total_loss
+from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.run_folder import RunFolder
 from emcl.task import Scores, to_device
 from emcl.tracking import Tracker
@@ -73,7 +73,7 @@ class Trainer:
             keep_freed_memory()
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
-        self.taken = start_from(model, init) if init else None
+        self.taken = start_from(model, init, self.config) if init else None
         self.watch = watch or Watch(ranks, config.patience)
         backbone, progress = model.backbone, self.watch.progress
         self.source = open_source(config, self.shards, backbone, ranks, device, progress=progress)
@@ -149,11 +149,8 @@ class Trainer:
                     raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
 
     def _steps(self, start: int) -> Iterator[Step]:
-        collators = {
-            name: type(task).collator(self.config.tasks[name], self.config, self.source.texts, training=True)
-            for name, task in self.model.heads.items()
-        }
-        self.loader = StepLoader(self.shards, self.config.data, self.inputs.batches, collators, self.source.features)
+        parts = collators(self.config, self.source.texts, training=True)
+        self.loader = StepLoader(self.shards, self.config.data, self.inputs.batches, parts, self.source.features)
         steps = self.loader.steps(start)
         for step in range(start, self.total):
             self.watch.step(step + 1, "loading")

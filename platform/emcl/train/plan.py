@@ -20,9 +20,9 @@ from emcl.data.at_hand import missing, wanted
 from emcl.data.mixture import open_training, training_patterns
 from emcl.data.samples import Sample
 from emcl.data.shards import open_shards
-from emcl.data.vocabulary import UsedTokens
 from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel
+from emcl.registry import task_class
 from emcl.shipped import find_file
 from emcl.train.deepspeed_file import zero_stage
 from emcl.train.engine import deepspeed_settings
@@ -44,8 +44,6 @@ GPUS = (1, 8, 64)
 STAGES = (0, 1, 2, 3)
 EXAMPLES = 128
 """Training samples at most, those with the longest captions, of which the planned batch is made."""
-LIKELY_TOKENS = 10_000
-"""Different tokens in a large data set's captions, for a vocabulary that is not known yet."""
 
 
 @dataclass(frozen=True)
@@ -289,13 +287,9 @@ def _longest_caption(sample: Sample) -> int:
 
 
 def _with_guesses(config: Config) -> Config:
-    """Vocabularies of a likely size, or of the size that the settings allow, for counting."""
-    tasks = {}
-    for name, settings in config.tasks.items():
-        learned: dict[str, object] = {}
-        if hasattr(settings, "answers_kept") and settings.answers is None:
-            learned["answers"] = [str(number) for number in range(settings.answers_kept)]
-        if hasattr(settings, "captions_per_video") and settings.vocabulary is None and settings.pretrained is None:
-            learned["vocabulary"] = UsedTokens.of_first(LIKELY_TOKENS)
-        tasks[name] = dataclasses.replace(settings, **learned) if learned else settings
+    """With what the tasks guess for their vocabularies and the like."""
+    tasks = {
+        name: task_class(config.kind_of(name)).placeholder_settings(settings, config)
+        for name, settings in config.tasks.items()
+    }
     return dataclasses.replace(config, tasks=tasks)

@@ -99,7 +99,8 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     found = {"image tower": backbone.image, "text tower": backbone.text, "temporal": backbone.temporal}
     tasks: Any = model.tasks
     for task, head in tasks.items():
-        found |= {task: head, **{f"{task}/{name}": part for name, part in head.named_children()}}
+        key = f"task {task}" if task in found else task
+        found |= {key: head, **{f"{key}/{name}": part for name, part in head.named_children()}}
     return {name: module for name, module in found.items() if module is not None}
 
 

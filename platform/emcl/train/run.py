@@ -20,9 +20,8 @@ from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
 from emcl.model.limits import check_limits
 from emcl.model.towers import missing_weights
-from emcl.multitask import VideoLanguageModel
+from emcl.multitask import VideoLanguageModel, check_tasks
 from emcl.prepare.sample import generate
-from emcl.registry import expand, task_class
 from emcl.run_folder import RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
@@ -57,8 +56,6 @@ def run(
     Raises:
         UserError: one line for the user.
     """
-    for name in expand(tasks or []):
-        task_class(name)
     init = RunFolder.open(init).export if init else None
     resumed = find_run(resume, tasks, overrides) if resume else None
     config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=resumed)
@@ -175,6 +172,7 @@ def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguag
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
     check_limits(config)
+    kinds = check_tasks(config)
     patterns = wanted(config.data, training=training)
     if training:
         check_divisible(config.data.batch_size, ranks.world_size, config.optim.accumulation)
@@ -182,7 +180,7 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
         for error in missing_weights(config.model):
             raise UserError(error)
     if ranks.first and ((training and config.data.val) or config.data.test):
-        for notice in [line for name in config.tasks for line in task_class(name).notices()]:
+        for notice in [line for kind in dict.fromkeys(kinds.values()) for line in kind.notices()]:
             print(f"note: {notice}", flush=True)
     made = of_sample(config.data, patterns)
     for pattern in patterns:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve
-from emcl.errors import UserError, first_line
+from emcl.errors import UserError, said_of
+from emcl.kinds import Kinds, kinds_in
 from emcl.nearest import nearest
-from emcl.recipe import parse_overrides
+from emcl.recipe import filled_in, parse_overrides
 from emcl.registry import EVERY_TASK, settings_of
 from emcl.run_folder import CONFIG, RUNS, RunFolder, saved_settings, tasks_in
+from emcl.settings import Tree
 
 AUTO = "auto"
 """In place of a run: the one that `name=` names, or the newest one, of the tasks that are named."""
@@ -25,7 +27,7 @@ def find_run(resume: str, tasks: Sequence[str] | None = None, overrides: Sequenc
         UserError: there is none, it has no checkpoint, or `overrides` name another.
     """
     given = dict(parse_overrides(overrides))
-    runs, name = Path(_filled_in(given, "runs") or RUNS), _filled_in(given, "name")
+    runs, name = Path(_typed(given, "runs") or RUNS), _typed(given, "name")
     if resume != AUTO:
         folder = RunFolder.around(Path(resume))
         if not folder.has_config() and (runs / resume).is_dir():
@@ -33,36 +35,37 @@ def find_run(resume: str, tasks: Sequence[str] | None = None, overrides: Sequenc
     elif name:
         folder = RunFolder(runs / name)
     else:
-        folder = _newest(runs, tasks)
+        folder = _newest(runs, tasks, kinds_in([], list(given.items())))
     folder.check_resumable()
     if name and name not in (folder.name, folder.path.resolve().name):
         raise UserError(f"--resume {folder} goes on under its own name, not as name={name}")
     return folder
 
 
-def _filled_in(given: Mapping[str, str], key: str) -> str:
-    """A setting as it is typed, with `${oc.env:...}` replaced; empty where it is not given."""
-    text = given.get(key, "")
-    if "${" in text:
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-
-        try:
-            text = str(OmegaConf.create({key: text})[key])
-        except OmegaConfBaseException as error:
-            raise UserError(f"{key}={text}: {first_line(error)}") from None
+def _typed(given: Mapping[str, str], key: str) -> str:
+    """A setting's text; empty where it is not given."""
+    text = filled_in(key, given.get(key, ""))
     return "" if text == "null" else text
 
 
-def _newest(runs: Path, tasks: Sequence[str] | None) -> RunFolder:
+def _newest(runs: Path, tasks: Sequence[str] | None, kinds: Kinds) -> RunFolder:
+    """Of the named tasks, where any is named, and with these further names."""
     saved = [(folder.whole_checkpoints(), folder) for folder in map(RunFolder, runs.glob("*")) if folder.has_config()]
     named = _named(tasks)
     by_age = sorted((_written(steps[-1]), folder.name, folder) for steps, folder in saved if steps)
     for *_, folder in reversed(by_age):
-        if not named or set(named) == set(tasks_in(saved_settings(folder.path))):
+        trained = saved_settings(folder.path)
+        if (not named or set(named) == set(tasks_in(trained))) and _agree(kinds, trained):
             return folder
     of_tasks = f" of {', '.join(named)}" if named else ""
     raise UserError(f"--resume: no run{of_tasks} with a whole checkpoint in {runs}/; start one without --resume")
+
+
+def _agree(kinds: Kinds, saved: Tree) -> bool:
+    """Whether a run has these further names of tasks."""
+    table = saved.get("kinds")  # unchecked: another run's is none of this one's concern
+    of_run = table if isinstance(table, dict) else {}
+    return all(of_run.get(name) == kind for name, kind in kinds.items())
 
 
 def _written(checkpoint: Path) -> float:
@@ -89,14 +92,32 @@ def config_of_run(
         UserError: something in it is wrong, or the run was not trained for one of `tasks`.
     """
     folder = resumed.path if resumed else RunFolder.open(evaluate).export if evaluate else None
-    if folder is None or (evaluate and recipe is not None):
+    if folder is None:
         return resolve(tasks, recipe or DEFAULT_RECIPE, overrides, kind_of=kind_of)
     saved = saved_settings(folder)
+    with said_of(str(folder / CONFIG)):
+        kinds = kinds_in([saved])
+    overrides = _without_kinds(overrides, kinds, f"{folder} has its tasks ({', '.join(tasks_in(saved))})")
+    if evaluate and recipe is not None:
+        return resolve(tasks, recipe, overrides, kind_of=kind_of, kinds=kinds)
     _check_tasks(_named(tasks), tasks_in(saved), evaluate=evaluate, resumed=resumed)
     if isinstance(saved.get("tracking"), dict):
         saved["tracking"].pop("profile", None)  # of the call that asked for it
     scored = _named(tasks) or None if evaluate else None
     return from_dict([saved], scored, overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
+
+
+def _without_kinds(overrides: Sequence[str], kinds: Kinds, run: str) -> list[str]:
+    """Overrides but for further names of tasks, which a run has from its start and may be given again.
+
+    Raises:
+        UserError: one is not of `kinds`; says `run`.
+    """
+    given = parse_overrides(overrides)
+    for name, kind in kinds_in([], given).items():
+        if kind != kinds.get(name):
+            raise UserError(f"kinds.{name}={kind} is for a new run: {run}")
+    return [f"{key}={text}" for key, text in given if key.partition(".")[0] != "kinds"]
 
 
 def _check_tasks(

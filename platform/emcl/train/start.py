@@ -6,16 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from emcl.config import Config
 from emcl.data.shards import ShardSet
-from emcl.errors import UserError
+from emcl.errors import UserError, said_of
 from emcl.model.towers import wants_quick_gelu
 from emcl.registry import task_class
 from emcl.run_folder import WEIGHTS, saved_config
 from emcl.train.export import different_shape
+
+UNCERTAINTY = "uncertainty.log_variance"
+"""`Uncertainty`'s weight."""
 
 
 def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:
@@ -23,27 +27,41 @@ def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -
 
     A task that `init` was trained for keeps what that run found: its weights are of that vocabulary.
     """
-    earlier: dict[str, Any] = saved_config(init).tasks if init else {}
+    earlier: dict[str, Any] = tasks_of_both(config, saved_config(init)) if init else {}
     samples = [row.sample for row in shards.rows]
     tasks = {}
     for name, settings in config.tasks.items():
-        kind = task_class(name)
+        kind = task_class(config.kind_of(name))
         if name in earlier:
             kept = {key: getattr(earlier[name], key) for key in kind.learned if getattr(settings, key) is None}
             settings = dataclasses.replace(settings, **kept)
-        tasks[name] = kind.learn_settings(settings, config, samples)
+        with said_of(name):
+            tasks[name] = kind.learn_settings(settings, config, samples)
     model = dataclasses.replace(config.model, quick_gelu=wants_quick_gelu(config.model))
     return dataclasses.replace(config, tasks=tasks, model=model)
 
 
-def start_from(model: nn.Module, init: Path) -> str:
+def tasks_of_both(config: Config, earlier: Config) -> dict[str, Any]:
+    """The settings in `earlier` of the tasks that have the same name, and are of the same kind, in both."""
+    both = [name for name in earlier.tasks if name in config.tasks and earlier.kind_of(name) == config.kind_of(name)]
+    return {name: earlier.tasks[name] for name in both}
+
+
+def start_from(model: nn.Module, init: Path, config: Config) -> str:
     """Takes an export's weights: its backbone, and the heads of the tasks that both have. Says so in one line.
 
     Raises:
         UserError: a weight of both is of another shape, or the backbone is of another kind.
     """
-    state = load_file(init / WEIGHTS)
-    own = model.state_dict()
+    earlier, own = saved_config(init), model.state_dict()
+    both = tasks_of_both(config, earlier)
+    heads = tuple(f"tasks.{name}." for name in both)
+    weights = load_file(init / WEIGHTS)
+    state = {name: weight for name, weight in weights.items() if name.startswith(("backbone.", *heads))}
+    if UNCERTAINTY in weights and UNCERTAINTY in own:  # one number a task
+        of_task = dict(zip(earlier.tasks, weights[UNCERTAINTY], strict=True))
+        kept = [of_task[name] if name in both else own[UNCERTAINTY][place] for place, name in enumerate(config.tasks)]
+        state[UNCERTAINTY] = torch.stack([number.cpu() for number in kept])
     for name in own:
         if difference := different_shape(name, state, own):
             raise UserError(f"--init {init}: {difference}; give the same model and task settings")
@@ -51,6 +69,8 @@ def start_from(model: nn.Module, init: Path) -> str:
             raise UserError(f"--init {init}: it lacks {name}; give the same model settings")
     taken = {name: value for name, value in state.items() if name in own}
     model.load_state_dict(taken, strict=False)
-    parts = sorted({".".join(name.split(".")[:2]) if name.startswith("tasks.") else "backbone" for name in taken})
+    parts = sorted(
+        {".".join(name.split(".")[:2]) if name.startswith("tasks.") else name.split(".")[0] for name in taken}
+    )
     new = sorted({".".join(name.split(".")[:2]) for name in own if name.startswith("tasks.") and name not in taken})
     return f"starts from {init}: {', '.join(parts)}" + (f"; new: {', '.join(new)}" if new else "")

@@ -164,9 +164,44 @@ function take(file) {
   search("api/search/video", {}, file, (count) => `${count} moments that look like ${file.name}`);
 }
 
-/** A task's endpoint for what is shown. */
-const about = (name, parameters) =>
-  shown.file ? ask(`api/${name}`, parameters, shown.file) : ask(`api/windows/${shown.hit.window}/${name}`, parameters);
+/** What a task says of what is shown. */
+async function predict(task, parameters) {
+  const path = `predict/${encodeURIComponent(task)}`;
+  const { predictions } = await (shown.file
+    ? ask(`api/${path}`, parameters, shown.file)
+    : ask(`api/windows/${shown.hit.window}/${path}`, parameters));
+  return predictions
+    .map(({ text, probability }) => (probability === null ? `“${text}”` : `${text} (${Math.round(100 * probability)}%)`))
+    .join(", ");
+}
+
+/** A task's button, with a line for the question where it is asked one. */
+function offered({ task, button, description, question }, all) {
+  const press = document.createElement("button");
+  // two tasks that offer the same are told apart by their names
+  press.textContent = all.filter((other) => other.button === button).length > 1 ? `${button} (${task})` : button;
+  press.title = description;
+  if (question === null) {
+    press.type = "button";
+    press.addEventListener("click", () => told($("said"), "Looking …", () => predict(task, {})));
+    press.dataset.task = task;
+    return press;
+  }
+  const form = document.createElement("form"), input = document.createElement("input");
+  form.dataset.task = task;
+  input.maxLength = 500;
+  input.autocomplete = "off";
+  input.placeholder = question;
+  input.setAttribute("aria-label", `A question about the video: ${description}`);
+  press.type = "submit";
+  form.append(input, press);
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const asked = input.value.trim();
+    if (asked) told($("said"), "Thinking …", () => predict(task, { question: asked }));
+  });
+  return form;
+}
 
 $("search").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -174,19 +209,6 @@ $("search").addEventListener("submit", (event) => {
   if (!words) return;
   search("api/search", { query: words }, null, (count) => `${count} moments for “${words}”`);
   if (shown && !$("player").hidden) drawCurve();
-});
-
-$("caption").addEventListener("click", () =>
-  told($("said"), "Describing …", async () => `“${(await about("caption", {})).caption}”`));
-
-$("ask").addEventListener("submit", (event) => {
-  event.preventDefault();
-  const question = $("question").value.trim();
-  if (!question) return;
-  told($("said"), "Thinking …", async () => {
-    const { answers } = await about("answer", { question });
-    return answers.map(({ answer, probability }) => `${answer} (${Math.round(100 * probability)}%)`).join(", ");
-  });
 });
 
 $("similar").addEventListener("click", async () => {
@@ -252,6 +274,6 @@ addEventListener("keydown", (event) => {
   }
 });
 
-const facts = await ask("api/facts").catch((error) => ({ tasks: [], error }));
-for (const part of document.querySelectorAll("[data-task]")) part.hidden = !facts.tasks.includes(part.dataset.task);
+const facts = await ask("api/facts").catch((error) => ({ offers: [], error }));
+$("offers").replaceChildren(...facts.offers.map((offer) => offered(offer, facts.offers)));
 $("facts").textContent = facts.error ? facts.error.message : `${facts.windows.toLocaleString("en")} moments indexed`;

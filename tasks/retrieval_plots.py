@@ -1,41 +1,65 @@
-"""A result as pictures, for the page of `emcl report`."""
+"""A retrieval result as plots: recall, ranks, similarity, and how far texts and videos lie apart."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
-from emcl.data.decode import Frames
+from emcl.errors import UserError
 from emcl.model.embeddings import Embeddings
-from emcl.pictures import blank_figure, strip
-from emcl.report.result import Result
+from emcl.pictures import drawn
+from emcl.run_folder import EMBEDDINGS, SIMILARITY
+from emcl.task import Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WAYS = {"text_to_video": "text to video", "video_to_text": "video to text"}
 SHOWN = 400
 """Points of each modality, and lines of a matrix at most."""
 
 
-def retrieval_plots(result: Result) -> list[tuple[str, str]]:
+def similarity_of(result: Result) -> NDArray[np.float32] | None:
+    """(texts, videos); None where it was not kept.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = result.file(SIMILARITY)
+    try:
+        return load_file(path)["similarity"] if path.is_file() else None
+    except (SafetensorError, KeyError):
+        raise UserError(f"{path} is not whole: score the run again: emcl evaluate {result.folder}") from None
+
+
+def embeddings_of(result: Result) -> Embeddings | None:
+    """None where they were not kept."""
+    path = result.file(EMBEDDINGS)
+    return Embeddings.open(path) if path.is_file() else None
+
+
+def plots(result: Result) -> list[tuple[str, str]]:
     """What can be drawn of what was kept: (caption, the picture as a data URL)."""
-    found = []
+    pictures = []
     if result.items:
         ranks = {name: np.array(result.items[way]) for way, name in WAYS.items()}
-        found += [
-            ("Recall at k", _drawn(lambda figure: _recall(figure, ranks))),
-            ("Ranks of the right candidate", _drawn(lambda figure: _histogram(figure, ranks))),
+        pictures += [
+            ("Recall at k", drawn(lambda figure: _recall(figure, ranks))),
+            ("Ranks of the right candidate", drawn(lambda figure: _histogram(figure, ranks))),
         ]
-    if (scores := result.similarity) is not None:
+    if (scores_QG := similarity_of(result)) is not None:
         owner = np.array(result.items["video"])
-        found.append(("Similarity of texts and their videos", _drawn(lambda figure: _matrix(figure, scores, owner))))
-    if (kept := result.embeddings) is not None:
-        found.append(("Modality gap", _drawn(lambda figure: _gap(figure, kept))))
-    return found
+        pictures.append(
+            ("Similarity of texts and their videos", drawn(lambda figure: _matrix(figure, scores_QG, owner)))
+        )
+    if (kept := embeddings_of(result)) is not None:
+        pictures.append(("Modality gap", drawn(lambda figure: _gap(figure, kept))))
+    return pictures
 
 
 def _recall(figure: Figure, ranks: dict[str, NDArray[np.int64]]) -> None:
@@ -82,25 +106,3 @@ def _gap(figure: Figure, kept: Embeddings) -> None:
         axis.scatter(part[:, 0].numpy(), part[:, 1].numpy(), s=8, alpha=0.6, label=name)
     axis.set(title=f"distance of the means {gap:.2f}", xticks=[], yticks=[])
     axis.legend()
-
-
-def _drawn(draw: Callable[[Figure], None]) -> str:
-    figure = blank_figure(4.6, 3.4)
-    draw(figure)
-    figure.tight_layout()
-    blob = io.BytesIO()
-    figure.savefig(blob, format="png")
-    return data_url(blob.getvalue(), "png")
-
-
-def strip_url(clip: Frames) -> str:
-    """Some frames beside each other."""
-    from PIL import Image
-
-    blob = io.BytesIO()
-    Image.fromarray(strip(clip)).save(blob, "JPEG", quality=80)
-    return data_url(blob.getvalue(), "jpeg")
-
-
-def data_url(blob: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(blob).decode()}"

@@ -1,4 +1,4 @@
-"""The settings of the task; without PyTorch, so that a wrong one is refused at once."""
+"""The settings of the tasks; without PyTorch, so that a wrong one is refused at once."""
 
 from __future__ import annotations
 
@@ -13,3 +13,10 @@ class TemporalOrderConfig:
 
     weight: float = Field(1.0, ge=0, description="Of this task's loss.")
     hidden: int = Field(64, ge=1, description="Width of the recurrent layer.")
+
+
+@group
+class SentenceFitConfig:
+    """Whether a sentence fits a video."""
+
+    weight: float = Field(1.0, ge=0, description="Of this task's loss.")

@@ -1,0 +1,145 @@
+"""How a task is scored: what is kept of each batch of an evaluation, and what is made of it once all is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emcl.config import Config
+from emcl.data.samples import Sample
+from emcl.data.source import Source
+from emcl.distributed import Ranks
+from emcl.errors import UserError, said_of
+from emcl.model.backbone import Backbone, Encoded
+from emcl.pictures import FramesOf
+
+Picture = Callable[[Path, FramesOf], None]
+"""Draws to a path."""
+Record = tuple[int, Any]
+"""A sample's row in the shards, and what was found of it, or of one query about it; picklable."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A task's result on one split, the same on every rank but for what is to be drawn and kept, which rank 0 has."""
+
+    metrics: dict[str, float]
+    protocol: str
+    """In words: what was compared with what, with which options, how many queries."""
+    chosen: str
+    """The entry of `metrics` that chooses the best checkpoint."""
+    picture: Picture | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """Contents of further files to keep, by name; `{split}` in it is filled in (`RunFolder.kept`)."""
+    items: dict[str, list[Any]] = field(default_factory=dict)
+    """What was found of each query, column by column. A column that is named as a metric gives that its interval, `id`
+    which queries are of one sample; the task's report shows the others."""
+    save: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    """Further files to keep of the test split, each written to a path; names as in `files`."""
+
+
+class Lockstep:
+    """Runs a module over any number of rows in chunks, as many chunks on every rank as on the one with most.
+
+    Under ZeRO-3 each forward pass is a collective: a rank that has nothing left goes through a filler with the others.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks, size: int, device: torch.device) -> None:
+        self.model, self.ranks, self.size, self.device = model, ranks, size, device
+
+    def __call__(self, call: Callable[..., Tensor], rows: Sequence[Tensor] | None, filler: Sequence[Tensor]) -> Tensor:
+        """`call(*rows)` for rows of equal length, concatenated; empty where there are none."""
+        mine = [] if rows is None else list(zip(*(part.split(self.size) for part in rows), strict=True))
+        chunks = int(self.ranks.maximum(torch.tensor(len(mine), device=self.device)))
+        done = [self.model(None, part=partial(call, *part)) for part in mine]
+        spare = [self.model(None, part=partial(call, *filler)) for _ in range(chunks - len(mine))]
+        return torch.cat(done or [spare[0][:0]]) if done or spare else torch.zeros(0, device=self.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One task's evaluation: what its scorer works with besides a batch."""
+
+    name: str
+    """The task's, by which the run knows it."""
+    model: nn.Module
+    backbone: Backbone
+    source: Source
+    config: Config
+    ranks: Ranks
+    device: torch.device
+    lockstep: Lockstep
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """`call()` within a forward pass of the whole model, by which ZeRO-3 keeps its books; on all ranks."""
+        return self.model(None, part=call)
+
+    def sample(self, row: int) -> Sample:
+        """Of a row of the shards."""
+        return self.source.shards.rows[row].sample
+
+    @property
+    def title(self) -> str:
+        """Over a picture."""
+        return f"{self.name}: {self.config.model.name}"
+
+
+class Scorer:
+    """Keeps records batch by batch, on each rank those of its own samples; then scores those of all ranks.
+
+    A task's own has `update` and `compute`. What is kept is gathered here, in the order of the samples, so that a score
+    does not depend on the number of ranks.
+    """
+
+    def __init__(self, task: Any, evaluation: Evaluation) -> None:
+        self.task, self.evaluation = task, evaluation
+        self.records: list[Record] = []
+
+    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+        """Adds one batch's records.
+
+        All ranks make the same number of calls. One that has run out of samples is given one encoded filler, no `part`
+        and no `rows`: it takes part in the others' forward passes (`evaluation.run`, `evaluation.lockstep`) and adds
+        nothing.
+
+        Args:
+            part: what the task's collator made for the batch.
+            rows: of each encoded video, its place in the shards.
+        """
+        raise NotImplementedError
+
+    def compute(self, records: Any) -> Scores:
+        """The scores of all records; on rank 0 alone, so nothing here may need another rank.
+
+        Args:
+            records: what `gather` gave.
+
+        Raises:
+            UserError: nothing can be scored, such as a split without a caption; raised on all ranks.
+        """
+        raise NotImplementedError
+
+    def gather(self) -> Any:
+        """What `compute` takes, on rank 0; called by all ranks: here, all records in the order of their rows."""
+        everyone = self.evaluation.ranks.collect_objects(self.records)
+        return sorted((record for part in everyone or () for record in part), key=lambda record: record[0])
+
+    def result(self) -> Scores:
+        """Called once, by all ranks."""
+        ranks, gathered = self.evaluation.ranks, self.gather()
+        scores, error = None, None
+        if ranks.first:
+            try:
+                with said_of(self.evaluation.name):
+                    scores = self.compute(gathered)
+            except UserError as wrong:
+                error = wrong
+        ranks.agree(error)
+        shared = ranks.from_first((scores.metrics, scores.protocol, scores.chosen) if scores else None)
+        return scores or Scores(*shared)

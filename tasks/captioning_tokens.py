@@ -1,0 +1,65 @@
+"""References as the decoder's input: their vocabulary, and what a training step draws of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from emcl.tasks.settings import CaptioningConfig
+
+from emcl.data.order import Draw
+from emcl.data.samples import Sample
+from emcl.data.vocabulary import UsedTokens, Vocabulary, WholeVocabulary
+from emcl.errors import UserError
+
+IGNORED = -100
+"""A label that the cross-entropy leaves out."""
+
+
+def open_vocabulary(settings: CaptioningConfig) -> Vocabulary:
+    """Raises UserError: it is still to be found, or its tokenizer is not there."""
+    if settings.pretrained is not None:
+        return WholeVocabulary(settings.tokenizer or settings.pretrained)
+    if settings.vocabulary is None:
+        raise UserError("vocabulary is not set: it is found from the captions of data.train")
+    return UsedTokens.open(settings.tokenizer, settings.vocabulary)
+
+
+class DrawnReferences:
+    """Drawn captions as token ids; of each its video's `place` in the batch; `tokens`, where in the flattened ids what
+    comes next is learnt, and `labels`, what it is."""
+
+    def __init__(self, settings: CaptioningConfig) -> None:
+        self.settings = settings
+        self.vocabulary = open_vocabulary(settings)
+
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+        found: list[tuple[int, list[int]]] = []
+        for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
+            for caption in self._drawn(sample, draw):
+                found.append((place, self.vocabulary.encode(caption)[: self.settings.words]))
+        longest = max((len(ids) for _, ids in found), default=0)
+        count = max(1, len(found))  # a batch without captions has one line that nothing is learnt from
+        ids = torch.full((count, longest + 1), self.vocabulary.padding)
+        ids[:, 0] = self.vocabulary.start
+        labels, places = [], []
+        for line, (_, tokens) in enumerate(found):
+            ids[line, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+            labels += [*tokens, self.vocabulary.end]
+            places += [line * (longest + 1) + place for place in range(len(tokens) + 1)]
+        return {
+            "ids": ids,
+            "place": torch.tensor([place for place, _ in found] or [0]),
+            "tokens": torch.tensor(places or [0]),  # found here, as a mask on the device would stop its step
+            "labels": torch.tensor(labels or [IGNORED]),
+        }
+
+    def _drawn(self, sample: Sample, draw: Draw) -> list[str]:
+        """The pair's own caption first, then others at random."""
+        count = min(self.settings.captions_per_video, len(sample.captions))
+        order = random.Random(draw.seed).sample(range(len(sample.captions)), len(sample.captions))
+        if draw.caption is not None:
+            order = [draw.caption, *(index for index in order if index != draw.caption)]
+        return [sample.captions[index] for index in order[:count]]

@@ -1,0 +1,71 @@
+"""How answers are scored: over all questions of a split, those among them that training had no answer for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from emcl.tasks.msrvtt_qa_questions import UNKNOWN
+from emcl.tasks.msrvtt_qa_report import confusion, draw_confusion
+from torch import Tensor
+
+from emcl.errors import UserError
+from emcl.metrics.answers import answer_metrics
+from emcl.model.backbone import Encoded
+from emcl.task import Record, Scorer, Scores
+
+TOP = 5
+
+
+class Answered(NamedTuple):
+    """A question with the numbers of the best answers, best first, and of the right one."""
+
+    question: str
+    best: list[int]
+    right: int
+
+
+class AnswerScorer(Scorer):
+    """Its records are questions; a video has any number of them."""
+
+    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+        count = len(part["questions"]) if part else 0
+        asked = (part["ids"][part["asked"]][:count], part["place"][:count]) if part and count else None
+        device = encoded.frames_BTD.device
+        filler = self.task.tokenize([""]).to(device), torch.zeros(1, dtype=torch.long, device=device)
+
+        def best(ids_NL: Tensor, place_N: Tensor) -> Tensor:
+            logits_NV = self.task.answers_of(self.evaluation.backbone, encoded, ids_NL, place_N)
+            return logits_NV.topk(min(TOP, logits_NV.shape[1])).indices
+
+        best_NK = self.evaluation.lockstep(best, asked, filler).tolist()
+        if part and count:
+            answered = map(Answered, part["questions"], best_NK, part["answer"][:count].tolist())
+            self.records += zip((rows[place] for place in part["place"][:count].tolist()), answered, strict=True)
+
+    def compute(self, records: list[Record]) -> Scores:
+        if not records:
+            raise UserError("no video of this split has a question")
+        answered: list[Answered] = [found for _, found in records]
+        questions = [one.question for one in answered]
+        top_QK, right_Q = np.array([one.best for one in answered]), np.array([one.right for one in answered])
+        settings = self.task.settings
+        given = "" if settings.use_video else "; WITHOUT THE VIDEO"
+        names, counts = confusion(top_QK[:, 0], right_Q, settings.answers)
+        return Scores(
+            answer_metrics(top_QK, right_Q, questions, most_frequent=0),
+            f"{len(records)} questions; one whose answer is not of the {len(settings.answers)} known counts as wrong"
+            f"{given}",
+            chosen="accuracy",
+            items={
+                "id": [self.evaluation.sample(row).id for row, _ in records],
+                "question": questions,
+                "answer": [settings.answers[number] if number != UNKNOWN else None for number in right_Q.tolist()],
+                "given": [settings.answers[number] for number in top_QK[:, 0].tolist()],
+                "accuracy": (100.0 * (top_QK[:, 0] == right_Q)).tolist(),
+            },
+            picture=partial(draw_confusion, names, counts, self.evaluation.title),
+        )

@@ -1,0 +1,145 @@
+"""How retrieval is scored: all texts of a split with all its videos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from emcl.tasks.retrieval_report import DRAWN, FIRST, Found, draw_found
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from emcl.config import Config
+from emcl.distributed import Ranks
+from emcl.errors import UserError
+from emcl.metrics.rescoring import DualSoftmax
+from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
+from emcl.model.backbone import Encoded
+from emcl.model.embeddings import Embeddings
+from emcl.run_folder import EMBEDDINGS, SIMILARITY
+from emcl.task import Evaluation, Scorer, Scores
+
+LARGEST_KEPT = 2**25
+"""Scores of a similarity that is kept for `emcl report`: 128 MiB."""
+Rows = tuple[Sequence[int], tuple[Tensor, ...]]
+"""Rows of the shards, and tensors with a row for each."""
+
+
+class Compared(NamedTuple):
+    """All texts with all videos; the scores are rank 0's."""
+
+    scores_QG: NDArray[np.float32]
+    embeddings: Embeddings
+    video_rows: list[int]
+    """Of the shards."""
+
+
+class RetrievalScorer(Scorer):
+    """Keeps whole batches and no records: what is compared lies in few large tensors."""
+
+    def __init__(self, task: Any, evaluation: Evaluation) -> None:
+        super().__init__(task, evaluation)
+        self.videos: list[Rows] = []
+        self.texts: list[Rows] = []
+
+    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+        evaluation = self.evaluation
+        text = part["text"] if part else None
+        filler = evaluation.source.texts.filler().to(evaluation.device)
+        text_AD = evaluation.lockstep(evaluation.backbone.encode_text, None if text is None else (text,), (filler,))
+        if part is not None:
+            self.videos.append((rows, (encoded.frames_BTD, encoded.video_mask_BT)))
+        if part is not None and text is not None:
+            self.texts.append((part["rows"], (text_AD,)))
+
+    def embeddings(self) -> tuple[Embeddings, list[int]]:
+        """All ranks' texts and videos on the CPU of every rank, and the videos' rows of the shards.
+
+        Raises:
+            UserError: no video has a text; on all ranks.
+        """
+        ranks, sample = self.evaluation.ranks, self.evaluation.sample
+        if not any(ranks.gather_objects(bool(self.texts))):
+            raise UserError(f"{self.evaluation.name}: no video of this split has a caption")
+        video_rows, frames_GTD, mask_GT = _in_row_order(ranks, self.videos)
+        text_rows, text_QD = _in_row_order(ranks, self.texts)
+        column = {row: index for index, row in enumerate(video_rows)}
+        sentences = [caption for row in video_rows for caption in sample(row).captions]
+        owner_Q = np.array([column[row] for row in text_rows])
+        ids = [sample(row).id for row in video_rows]
+        return Embeddings(text_QD, frames_GTD, mask_GT, owner_Q, sentences, ids), video_rows
+
+    def gather(self) -> Compared:
+        """Compared by all ranks, counted on rank 0: a matrix of 100,000 x 10,000 has 4 GB."""
+        evaluation, device = self.evaluation, self.task.logit_scale.device
+        kept, video_rows = self.embeddings()
+        scores_QG = self.task.similarity_in_tiles(
+            kept.text.to(device), kept.frames.to(device), kept.mask.to(device),
+            evaluation.config.evaluate.tile, evaluation.ranks, self.task.emcl,
+        )  # fmt: skip
+        return Compared(scores_QG, kept, video_rows)
+
+    def compute(self, records: Compared) -> Scores:
+        (scores_QG, kept, video_rows), config = records, self.evaluation.config
+        plain, ranked = protocol_metrics(scores_QG, kept.owner)
+        found = {"": plain}
+        if config.evaluate.dsl:
+            dsl = DualSoftmax(config.evaluate.dsl_temperature)
+            found["_dsl_transductive"] = retrieval_metrics(scores_QG, kept.owner, rescore=(dsl, dsl))
+        metrics = {
+            f"{direction}{suffix}/{name}": value
+            for suffix, both in found.items()
+            for direction, values in both.items()
+            for name, value in values.items()
+        }
+        save: dict[str, Callable[[Path], None]] = {EMBEDDINGS: kept.save}
+        if scores_QG.size <= LARGEST_KEPT:
+            save[SIMILARITY] = partial(save_file, {"similarity": torch.from_numpy(scores_QG)})
+        return Scores(
+            metrics,
+            _protocol(len(kept.owner), len(video_rows), config),
+            chosen="text_to_video/R@1",
+            picture=partial(draw_found, _examples(records), self.evaluation.title),
+            items={"video": kept.owner.tolist(), **{way: ranks_Q.tolist() for way, ranks_Q in ranked.items()}},
+            save=save,
+        )
+
+
+def _protocol(texts: int, videos: int, config: Config) -> str:
+    layers = {
+        "reference": f"EMCL reference in tiles of {config.evaluate.tile} x {config.evaluate.tile}",
+        "compact": "EMCL compact, bases of training",
+    }
+    layer = layers[config.emcl.variant] if config.emcl.enabled else "no EMCL"
+    return (
+        f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
+        f"against; {layer}"
+    )
+
+
+def _examples(compared: Compared) -> list[Found]:
+    """Evenly chosen queries, each with the rows of its own video and of the first that were found."""
+    scores_QG, kept, rows = compared
+    chosen = np.linspace(0, len(kept.owner) - 1, min(DRAWN, len(kept.owner))).astype(int)
+    return [
+        Found(kept.sentences[query], rows[kept.owner[query]], [rows[g] for g in np.argsort(-scores_QG[query])[:FIRST]])
+        for query in chosen
+    ]
+
+
+def _in_row_order(ranks: Ranks, batches: Sequence[Rows]) -> Any:
+    """All ranks' rows and tensors, ordered by row: (rows, tensor, ...) on the CPU of every rank."""
+    mine = [
+        (rows, tuple(tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors))
+        for rows, tensors in batches
+    ]
+    everyone = [item for batch in ranks.gather_objects(mine) for item in batch]
+    rows = [row for part, _ in everyone for row in part]
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # stable: a video's captions keep their order
+    columns = [torch.cat(parts)[order] for parts in zip(*(tensors for _, tensors in everyone), strict=True)]
+    return [rows[index] for index in order], *columns
