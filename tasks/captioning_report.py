@@ -60,9 +60,8 @@ class CaptioningReport(TaskReport):
             return {}
 
         def case(place: int) -> Case:
-            video = Shown(items["id"][place], "", picture(items["id"][place]))
             outcome = f"{name} {items[name][place]:.0f}; a person wrote: {items['reference'][place]}"
-            return Case(items["caption"][place], outcome, [video])
+            return Case(items["caption"][place], outcome, [Shown.of(items["id"][place], picture)])
 
         return best_and_worst(items[name], case)
 

@@ -36,7 +36,7 @@ class AnswersReport(TaskReport):
         def case(place: int) -> Case:
             right = items["answer"][place] or "an answer that training had not"
             outcome = f"given: {items['given'][place]}; right: {right}"
-            return Case(items["question"][place], outcome, [Shown(items["id"][place], "", picture(items["id"][place]))])
+            return Case(items["question"][place], outcome, [Shown.of(items["id"][place], picture)])
 
         def evenly(places: NDArray[np.intp]) -> list[Case]:
             chosen = np.linspace(0, len(places) - 1, min(EXAMPLES, len(places))).astype(int)

@@ -143,7 +143,7 @@ class RetrievalReport(TaskReport):
         margin = own - rivals.max(1)
 
         def video(index: int, note: str, *, right: bool = False) -> Shown:
-            return Shown(kept.videos[index], note, picture(kept.videos[index]), right)
+            return Shown.of(kept.videos[index], picture, note, right=right)
 
         def case(query: int) -> Case:
             best = np.argsort(-scores_QG[query])[:SHOWN]

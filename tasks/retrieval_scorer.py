@@ -64,10 +64,11 @@ class RetrievalScorer(Scorer):
             UserError: no video has a text; on all ranks.
         """
         ranks, sample = self.evaluation.ranks, self.evaluation.sample
-        if not any(ranks.gather_objects(bool(self.texts))):
+        text_rows, *text = _in_row_order(ranks, self.texts)
+        if not text_rows:
             raise UserError(f"{self.evaluation.name}: no video of this split has a caption")
+        (text_QD,) = text
         video_rows, frames_GTD, mask_GT = _in_row_order(ranks, self.videos)
-        text_rows, text_QD = _in_row_order(ranks, self.texts)
         column = {row: index for index, row in enumerate(video_rows)}
         sentences = [caption for row in video_rows for caption in sample(row).captions]
         owner_Q = np.array([column[row] for row in text_rows])

@@ -165,7 +165,7 @@ def test_the_small_bundle_leaves_out_pytorch_records_and_judges() -> None:
     names = bundles.closure(bundles.CHECKED, "3.12", without=bundles.required(bundles.AT_HAND, "3.12"))
     assert {"deepspeed", "av", "open-clip-torch", "webdataset", "timm", "omegaconf", "pydantic-core"} <= names
     assert not names & {"torch", "torchvision", "transformers", "numpy", "triton", "mlflow", "pycocoevalcap"}
-    whole = bundles.closure([bundles.PROJECT], "3.12")
+    whole = bundles.closure([bundles.DISTRIBUTION], "3.12")
     assert names < whole and {"torch", "mlflow", "pycocoevalcap", "numpy"} <= whole
 
 

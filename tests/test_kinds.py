@@ -298,3 +298,12 @@ def test_a_name_of_another_kind_in_an_earlier_run_gives_no_weights(
     done = launch("--task", "brief,sharp", "--init", str(run), *settings, *tasks, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "backbone, tasks.sharp; new: tasks.brief" in done.stdout
+
+
+def test_without_any_installed_task_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("emcl.kinds", "emcl.config", "emcl.registry"):
+        monkeypatch.setattr(f"{module}.task_entries", dict)
+    with pytest.raises(
+        UserError, match=r"unknown task 'retrieval' \(tasks: none: install the package with `pip install"
+    ):
+        from_dict([{}], ["retrieval"])

@@ -12,9 +12,8 @@ from typing import Any
 from pydantic import Field
 
 from emcl.errors import UserError
-from emcl.nearest import nearest
 from emcl.recipe import Overrides, filled_in
-from emcl.registry import EVERY_TASK, task_entries, task_entry
+from emcl.registry import EVERY_TASK, task_entries, task_entry, unknown_task
 from emcl.settings import NOTHING, Tree, build, group, merge, nested
 
 Kinds = Mapping[str, str]
@@ -63,8 +62,9 @@ def _table(given: Any) -> dict[str, str]:
 
 def check_new(kinds: Kinds) -> None:
     """Raises UserError: a name is a task's own. A run that has it already keeps it, whatever is installed later."""
+    installed = task_entries()
     for name, kind in kinds.items():
-        if name in task_entries():
+        if name in installed:
             raise UserError(f"kinds.{name}={kind}: {name} is a task already; a further name must be new")
 
 
@@ -73,7 +73,7 @@ def check_known(name: str, kinds: Kinds, *, may_be_further: bool = True) -> None
     known = [*task_entries(), *kinds]
     if name not in known:
         hint = f"; a further name of one: kinds.{name}=TASK" if may_be_further and _may_be_named(name) else ""
-        raise UserError(f"unknown task {name!r}{nearest(name, known)} (tasks: {', '.join(known)}{hint})")
+        raise unknown_task(name, known, hint)
 
 
 def _may_be_named(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -39,9 +40,14 @@ def task_entry(name: str) -> EntryPoint:
     """
     entries = task_entries()
     if name not in entries:
-        known = ", ".join(entries) or "none: install the package with `pip install -e .`"
-        raise UserError(f"unknown task {name!r}{nearest(name, list(entries))} (tasks: {known})")
+        raise unknown_task(name, list(entries))
     return entries[name]
+
+
+def unknown_task(name: str, known: Sequence[str], hint: str = "") -> UserError:
+    """What is said where a task has none of the names that are known."""
+    listed = ", ".join(known) or "none: install the package with `pip install -e .`"
+    return UserError(f"unknown task {name!r}{nearest(name, known)} (tasks: {listed}{hint})")
 
 
 def is_built_in(name: str) -> bool:

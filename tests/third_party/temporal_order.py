@@ -52,8 +52,8 @@ class OrderReport(TaskReport):
         items = result.items
 
         def case(place: int) -> Case:
-            video = Shown(items["id"][place], "", picture(items["id"][place]))
-            return Case(f"shown {items['order'][place]}", f"found so by {items['certainty'][place]:.0f}%", [video])
+            outcome = f"found so by {items['certainty'][place]:.0f}%"
+            return Case(f"shown {items['order'][place]}", outcome, [Shown.of(items["id"][place], picture)])
 
         return best_and_worst(items["certainty"], case) if items else {}
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from emcl.doctor.trainers import CLIPS
 from emcl.errors import UserError
 from emcl.prepare.sample import generate
+from emcl.registry import DISTRIBUTION
 
-PROJECT = "emcl-platform"
 FOLDER = "emcl-bundle"
 """What the tar unpacks to."""
 CHECKED = ("deepspeed", "webdataset", "braceexpand", "open_clip_torch", "timm", "av", "omegaconf", "fsspec")
@@ -63,13 +63,13 @@ def bundle(out: Path, source: Path, *, full: bool, python: str, machine: str) ->
     """
     if not (source / "setup.cfg").is_file():
         raise UserError(f"emcl bundle wants the checkout, whose wheel it builds: {source} has no setup.cfg")
-    names = closure([PROJECT], python) if full else closure(CHECKED, python, without=required(AT_HAND, python))
+    names = closure([DISTRIBUTION], python) if full else closure(CHECKED, python, without=required(AT_HAND, python))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / FOLDER
         wheels = root / "wheels"
         wheels.mkdir(parents=True)
         _pip("wheel", "--no-deps", "--wheel-dir", str(wheels), str(source))
-        for name in tqdm(sorted(names - {canonicalize_name(PROJECT)}), desc="wheels", unit="wheel"):
+        for name in tqdm(sorted(names - {canonicalize_name(DISTRIBUTION)}), desc="wheels", unit="wheel"):
             _fetch(f"{name}=={distribution(name).version}", wheels, python, machine)
         if full:
             (root / "install.sh").write_text(INSTALL)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import jinja2
 
@@ -51,20 +52,23 @@ def write_report(runs: Sequence[Path], out: Path) -> tuple[Path, str]:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("emcl.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    sections = [
-        {
-            "result": result,
-            "title": _words(result.task),
-            "plots": report_of(result).plots(result),
-            "tables": report_of(result).tables(result),
-            "cases": report_of(result).cases(result, pictures(result)),
-            "config": to_yaml(result.config, secrets=False),
-        }
-        for result in results
-    ]
+    sections = [_section(result) for result in results]
     page = out / "report.html"
     page.write_text(environment.get_template("page.html").render(comparisons=comparisons, sections=sections), "utf-8")
     return page, text
+
+
+def _section(result: Result) -> dict[str, Any]:
+    """What the page shows of one result below the tables."""
+    report = report_of(result)
+    return {
+        "result": result,
+        "title": _words(result.task),
+        "plots": report.plots(result),
+        "tables": report.tables(result),
+        "cases": report.cases(result, pictures(result)),
+        "config": to_yaml(result.config, secrets=False),
+    }
 
 
 def report_of(result: Result) -> TaskReport:

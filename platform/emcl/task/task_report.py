@@ -58,6 +58,11 @@ class Shown:
     """A data URL."""
     right: bool = False
 
+    @classmethod
+    def of(cls, identity: str, picture: PictureOf, note: str = "", *, right: bool = False) -> Shown:
+        """A sample with its frames, where there are any."""
+        return cls(identity, note, picture(identity), right)
+
 
 @dataclass(frozen=True)
 class Case:
