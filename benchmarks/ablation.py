@@ -43,6 +43,7 @@ from ablation_statistics import paired_bootstrap
 from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.model.embeddings import Embeddings
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.tracking import open_tracker
 from emcl.train.export import open_export
 
@@ -126,7 +127,7 @@ def measure_seed(data: DataSet, folder: Path, seed: int) -> dict[str, dict[str, 
     return found
 
 
-def measure_model(kind: str, model: Any, split: Embeddings, inference: EMCL | None) -> dict[str, Measured]:
+def measure_model(kind: str, model: Any, split: Embeddings, inference: EMCLLayer | None) -> dict[str, Measured]:
     own = model.heads["retrieval"].emcl
     if kind != "none":
         scores = with_own_layer(model, split)

@@ -18,20 +18,22 @@ from torch import Tensor
 
 from ablation_data import train_to_the_end
 from emcl.config import Config, resolve
+from emcl.data.batch import videos_of
 from emcl.data.captions import every_caption
 from emcl.data.order import Draw
-from emcl.data.shards import open_shards
+from emcl.data.split import open_split
 from emcl.data.text import Caption
 from emcl.distributed import ALONE
-from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
+from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.report.options import reference_module
 from emcl.run_folder import WEIGHTS, RunFolder
-from emcl.train.features import open_source
+from emcl.train.features import with_features
 
 TILE = 32
 """Texts x videos that the reference's EM sees together, as published."""
@@ -87,29 +89,23 @@ def _output_to(path: Path) -> Iterator[None]:
 @torch.no_grad()
 def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int | None = None) -> Embeddings:
     """Of the shards' remembered features, with so many captions a video, or all."""
-    source = open_source(config, open_shards(shards), model.backbone, ALONE, torch.device("cpu"))
-    assert source.features is not None
+    split = open_split(shards, tokenizer_of(config))
+    split = with_features(split, config, model.backbone, ALONE, torch.device("cpu"))
     frames, mask, text = [], [], []
     every: list[Caption] = []
-    count = len(source.shards)
+    count = len(split)
     for first in range(0, count, ROWS_AT_ONCE):
         rows = range(first, min(count, first + ROWS_AT_ONCE))
-        clips = [torch.from_numpy(source.features.frames(row)) for row in rows]
-        part = torch.zeros(len(clips), config.data.frames, dtype=torch.bool)
-        for place, clip in enumerate(clips):
-            part[place, : len(clip)] = True
-        frames.append(model.backbone.encode_video(torch.cat(clips), part.flatten().nonzero().squeeze(1), part))
-        mask.append(part)
-        found = [
-            caption
-            for row in rows
-            for caption in every_caption(source.shards.rows[row].sample, Draw(row, None, 0))[:captions]
-        ]
-        text.append(model.backbone.encode_text(source.texts(found)))
+        clips = [clip for clip in map(split.remembered_frames, rows) if clip is not None]
+        videos = videos_of(clips, config.data.frames)
+        frames.append(model.backbone.encode_video(videos))
+        mask.append(videos.mask_BT)
+        found = [caption for row in rows for caption in every_caption(split.sample(row), Draw(row, None, 0))[:captions]]
+        text.append(model.backbone.encode_text(split.text(found)))
         every += found
     return Embeddings(
         torch.cat(text), torch.cat(frames), torch.cat(mask), np.array([caption.row for caption in every]),
-        [caption.text for caption in every], [row.sample.id for row in source.shards.rows],
+        [caption.text for caption in every], [row.sample.id for row in split.shards.rows],
     )  # fmt: skip
 
 
@@ -130,7 +126,7 @@ def with_own_layer(model: Any, split: Embeddings) -> NDArray[np.float32]:
 
 
 @torch.no_grad()
-def with_fitted(model: Any, split: Embeddings, layer: EMCL) -> NDArray[np.float32]:
+def with_fitted(model: Any, split: Embeddings, layer: EMCLLayer) -> NDArray[np.float32]:
     """With a compact layer that was fitted on training features, as an inference module."""
     return _similarity(model, split, layer)
 
@@ -145,14 +141,14 @@ def with_reference(
     return reference_module(split.text, split.frames, split.mask, pooling=pooling, tile=TILE, **settings)
 
 
-def fitted(split: Embeddings, **settings: Any) -> EMCL:
+def fitted(split: Embeddings, **settings: Any) -> EMCLLayer:
     """A compact layer on a training split's videos (means of frames) and texts."""
-    return EMCL(variant="compact", **settings).fit(split.video_means, split.text).eval()
+    return EMCLLayer(variant="compact", **settings).fit(split.video_means, split.text).eval()
 
 
-def _similarity(model: Any, split: Embeddings, layer: EMCL | None) -> NDArray[np.float32]:
+def _similarity(model: Any, split: Embeddings, layer: EMCLLayer | None) -> NDArray[np.float32]:
     temperature = model.heads["retrieval"].settings.pooling_temperature
-    return similarity(split.text, split.frames, split.mask, temperature=temperature, emcl=layer).numpy()
+    return similarity(split.text, split.frames, split.mask, temperature=temperature, regulariser=layer).numpy()
 
 
 # --- what is measured

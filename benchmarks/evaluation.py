@@ -62,13 +62,13 @@ def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
     import torch  # here, as those that measure metrics alone start sooner without it
 
     from emcl.distributed import ALONE
-    from emcl.em import EMCL
+    from emcl.model.emcl_layer import EMCLLayer
     from straightforward import reference_similarity
 
     torch.manual_seed(0)
     text, frames = torch.randn(texts, WIDTH), torch.randn(videos, FRAMES, WIDTH)
     mask = torch.ones(videos, FRAMES, dtype=torch.bool)
-    layer = EMCL(bases=32, width=WIDTH).eval()
+    layer = EMCLLayer(bases=32, width=WIDTH).eval()
     task = retrieval_task() if side == "ours" else None
     before, began = _peak(), time.perf_counter()
     with torch.no_grad():

@@ -10,6 +10,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from torch.utils.data import DataLoader
 
 from emcl.data.augment import Augmentation
 from emcl.data.image_ops import augment
-from emcl.data.loader import Clips, Collate
+from emcl.data.loader import Clips, Collate, Loaded
 from emcl.data.order import Draw
 from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
+from emcl.data.split import Split
 from emcl.prepare.clips import Clip
 from emcl.prepare.shards import STORES, Encoding, Options, prepare_shards
 from emcl.prepare.videos import Videos
@@ -55,22 +57,24 @@ class ByPIL:
 
 
 class ClipsByPIL(Clips):
-    def __getitem__(self, draw: Draw) -> Any:
-        draw, sample, frames, bad = super().__getitem__(draw)
+    def __getitem__(self, draw: Draw) -> Loaded:
+        loaded = super().__getitem__(draw)
         if not hasattr(self, "by_pil"):
             self.by_pil = ByPIL()
-        return draw, sample, frames if frames is None else self.by_pil(frames, draw.seed), bad
+        if loaded.frames is None:
+            return loaded
+        return replace(loaded, frames=self.by_pil(loaded.frames, loaded.draw.seed))
 
 
 def frames_per_core_second(shards: ShardSet, side: str) -> float:
     data = DataConfig(frames=FRAMES, size=SIZE, workers=1)
-    clips = (ClipsByPIL if side == BY_PIL else Clips)(shards, data, training=True)
+    clips = (ClipsByPIL if side == BY_PIL else Clips)(Split(shards), data, training=True)
     draws = [Draw(row, None, number) for number, row in enumerate(list(range(len(shards))) * TIMES)]
     batches: Any = [draws[first : first + BATCH] for first in range(0, len(draws), BATCH)]
     collate = Collate({}, frames=FRAMES, augmentation=Augmentation(AUGMENT) if side == "ours" else None)
     before = _of_children()
     loader: DataLoader[Any] = DataLoader(clips, batch_sampler=batches, collate_fn=collate, num_workers=1)
-    frames = sum(len(batch["frames"]) for batch in loader)
+    frames = sum(batch.frame_count for batch in loader)
     return frames / (_of_children() - before)
 
 
@@ -117,6 +121,6 @@ def rows(files: list[Path], folder: Path, repeats: int) -> list[Row]:
         found = alternate(sides, repeats)
         size = sum(row.size for row in shards.rows) / len(shards) / 1000
         made.append(compared("loading", f"a core, --store {store}", "frames/s", found, note=f"{size:,.0f} kB a clip"))
-    decoded = Clips(shards, DataConfig(frames=FRAMES, size=SIZE), training=False)
-    some = [decoded[Draw(row, None, 0)][2] for row in range(min(BATCH, len(shards)))]
+    decoded = Clips(Split(shards), DataConfig(frames=FRAMES, size=SIZE), training=False)
+    some = [decoded[Draw(row, None, 0)].frames for row in range(min(BATCH, len(shards)))]
     return [*made, augmentation_row([clip for clip in some if clip is not None], repeats)]

@@ -40,7 +40,7 @@ def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repe
     frames = ("data.frames=12", "data.size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
     trainer = trainer_of(folder, clips, *frames, *settings)
     batch, _ = next(trainer._steps(0))
-    shown = len(batch[0]["frames"])
+    shown = batch[0].frame_count
     counter = FlopCounterMode(display=False)
     with counter:
         trainer._step(batch)

@@ -23,14 +23,13 @@ import numpy as np
 import torch
 
 from emcl.config import resolve
-from emcl.data.loader import Collate
+from emcl.data.loader import Collate, Loaded
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import Tokens
-from emcl.model.towers import tokenizer
+from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.registry import task_class
-from emcl.task import to_device
 
 TASKS = ("retrieval", "captioning", "msrvtt_qa")
 FRAMES, WORDS, TOKENS, CAPTION, ANSWERS = 12, 32, 5000, 10, 1500
@@ -59,20 +58,20 @@ def stepper(tasks: tuple[str, ...], videos: int, device: torch.device) -> Callab
     config = resolve(tasks, overrides=["model.name=ViT-B-32", "data.size=224", f"data.words={WORDS}"])
     learnt = {name: task_class(name).learn_settings(item, config, known) for name, item in config.tasks.items()}
     config = dataclasses.replace(config, tasks=learnt)
-    texts = Tokens(tokenizer(config.model.name, WORDS))
+    texts = Tokens(tokenizer_of(config))
     parts = collators(config, texts, training=True)
     rng = np.random.default_rng(0)
-    items: list[tuple[Draw, Sample, np.ndarray, list[str]]] = [
-        (Draw(row, None, row), known[row], rng.integers(0, 256, (FRAMES, 224, 224, 3), dtype=np.uint8), [])
+    items = [
+        Loaded(Draw(row, None, row), known[row], rng.integers(0, 256, (FRAMES, 224, 224, 3), dtype=np.uint8))
         for row in range(videos)
     ]
-    batch = to_device(Collate(parts, frames=FRAMES)(items), device)
+    batch = Collate(parts, frames=FRAMES)(items).to(device)
     torch.manual_seed(0)
     model = VideoLanguageModel(config, load_weights=False).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
 
     def step() -> None:
-        total_loss(model(batch)).backward()
+        total_loss(model(batch=batch)).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -18,9 +18,9 @@ from emcl.tasks.retrieval import RetrievalTask
 
 from emcl.config import resolve
 from emcl.distributed import ALONE
-from emcl.em import EMCL
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
+from emcl.model.emcl_layer import EMCLLayer
 
 WIDTH = 512
 
@@ -46,7 +46,7 @@ def main() -> None:
     mask = torch.ones(options.videos, options.frames, dtype=torch.bool)
     layer = None
     if options.layer == "compact":
-        layer = EMCL(variant="compact", bases=64, width=WIDTH).fit(frames[:1000, 0], text[:1000]).eval()
+        layer = EMCLLayer(variant="compact", bases=64, width=WIDTH).fit(frames[:1000, 0], text[:1000]).eval()
     before = peak_mib()
     seconds = {}
 

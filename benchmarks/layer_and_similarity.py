@@ -32,13 +32,13 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
     """One process's work: seconds, and the peak of memory above what it had before (MiB)."""
     import torch
 
-    from emcl.em import EMCL
+    from emcl.model.emcl_layer import EMCLLayer
     from emcl.model.similarity import similarity
     from straightforward import reference_em, reference_similarity
 
     torch.manual_seed(0)
     variant = "compact" if "compact" in side else "reference"
-    layer = EMCL(bases=K, iterations=ITERATIONS, variant=variant, width=D)
+    layer = EMCLLayer(bases=K, iterations=ITERATIONS, variant=variant, width=D)
     if item == "layer":
         x = 10 * torch.nn.functional.normalize(torch.randn(size, D) + torch.randn(D), dim=-1)
         layer.fit(x[:2000]).eval() if side == FITTED else layer.train()
@@ -55,7 +55,7 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
             if side == PLAIN:
                 scores = reference_similarity(text, frames, mask, layer.mu, temperature=3.0, beta=3.0)
             else:
-                scores = similarity(text, frames, mask, temperature=3.0, emcl=layer)
+                scores = similarity(text, frames, mask, temperature=3.0, regulariser=layer)
             scores.square().mean().backward()
             return scores
 

@@ -35,6 +35,7 @@ from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
 from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
+from emcl.data.split import Split
 from emcl.prepare.clips import Clip
 from emcl.prepare.shards import Options, prepare_shards
 from emcl.prepare.videos import Videos
@@ -168,8 +169,8 @@ class Case:
     def ours(self, shards: ShardSet, *, keyframes: bool = False) -> int:
         data = DataConfig(frames=FRAMES, size=self.size, workers=WORKERS, keyframes=keyframes)
         rows = list(range(len(shards))) * self.times
-        loader = evaluation_loader(shards, data, {}, batch_size=self.batch, rank=0, world_size=1, rows=rows)
-        return sum(len(batch["ids"]) for batch in loader)
+        loader = evaluation_loader(Split(shards), data, {}, batch_size=self.batch, rank=0, world_size=1, rows=rows)
+        return sum(len(batch.ids) for batch in loader)
 
     def field(self, files: list[Path] | None = None) -> int:
         clips = FieldClips((files or self.files) * self.field_times, self.size)

@@ -55,8 +55,8 @@ def main() -> None:
     from emcl import distributed
     from emcl.config import resolve
     from emcl.run_folder import RunFolder
-    from emcl.train.inputs import open_inputs
     from emcl.train.loop import Trainer
+    from emcl.train.start import open_splits
     from sample_clips import settings
 
     distributed.quiet_start()
@@ -68,7 +68,7 @@ def main() -> None:
     for stage in stages:
         config = resolve(["retrieval"], "sample", [*settings(clips), f"deepspeed=deepspeed/zero{stage}.json"])
         kept = RunFolder(folder / f"run{stage}")
-        trainers[stage] = Trainer(open_inputs(config, ranks), ranks, distributed.device(), kept)
+        trainers[stage] = Trainer(*open_splits(config), ranks, distributed.device(), kept)
         trainers[stage].engine.train()
     batches = [batch for (batch, _), _ in zip(trainers[stages[0]]._steps(0), range(STEPS + WARM), strict=False)]
     for batch in batches:

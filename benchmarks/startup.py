@@ -32,14 +32,14 @@ mark("deepspeed")
 from pathlib import Path
 from emcl import distributed
 from emcl.run_folder import RunFolder
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
-inputs = open_inputs(config.resolve(["retrieval"], "sample", sys.argv[3:]), distributed.described())
+from emcl.train.start import open_splits
+opened = open_splits(config.resolve(["retrieval"], "sample", sys.argv[3:]))
 mark("inputs")
 distributed.quiet_start()
 ranks = distributed.start()
 mark("group")
-trainer = Trainer(inputs, ranks, distributed.device(), RunFolder(Path(sys.argv[2])))
+trainer = Trainer(*opened, ranks, distributed.device(), RunFolder(Path(sys.argv[2])))
 mark("model")
 batch, _ = next(trainer._steps(0))
 trainer._step(batch)

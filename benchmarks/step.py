@@ -21,12 +21,12 @@ from emcl import distributed
 from emcl.config import resolve
 from emcl.multitask import total_loss
 from emcl.run_folder import RunFolder
-from emcl.task import to_device
 from emcl.tracking import open_tracker
 from emcl.train.clock import PARTS, StepClock
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
-from emcl.train.optimizer import build_optimizer, build_schedule
+from emcl.train.optimizer import build_optimizer
+from emcl.train.schedule import build_schedule
+from emcl.train.start import open_splits
 from sample_clips import sample_clips, settings
 from timing import Row, alternate, compared, script
 
@@ -39,7 +39,7 @@ COLLECTIVES = 40
 def trainer_of(folder: Path, clips: str, *overrides: str) -> Trainer:
     config = resolve(["retrieval"], "sample", [*settings(clips), *overrides])
     ranks = distributed.start()
-    trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), RunFolder(folder / "run"))
+    trainer = Trainer(*open_splits(config), ranks, distributed.device(), RunFolder(folder / "run"))
     trainer.tracker = open_tracker(config, "benchmark", first_rank=True)
     trainer.engine.train()
     return trainer
@@ -80,7 +80,7 @@ def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
 
     def bare() -> float:
         step, began = next(bare_steps), time.perf_counter()
-        loss = total_loss(plain(to_device(batches[step % len(batches)][0], device)))
+        loss = total_loss(plain(batch=batches[step % len(batches)][0].to(device)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), config.optim.grad_clip)
         optimizer.step()

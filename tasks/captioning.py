@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from emcl.tasks.captioning_report import CaptioningReport
 from emcl.tasks.captioning_scorer import CaptionScorer
-from emcl.tasks.captioning_tokens import IGNORED, DrawnReferences, open_vocabulary
+from emcl.tasks.captioning_tokens import IGNORED, DrawnReferences, References, open_vocabulary
 from emcl.tasks.settings import HEAD, CaptioningConfig
 from torch import Tensor
 
@@ -21,12 +21,11 @@ from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.data.vocabulary import UsedTokens
 from emcl.distributed import ALONE, Ranks
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder
-from emcl.model.emcl_layer import emcl_layer
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.model.settings import Generation
 from emcl.task import Offer, Prediction, Task
 
@@ -59,9 +58,9 @@ class CaptioningTask(Task):
             ends=(self.vocabulary.padding, self.vocabulary.start, self.vocabulary.end),
             pretrained=settings.pretrained,
         )
-        self.emcl: EMCL | None = None
-        if settings.emcl:
-            self.emcl = emcl_layer(
+        self.emcl: EMCLLayer | None = None
+        if settings.emcl and config.emcl.enabled:
+            self.emcl = EMCLLayer.create(
                 config,
                 backbone.embed_dim,
                 bases=min(config.emcl.k, backbone.embed_dim),
@@ -97,9 +96,10 @@ class CaptioningTask(Task):
         return DrawnReferences(settings) if training else _nothing
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        frames_BTD = self.compacted(encoded, ranks)
-        place_N, labels_K = part["place"], part["labels"]
-        logits_KV = self.decoder(part["ids"], frames_BTD[place_N], encoded.video_mask_BT[place_N], part["tokens"])
+        references: References = part
+        frames_NTD = self.compacted(encoded, ranks)[references.video_N]
+        mask_NT, labels_K = encoded.video_mask_BT[references.video_N], references.labels_K
+        logits_KV = self.decoder(references.ids_NL, frames_NTD, mask_NT, references.learnt_K)
         loss = F.cross_entropy(
             logits_KV.float(),
             labels_K,

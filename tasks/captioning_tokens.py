@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from emcl.tasks.settings import CaptioningConfig
+from torch import Tensor
 
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
@@ -27,15 +28,28 @@ def open_vocabulary(settings: CaptioningConfig) -> Vocabulary:
     return UsedTokens.open(settings.tokenizer, settings.vocabulary)
 
 
+@dataclass
+class References:
+    """N captions of a batch as token ids, of which K are learnt."""
+
+    ids_NL: Tensor
+    video_N: Tensor
+    """Each one's video, as its place in the batch."""
+    learnt_K: Tensor
+    """The places in the flattened ids at which the next token is learnt. They are listed here, by the loader: a device
+    that has to list what a mask marks makes the host wait for their number."""
+    labels_K: Tensor
+    """What comes next there."""
+
+
 class DrawnReferences:
-    """Drawn captions as token ids; of each its video's `place` in the batch; `tokens`, where in the flattened ids what
-    comes next is learnt, and `labels`, what it is."""
+    """A collator: of each sample some captions, drawn anew in each epoch."""
 
     def __init__(self, settings: CaptioningConfig) -> None:
         self.settings = settings
         self.vocabulary = open_vocabulary(settings)
 
-    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> References:
         found: list[tuple[int, list[int]]] = []
         for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
             for caption in self._drawn(sample, draw):
@@ -49,12 +63,12 @@ class DrawnReferences:
             ids[line, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             labels += [*tokens, self.vocabulary.end]
             places += [line * (longest + 1) + place for place in range(len(tokens) + 1)]
-        return {
-            "ids": ids,
-            "place": torch.tensor([place for place, _ in found] or [0]),
-            "tokens": torch.tensor(places or [0]),  # found here, as a mask on the device would stop its step
-            "labels": torch.tensor(labels or [IGNORED]),
-        }
+        return References(
+            ids,
+            video_N=torch.tensor([place for place, _ in found] or [0]),
+            learnt_K=torch.tensor(places or [0]),
+            labels_K=torch.tensor(labels or [IGNORED]),
+        )
 
     def _drawn(self, sample: Sample, draw: Draw) -> list[str]:
         """The pair's own caption first, then others at random."""

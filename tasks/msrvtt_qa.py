@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from emcl.tasks.msrvtt_qa_questions import UNKNOWN, AskedQuestions, answer_of, question_tokenizer
+from emcl.tasks.msrvtt_qa_questions import UNKNOWN, AskedQuestions, Questions, answer_of
 from emcl.tasks.msrvtt_qa_report import AnswersReport
 from emcl.tasks.msrvtt_qa_scorer import AnswerScorer
 from emcl.tasks.settings import QAConfig
@@ -24,7 +24,7 @@ from emcl.errors import UserError
 from emcl.model.answer_head import AnswerHead
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
-from emcl.model.emcl_layer import emcl_layer
+from emcl.model.regulariser import regulariser_of
 from emcl.task import Offer, Prediction, Task
 
 
@@ -42,11 +42,10 @@ class MsrvttQATask(Task):
         if not settings.answers:
             raise UserError("answers is not set: it is found from the questions of data.train")
         self.settings = settings
-        self.text_tower = config.model.name, config.data.words
         widths = backbone.embed_dim, backbone.text.token_width
         self.head = AnswerHead(*widths, len(settings.answers), settings.dropout, settings.fusion)
         self.logit_scale = nn.Parameter(torch.tensor([backbone.initial_logit_scale]))
-        self.emcl = emcl_layer(config, 4 * backbone.embed_dim) if settings.contrastive_weight else None
+        self.emcl = regulariser_of(config, 4 * backbone.embed_dim) if settings.contrastive_weight else None
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
@@ -67,17 +66,19 @@ class MsrvttQATask(Task):
         return AskedQuestions(settings, config, training=training)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        asked_ULW, asked_mask_UL = backbone.encode_tokens(part["ids"])
+        questions: Questions = part
+        asked_ULW, asked_mask_UL = backbone.encode_tokens(questions.ids_UL)
         video_BE, question_NE, logits_NV = self.head_of_all(
-            encoded, asked_ULW, asked_mask_UL, part["place"], part["asked"]
+            encoded, asked_ULW, asked_mask_UL, questions.video_N, questions.asked_N
         )
-        known = part["answer"] != UNKNOWN
-        loss = F.cross_entropy(logits_NV.float(), part["answer"], ignore_index=UNKNOWN, reduction="sum")
+        known_N = questions.answer_N != UNKNOWN
+        loss = F.cross_entropy(logits_NV.float(), questions.answer_N, ignore_index=UNKNOWN, reduction="sum")
         weight = self.settings.weight
-        losses = {"cross_entropy": weight * loss / ranks.sum(known.sum()).clamp_min(1)}
+        losses = {"cross_entropy": weight * loss / ranks.sum(known_N.sum()).clamp_min(1)}
         if self.settings.contrastive_weight:
-            contrastive = self(video_BE, question_NE[part["first"]], part["present"], ranks)
-            losses["contrastive"] = weight * self.settings.contrastive_weight * contrastive
+            question_BE = question_NE[questions.first_B]
+            compared = self(video_BE, question_BE, questions.present_B, encoded.videos_of_all_ranks(ranks), ranks)
+            losses |= {name: weight * self.settings.contrastive_weight * term for name, term in compared.items()}
         return losses
 
     def head_of_all(
@@ -95,19 +96,25 @@ class MsrvttQATask(Task):
         question_NE = self.head.question(asked_ULW, asked_mask_UL)[asked_N]
         return video_BE, question_NE, self.head.answer(video_BE[place_N], question_NE)
 
-    def forward(self, video_BE: Tensor, question_BE: Tensor, present_B: Tensor, ranks: Ranks) -> Tensor:
-        """The contrastive term; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only."""
+    def forward(
+        self, video_BE: Tensor, question_BE: Tensor, present_B: Tensor, video_B: Tensor | None, ranks: Ranks
+    ) -> dict[str, Tensor]:
+        """The contrastive terms; a forward pass of this module, as ZeRO-3 gathers `logit_scale` around those only.
+
+        Args:
+            video_B: which video each is, of all ranks.
+        """
         video_BE, question_BE = (rows * present_B[:, None] for rows in (video_BE, question_BE))
+        own = None
         if self.emcl is not None:
-            video_BE, question_BE = self.emcl(video_BE, question_BE, all_reduce=ranks.sum)
+            moved = self.emcl(video_BE, question_BE, all_reduce=ranks.sum)
+            own = self.emcl.loss(question_BE, video_BE[:, None], present_B[:, None], ranks)
+            video_BE, question_BE = moved
         everyone_BE = ranks.gather_rows(F.normalize(video_BE.float(), dim=1))
         logits = F.normalize(question_BE.float(), dim=1) @ everyone_BE.T
         scale = clamp_logit_scale(self.logit_scale.float()).exp()
-        return contrastive_loss(logits * scale, ranks, ranks.gather_rows(present_B))
-
-    def tokenize(self, questions: list[str]) -> Tensor:
-        """(n, words) token ids of the text tower."""
-        return question_tokenizer(*self.text_tower)(questions)
+        losses = {"contrastive": contrastive_loss(logits * scale, ranks, ranks.gather_rows(present_B), video_B)}
+        return losses if own is None else {**losses, "regulariser": own}
 
     def answers_of(self, backbone: Backbone, encoded: Encoded, ids_NL: Tensor, place_N: Tensor) -> Tensor:
         """Logits (N, V) of questions, each about the video at its place."""
@@ -120,7 +127,7 @@ class MsrvttQATask(Task):
     ) -> list[list[Prediction]]:
         """The likeliest answers to a question, with their probabilities."""
         videos, device = len(encoded.frames_BTD), encoded.frames_BTD.device
-        asked = backbone.encode_tokens(self.tokenize([question or ""]).to(device))
+        asked = backbone.encode_tokens(backbone.tokenize([question or ""]))
         every_B = torch.arange(videos, device=device)
         logits_NV = self.head_of_all(encoded, *asked, every_B, torch.zeros_like(every_B))[2]
         best = logits_NV.float().softmax(1).topk(min(top, logits_NV.shape[1]))

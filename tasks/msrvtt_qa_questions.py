@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from emcl.tasks.settings import QAConfig
+from torch import Tensor
 
 from emcl.config import Config
 from emcl.data.order import Draw
-from emcl.data.samples import Sample
-from emcl.model.towers import tokenizer
+from emcl.data.samples import QAPair, Sample
+from emcl.model.backbone import tokenizer_of
 
 UNKNOWN = -1
 """The number of an answer that the vocabulary does not hold."""
 
 
-def answer_of(pair: Mapping[str, str]) -> str:
+def answer_of(pair: QAPair) -> str:
     """A pair's answer as the vocabulary has it."""
     return pair["answer"].strip().lower()
-
-
-@lru_cache(maxsize=2)
-def question_tokenizer(name: str, words: int) -> Any:
-    """Of a text tower; texts -> (n, words) token ids."""
-    return tokenizer(name, words)
 
 
 @lru_cache(maxsize=4)
@@ -35,20 +30,36 @@ def _numbers(answers: tuple[str, ...]) -> dict[str, int]:
     return {answer: number for number, answer in enumerate(answers)}
 
 
-class AskedQuestions:
-    """Different questions as token ids; of each asked one its text among them, its video's place, its answer's number.
+@dataclass
+class Questions:
+    """N questions of a batch's B videos, of which U are different."""
 
-    In training a few of each video, drawn anew; `first` then names one line of each video with questions, for the
-    contrastive term. In evaluations all.
-    """
+    ids_UL: Tensor
+    """Token ids; many videos are asked the same."""
+    asked_N: Tensor
+    """Each question's text among the U."""
+    video_N: Tensor
+    """Its video, as its place in the batch."""
+    answer_N: Tensor
+    """Its answer's number, or UNKNOWN."""
+    first_B: Tensor
+    """Of each video the number of one of its questions among the N; 0 where it has none (`present_B`)."""
+    present_B: Tensor
+    """Which videos have any."""
+    texts: list[str]
+    """The N, as they were asked; none where a single line stands for no question at all."""
+
+
+class AskedQuestions:
+    """A collator: in training a few questions of each video, drawn anew; in evaluations all."""
 
     def __init__(self, settings: QAConfig, config: Config, *, training: bool) -> None:
         self.settings, self.training = settings, training
-        self.name, self.words = config.model.name, config.data.words
+        self.tokenize = tokenizer_of(config)
         self.numbers = _numbers(tuple(settings.answers or ()))
 
-    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
-        pairs: list[tuple[int, Mapping[str, str]]] = []
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Questions:
+        pairs: list[tuple[int, QAPair]] = []
         first, present = torch.zeros(len(samples), dtype=torch.long), torch.zeros(len(samples), dtype=torch.bool)
         for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
             first[place], present[place] = len(pairs) if sample.qa else 0, bool(sample.qa)
@@ -56,17 +67,17 @@ class AskedQuestions:
         texts = [pair["question"] for _, pair in pairs] or [""]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         answers = [self.numbers.get(answer_of(pair), UNKNOWN) for _, pair in pairs] or [UNKNOWN]
-        part: dict[str, Any] = {
-            "ids": question_tokenizer(self.name, self.words)(list(numbers)),  # many videos are asked the same
-            "asked": torch.tensor([numbers[text] for text in texts]),
-            "place": torch.tensor([place for place, _ in pairs] or [0]),
-            "answer": torch.tensor(answers),
-        }
-        if self.training:
-            return {**part, "first": first, "present": present}
-        return {**part, "questions": texts if pairs else []}
+        return Questions(
+            ids_UL=self.tokenize(list(numbers)),
+            asked_N=torch.tensor([numbers[text] for text in texts]),
+            video_N=torch.tensor([place for place, _ in pairs] or [0]),
+            answer_N=torch.tensor(answers),
+            first_B=first,
+            present_B=present,
+            texts=texts if pairs else [],
+        )
 
-    def _drawn(self, sample: Sample, draw: Draw) -> list[dict[str, str]]:
+    def _drawn(self, sample: Sample, draw: Draw) -> list[QAPair]:
         if not self.training:
             return sample.qa
         return random.Random(draw.seed).sample(sample.qa, min(self.settings.questions_per_video, len(sample.qa)))

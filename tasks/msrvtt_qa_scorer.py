@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from emcl.tasks.msrvtt_qa_questions import UNKNOWN
+from emcl.tasks.msrvtt_qa_questions import UNKNOWN, Questions
 from emcl.tasks.msrvtt_qa_report import confusion, draw_confusion
 from torch import Tensor
 
@@ -32,19 +32,20 @@ class AnswerScorer(Scorer):
     """Its records are questions; a video has any number of them."""
 
     def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
-        count = len(part["questions"]) if part else 0
-        asked = (part["ids"][part["asked"]][:count], part["place"][:count]) if part and count else None
-        device = encoded.frames_BTD.device
-        filler = self.task.tokenize([""]).to(device), torch.zeros(1, dtype=torch.long, device=device)
+        questions: Questions | None = part
+        device, asked = encoded.frames_BTD.device, None
+        if questions is not None and questions.texts:
+            asked = questions.ids_UL[questions.asked_N], questions.video_N
+        filler = self.evaluation.backbone.tokenize([""]), torch.zeros(1, dtype=torch.long, device=device)
 
         def best(ids_NL: Tensor, place_N: Tensor) -> Tensor:
             logits_NV = self.task.answers_of(self.evaluation.backbone, encoded, ids_NL, place_N)
             return logits_NV.topk(min(TOP, logits_NV.shape[1])).indices
 
         best_NK = self.evaluation.lockstep(best, asked, filler).tolist()
-        if part and count:
-            answered = map(Answered, part["questions"], best_NK, part["answer"][:count].tolist())
-            self.records += zip((rows[place] for place in part["place"][:count].tolist()), answered, strict=True)
+        if questions is not None and asked is not None:
+            answered = map(Answered, questions.texts, best_NK, questions.answer_N.tolist())
+            self.records += zip((rows[place] for place in questions.video_N.tolist()), answered, strict=True)
 
     def compute(self, records: list[Record]) -> Scores:
         if not records:

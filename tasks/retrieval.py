@@ -14,16 +14,15 @@ from emcl.tasks.settings import RetrievalConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
-from emcl.data.captions import AllCaptions, DrawnCaptions
+from emcl.data.captions import AllCaptions, Captions, DrawnCaptions
 from emcl.data.loader import Collator
 from emcl.data.samples import Sample
 from emcl.data.text import TextSource
 from emcl.distributed import Ranks
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
-from emcl.model.emcl_layer import emcl_layer
+from emcl.model.regulariser import Regulariser, regulariser_of
 from emcl.model.similarity import similarity, similarity_on_ranks
 from emcl.task import Task
 
@@ -40,7 +39,7 @@ class RetrievalTask(Task):
         self.settings = settings
         scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
-        self.emcl = emcl_layer(config, backbone.embed_dim)
+        self.emcl = regulariser_of(config, backbone.embed_dim)
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
@@ -53,17 +52,31 @@ class RetrievalTask(Task):
         return DrawnCaptions(texts) if training else AllCaptions(texts)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        text_AD = backbone.encode_text(part["text"])
-        mask_BT = encoded.video_mask_BT & part["present"][:, None]  # a video without a caption is nobody's negative
-        return {"contrastive": self(text_AD, encoded.frames_BTD, mask_BT, ranks)}
+        captions: Captions = part
+        text_AD = backbone.encode_text(captions.text)
+        mask_BT = encoded.video_mask_BT & captions.present_B[:, None]  # a video without one is nobody's negative
+        video_B = encoded.videos_of_all_ranks(ranks)
+        losses: dict[str, Tensor] = self(text_AD, encoded.frames_BTD, mask_BT, video_B, ranks)
+        return {name: self.settings.weight * loss for name, loss in losses.items()}
 
-    def forward(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks) -> Tensor:
-        """The loss; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only."""
+    def forward(
+        self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, video_B: Tensor | None, ranks: Ranks
+    ) -> dict[str, Tensor]:
+        """The losses; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only.
+
+        Args:
+            video_B: of all ranks.
+        """
         everyone_BT = ranks.gather_rows(mask_BT)
         everything_BTD = ranks.gather_rows(frames_BTD)
-        scores_AB = self.similarity(text_AD, everything_BTD, everyone_BT, ranks, self.emcl, mask_BT.any(1))
+        present_A = mask_BT.any(1)
+        scores_AB = self.similarity(text_AD, everything_BTD, everyone_BT, ranks, self.emcl, present_A)
         logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
-        return self.settings.weight * contrastive_loss(logits_AB, ranks, everyone_BT.any(1))
+        losses = {"contrastive": contrastive_loss(logits_AB, ranks, everyone_BT.any(1), video_B)}
+        if self.emcl is not None:
+            own = self.emcl.loss(text_AD * present_A[:, None], frames_BTD, mask_BT, ranks)
+            losses |= {} if own is None else {"regulariser": own}
+        return losses
 
     def similarity(
         self,
@@ -71,18 +84,20 @@ class RetrievalTask(Task):
         frames_BTD: Tensor,
         mask_BT: Tensor,
         ranks: Ranks,
-        layer: EMCL | None,
+        layer: Regulariser | None,
         present_A: Tensor | None = None,
     ) -> Tensor:
-        """(A, D), (B, T, D), (B, T) -> (A, B), by this task's pooling and an EMCL layer, its own or another."""
+        """(A, D), (B, T, D), (B, T) -> (A, B), by this task's pooling and a regulariser, its own or another."""
         temperature = self.settings.pooling_temperature
         return similarity(
-            text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=layer, ranks=ranks, present_A=present_A
+            text_AD, frames_BTD, mask_BT, temperature=temperature, regulariser=layer, ranks=ranks, present_A=present_A
         )
 
     def similarity_in_tiles(
-        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: EMCL | None
+        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: Regulariser | None
     ) -> np.ndarray:
         """(Q, G) on rank 0, as evaluations compare them (`emcl.task.Compares`)."""
         temperature = self.settings.pooling_temperature
-        return similarity_on_ranks(text_QD, frames_GTD, mask_GT, tile, ranks, temperature=temperature, emcl=layer)
+        return similarity_on_ranks(
+            text_QD, frames_GTD, mask_GT, tile, ranks, temperature=temperature, regulariser=layer
+        )

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emcl.config import Config
+from emcl.data.captions import EveryCaption
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.metrics.rescoring import DualSoftmax
 from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Encoded
 from emcl.model.embeddings import Embeddings
+from emcl.model.regulariser import Regulariser
 from emcl.run_folder import EMBEDDINGS, SIMILARITY
 from emcl.task import Evaluation, Scorer, Scores
 
@@ -49,13 +50,14 @@ class RetrievalScorer(Scorer):
 
     def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
         evaluation = self.evaluation
-        text = part["text"] if part else None
-        filler = evaluation.source.texts.filler().to(evaluation.device)
+        captions: EveryCaption | None = part
+        text = captions.text if captions else None
+        filler = evaluation.split.filler().to(evaluation.device)
         text_AD = evaluation.lockstep(evaluation.backbone.encode_text, None if text is None else (text,), (filler,))
-        if part is not None:
+        if captions is not None:
             self.videos.append((rows, (encoded.frames_BTD, encoded.video_mask_BT)))
-        if part is not None and text is not None:
-            self.texts.append((part["rows"], (text_AD,)))
+        if captions is not None and text is not None:
+            self.texts.append((captions.rows, (text_AD,)))
 
     def embeddings(self) -> tuple[Embeddings, list[int]]:
         """All ranks' texts and videos on the CPU of every rank, and the videos' rows of the shards.
@@ -103,24 +105,20 @@ class RetrievalScorer(Scorer):
             save[SIMILARITY] = partial(save_file, {"similarity": torch.from_numpy(scores_QG)})
         return Scores(
             metrics,
-            _protocol(len(kept.owner), len(video_rows), config),
+            self._protocol(len(kept.owner), len(video_rows)),
             chosen="text_to_video/R@1",
             picture=partial(draw_found, _examples(records), self.evaluation.title),
             items={"video": kept.owner.tolist(), **{way: ranks_Q.tolist() for way, ranks_Q in ranked.items()}},
             save=save,
         )
 
-
-def _protocol(texts: int, videos: int, config: Config) -> str:
-    layers = {
-        "reference": f"EMCL reference in tiles of {config.evaluate.tile} x {config.evaluate.tile}",
-        "compact": "EMCL compact, bases of training",
-    }
-    layer = layers[config.emcl.variant] if config.emcl.enabled else "no EMCL"
-    return (
-        f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
-        f"against; {layer}"
-    )
+    def _protocol(self, texts: int, videos: int) -> str:
+        layer: Regulariser | None = self.task.emcl
+        how = "no EMCL" if layer is None else layer.protocol(self.evaluation.config.evaluate.tile)
+        return (
+            f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
+            f"against; {how}"
+        )
 
 
 def _examples(compared: Compared) -> list[Found]:

@@ -23,8 +23,8 @@ from emcl import distributed
 from emcl.config import resolve
 from emcl.run_folder import RunFolder
 from emcl.tracking import open_tracker
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
+from emcl.train.start import open_splits
 
 WAITS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount",
@@ -105,7 +105,7 @@ def step_of(variant: str, settings: list[str]) -> Waits:
         chosen = [*settings, *quiet, f"emcl.variant={variant}"]
         config = resolve(["retrieval", "captioning", "msrvtt_qa"], "sample", chosen)
         ranks = distributed.start()
-        trainer = Trainer(open_inputs(config, ranks), ranks, distributed.device(), RunFolder(Path(folder) / "run"))
+        trainer = Trainer(*open_splits(config), ranks, distributed.device(), RunFolder(Path(folder) / "run"))
         trainer.tracker = open_tracker(config, "waits", first_rank=True)
         trainer.engine.train()
         watch = Waits()

@@ -15,7 +15,7 @@ from emcl.data.samples import Sample
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.metrics.answers import answer_metrics, question_type
-from emcl.model.backbone import Backbone, Encoded
+from emcl.model.backbone import Encoded, build_backbone
 from emcl.registry import task_class
 
 SAMPLES = [
@@ -38,7 +38,7 @@ def task_of(config: Config):  # type: ignore[no-untyped-def]
     learned = kind.learn_settings(config.tasks["msrvtt_qa"], config, SAMPLES)
     config = dataclasses.replace(config, tasks={"msrvtt_qa": learned})
     torch.manual_seed(0)
-    backbone = Backbone(config.model, words=config.data.words)
+    backbone = build_backbone(config)
     return kind(learned, config, backbone).eval(), config, backbone
 
 
@@ -75,12 +75,12 @@ def test_questions_know_their_videos_and_answers() -> None:
     task, config, _ = task_of(settings("tasks.msrvtt_qa.questions_per_video=5", "tasks.msrvtt_qa.answers_kept=2"))
     draws = [Draw(row, None, row) for row in range(3)]
     part = type(task).collator(task.settings, config, None, training=True)(SAMPLES, draws)
-    assert part["place"].tolist() == [0, 0, 2, 2]
-    assert sorted(part["answer"].tolist()) == [-1, 0, 0, 1]
-    assert part["present"].tolist() == [True, False, True]
-    assert part["first"].tolist() == [0, 0, 2]
+    assert part.video_N.tolist() == [0, 0, 2, 2]
+    assert sorted(part.answer_N.tolist()) == [-1, 0, 0, 1]
+    assert part.present_B.tolist() == [True, False, True]
+    assert part.first_B.tolist() == [0, 0, 2]
     part = type(task).collator(task.settings, config, None, training=False)(SAMPLES, draws)
-    assert part["questions"] == ["what moves?", "who?", "what is red?", "how many?"]
+    assert part.texts == ["what moves?", "who?", "what is red?", "how many?"]
 
 
 def test_a_batch_without_questions_adds_exactly_nothing() -> None:

@@ -15,7 +15,7 @@ from emcl.data.samples import Sample
 from emcl.data.vocabulary import END, PADDING, START, UsedTokens
 from emcl.distributed import ALONE
 from emcl.errors import UserError
-from emcl.model.backbone import Backbone, Encoded
+from emcl.model.backbone import Encoded, build_backbone
 from emcl.model.settings import Generation
 from emcl.registry import task_class
 
@@ -33,7 +33,7 @@ def task_of(config: Config):  # type: ignore[no-untyped-def]
     learned = kind.learn_settings(config.tasks["captioning"], config, SAMPLES)
     config = dataclasses.replace(config, tasks={"captioning": learned})
     torch.manual_seed(0)
-    return kind(learned, config, Backbone(config.model, words=16)).eval(), config
+    return kind(learned, config, build_backbone(config)).eval(), config
 
 
 def encoded(width: int, *lengths: int) -> Encoded:
@@ -61,11 +61,11 @@ def test_captions_are_drawn_from_all_references() -> None:
     seen = set()
     for seed in range(40):
         part = collate(SAMPLES, [Draw(row, None, seed) for row in range(3)])
-        assert part["place"].tolist() == [0, 1, 1, 2, 2]
-        seen |= {task.vocabulary.decode(row) for row in part["ids"].tolist()}
+        assert part.video_N.tolist() == [0, 1, 1, 2, 2]
+        seen |= {task.vocabulary.decode(row) for row in part.ids_NL.tolist()}
     assert len(seen) == 3
     part = collate(SAMPLES[2:], [Draw(2, 1, 7)])
-    assert task.vocabulary.decode(part["ids"][0].tolist()).startswith("a man")  # a pair's own caption comes first
+    assert task.vocabulary.decode(part.ids_NL[0].tolist()).startswith("a man")  # a pair's own caption comes first
 
 
 def test_the_loss_is_the_mean_over_all_tokens_and_padding_is_none() -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, shared
 from emcl.distributed import Ranks
 from emcl.em import EMCL, Moments
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.model.similarity import similarity
 from ranks import run_on_ranks
 from straightforward import reference_em
@@ -24,7 +25,7 @@ def golden() -> dict[str, np.ndarray]:
 
 def layer(parameters: np.ndarray, mu: np.ndarray) -> EMCL:
     k, iterations, temperature, beta, momentum = parameters[:5]
-    emcl = EMCL(bases=int(k), iterations=int(iterations), temperature=temperature, beta=beta, momentum=momentum)
+    emcl = EMCLLayer(bases=int(k), iterations=int(iterations), temperature=temperature, beta=beta, momentum=momentum)
     emcl.mu.copy_(torch.from_numpy(mu[0]))
     return emcl
 
@@ -47,7 +48,7 @@ def test_similarity_equals_the_reference() -> None:
     parameters = numbers["similarity/params"]
     emcl = layer(parameters, numbers["similarity/mu0"]).eval()
     text, frames, mask = (torch.from_numpy(numbers[f"similarity/{key}"]) for key in ("text", "frames", "mask"))
-    scores = similarity(text, frames, mask, temperature=float(parameters[5]), emcl=emcl)
+    scores = similarity(text, frames, mask, temperature=float(parameters[5]), regulariser=emcl)
     np.testing.assert_allclose(scores.numpy(), numbers["similarity/logits"], atol=1e-5, rtol=0)
 
 

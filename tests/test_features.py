@@ -11,19 +11,19 @@ import torch
 from conftest import TINY
 from emcl.config import Config, resolve
 from emcl.data.features import feature_path
-from emcl.data.shards import open_shards
+from emcl.data.split import open_split
 from emcl.distributed import ALONE
 from emcl.errors import UserError
-from emcl.model.backbone import Backbone
-from emcl.model.towers import model_json, tokenizer
-from emcl.train.features import open_source
+from emcl.model.backbone import build_backbone, tokenizer_of
+from emcl.model.open_clip_backbone import OpenClipBackbone, tokenizer
+from emcl.train.features import with_features
 
 SETTINGS = [f"model.name={TINY}", "model.frozen=[image,text]", "model.cache_features=true", "data.generate=false"]
 CPU = torch.device("cpu")
 
 
 def path_of(config: Config, shard: Path) -> Path:
-    return feature_path(config, model_json(config.model.name), shard)
+    return feature_path(config, OpenClipBackbone.origin(config.model), shard)
 
 
 def settings(*more: str) -> Config:
@@ -33,25 +33,25 @@ def settings(*more: str) -> Config:
 def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
     config = settings()
     torch.manual_seed(0)
-    backbone = Backbone(config.model, words=config.data.words)
-    shards = open_shards(f"{sample_shards}/val-000000.tar")
-    source = open_source(config, shards, backbone, ALONE, CPU)
-    assert source.features is not None
-    assert path_of(config, shards.paths[0]).is_file()
+    backbone = build_backbone(config)
+    split = open_split(f"{sample_shards}/val-000000.tar", tokenizer_of(config))
+    kept = with_features(split, config, backbone, ALONE, CPU)
+    assert path_of(config, split.shards.paths[0]).is_file()
     from emcl.data.captions import every_caption
     from emcl.data.loader import Clips
     from emcl.data.order import Draw
 
-    clips = Clips(shards, config.data, training=False)
+    clips = Clips(split, config.data, training=False)
     tokenize = tokenizer(TINY, 16)
-    for row in range(len(shards)):
-        _, sample, frames, _ = clips[Draw(row, None, 0)]
+    for row in range(len(split)):
+        loaded = clips[Draw(row, None, 0)]
+        assert loaded.frames is not None
         with torch.no_grad():
-            direct = backbone.image.trunk(backbone.pixels(torch.from_numpy(frames)))
-            words = backbone.text.trunk(tokenize(sample.captions))
-        torch.testing.assert_close(torch.from_numpy(source.features.frames(row)), direct, atol=2e-3, rtol=2e-3)
-        kept = source.texts(every_caption(sample, Draw(row, None, 0)))
-        torch.testing.assert_close(kept, words, atol=2e-3, rtol=2e-3)
+            direct = backbone.image.trunk(backbone.preprocess(torch.from_numpy(loaded.frames)))
+            words = backbone.text.trunk(tokenize(loaded.sample.captions))
+        torch.testing.assert_close(torch.from_numpy(kept.remembered_frames(row)), direct, atol=2e-3, rtol=2e-3)
+        remembered = kept.text(every_caption(loaded.sample, Draw(row, None, 0)))
+        torch.testing.assert_close(remembered, words, atol=2e-3, rtol=2e-3)
 
 
 def test_another_model_size_or_shard_never_finds_them(sample_shards: Path, tmp_path: Path) -> None:

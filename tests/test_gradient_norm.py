@@ -15,9 +15,8 @@ from emcl import distributed
 from emcl.config import resolve
 from emcl.distributed import Ranks
 from emcl.run_folder import RunFolder
-from emcl.task import to_device
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
+from emcl.train.start import open_splits
 from ranks import run_on_ranks
 
 
@@ -42,9 +41,9 @@ def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, st
     own = ["data.workers=0", f"precision={precision}", f"deepspeed=deepspeed/zero{stage}.json"]
     config = resolve(["retrieval"], "sample", [*small(shards), *own])
     device = torch.device("cpu")
-    trainer = Trainer(open_inputs(config, ranks), ranks, device, RunFolder(folder / f"run{ranks.rank}"))
+    trainer = Trainer(*open_splits(config), ranks, device, RunFolder(folder / f"run{ranks.rank}"))
     (batch,), _ = next(trainer._steps(0))
-    trainer.engine.backward(sum(trainer.engine(to_device(batch, device)).values()))
+    trainer.engine.backward(sum(trainer.engine(batch=batch.to(device)).values()))
     optimizer, theirs = trainer.engine.optimizer, DeepSpeedZeroOptimizer
     groups = [(optimizer.averaged_gradients[i], optimizer.params_in_partition[i]) for i in optimizer.averaged_gradients]
     found: dict[str, Any] = {}

@@ -10,13 +10,13 @@ import torch
 from conftest import small
 from emcl import distributed
 from emcl.config import resolve
-from emcl.model.backbone import Backbone
 from emcl.model.batch_norm import keep_statistics_in_full_precision
+from emcl.model.open_clip_backbone import OpenClipBackbone
 from emcl.model.settings import ModelConfig
 from emcl.prepare.towers import write_towers
 from emcl.run_folder import RunFolder
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
+from emcl.train.start import open_splits
 
 ARCHITECTURES = {
     "tiny": (64, []),
@@ -38,7 +38,7 @@ def test_a_step_of_every_shipped_architecture_in_bf16(
         "data.batch_size=2", "emcl.k=8", "data.workers=0", *settings,
     ])  # fmt: skip
     ranks = distributed.start()
-    trainer = Trainer(open_inputs(config, ranks), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
+    trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
     trainer.engine.train()
     batches, _ = next(trainer._steps(0))
     losses = trainer._step(batches)
@@ -66,5 +66,5 @@ def test_statistics_of_batch_norms_move_in_full_precision() -> None:
 
 
 def test_a_tower_with_batch_norms_keeps_the_names_of_its_weights() -> None:
-    backbone = Backbone(ModelConfig(name="RN50", temporal="mean"), words=16, load_weights=False)
+    backbone = OpenClipBackbone(ModelConfig(name="RN50", temporal="mean"), words=16, load_weights=False)
     assert "image.trunk.bn1.running_mean" in backbone.state_dict()

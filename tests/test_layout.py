@@ -15,7 +15,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "platform" / "emcl"
 FLOORS = (
     {"disk", "errors", "version", "secrets", "outbox", "ahead", "nearest"},
-    {"settings"},
+    {"settings", "components"},
     {"em", "registry", "shipped", "recipe", "kinds", "metrics"},
     {"config", "distributed"},
     {"run_lock", "run_folder"},

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from conftest import SHARED
+from emcl.data.batch import Batch
 from emcl.data.decode import DecodeError, decode
 from emcl.data.image_ops import augmented
 from emcl.data.loader import evaluation_loader, training_loader
 from emcl.data.order import Order, RankBatches
 from emcl.data.settings import DataConfig
-from emcl.data.shards import ShardSet, find_shards, open_shards
-from emcl.errors import UserError
+from emcl.data.shards import find_shards, open_shards
+from emcl.data.split import Split, open_split
+from emcl.data.steps import StepLoader
+from emcl.errors import OneRankError, UserError
 from emcl.prepare.writer import encode_mp4
 
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=0)
@@ -30,66 +33,64 @@ def ids(samples: Any, draws: Any) -> list[str]:
     return [sample.id for sample in samples]
 
 
-def batches(
-    shards: ShardSet, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1
-) -> list[dict[str, Any]]:
-    order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+def batches(split: Split, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1) -> list[Batch]:
+    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
     mine = RankBatches(order, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
-    return [augmented(batch) for batch in training_loader(shards, data, mine, {"ids": ids})]
+    return [augmented(batch) for batch in training_loader(split, data, mine, {"ids": ids})]
 
 
 @pytest.mark.parametrize("settings", [{}, {"jitter": True}, {"augment": "rand-m7-n4-mstd0.5-inc1"}])
 def test_workers_and_ranks_do_not_change_a_batch(settings: dict[str, Any], sample_shards: Path) -> None:
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     data = replace(DATA, **settings)
-    alone = batches(shards, data)
-    for other in (batches(shards, replace(data, workers=2)), batches(shards, replace(data, cache_gib=0.1))):
+    alone = batches(split, data)
+    for other in (batches(split, replace(data, workers=2)), batches(split, replace(data, cache_gib=0.1))):
         for one, two in zip(alone, other, strict=True):
-            assert one["ids"] == two["ids"]
-            torch.testing.assert_close(one["frames"], two["frames"], rtol=0, atol=0)
-    halves = [batches(shards, data, rank=rank, world_size=2) for rank in range(2)]
+            assert one.ids == two.ids
+            torch.testing.assert_close(one.videos.frames, two.videos.frames, rtol=0, atol=0)
+    halves = [batches(split, data, rank=rank, world_size=2) for rank in range(2)]
     for step, whole in enumerate(alone):
-        assert halves[0][step]["ids"] + halves[1][step]["ids"] == whole["ids"]
+        assert halves[0][step].ids + halves[1][step].ids == whole.ids
         torch.testing.assert_close(
-            torch.cat([half[step]["frames"] for half in halves]), whole["frames"], rtol=0, atol=0
+            torch.cat([half[step].videos.frames for half in halves]), whole.videos.frames, rtol=0, atol=0
         )
 
 
 def test_jitter_and_augmentation_change_from_epoch_to_epoch(sample_shards: Path) -> None:
-    shards = open_shards(f"{sample_shards}/train-000000.tar")  # 12 clips: two steps an epoch
+    split = open_split(f"{sample_shards}/train-000000.tar")  # 12 clips: two steps an epoch
     found = {}
-    for batch in batches(shards, replace(DATA, jitter=True), steps=4):
-        for name, frames in zip(batch["ids"], batch["frames"].split(4), strict=True):
+    for batch in batches(split, replace(DATA, jitter=True), steps=4):
+        for name, frames in zip(batch.ids, batch.videos.frames.split(4), strict=True):
             found.setdefault(name, []).append(frames)
     assert all(not torch.equal(*twice) for twice in found.values())
 
 
 def test_training_frames_are_augmented_by_their_clips_seeds_and_evaluations_never(sample_shards: Path) -> None:
-    shards = open_shards(f"{sample_shards}/train-000000.tar")
-    plain = batches(shards, DATA, steps=2)
+    split = open_split(f"{sample_shards}/train-000000.tar")
+    plain = batches(split, DATA, steps=2)
     data = replace(DATA, augment="rand-m7-n4-mstd0.5-inc1")
-    for one, other in zip(plain, batches(shards, data, steps=2), strict=True):
-        assert one["ids"] == other["ids"]
-        assert not torch.equal(one["frames"], other["frames"])
-        assert (one["frames"].shape, one["frames"].dtype) == (other["frames"].shape, other["frames"].dtype)
-        assert "augment" not in other, "what is done is not done twice"
+    for one, other in zip(plain, batches(split, data, steps=2), strict=True):
+        assert one.ids == other.ids
+        assert not torch.equal(one.videos.frames, other.videos.frames)
+        assert one.videos.frames.shape == other.videos.frames.shape and other.videos.frames.dtype == torch.uint8
+        assert other.augmentation is None, "what is done is not done twice"
     assert not any(
-        "augment" in batch for batch in evaluation_loader(shards, data, {}, batch_size=4, rank=0, world_size=1)
+        batch.augmentation for batch in evaluation_loader(split, data, {}, batch_size=4, rank=0, world_size=1)
     )
 
 
 def test_evaluation_takes_every_sample_exactly_once_over_the_ranks(sample_shards: Path) -> None:
-    shards = open_shards(f"{sample_shards}/test-000000.tar")
+    split = open_split(f"{sample_shards}/test-000000.tar")
     seen = [
         row
         for rank in range(3)
-        for batch in evaluation_loader(shards, DATA, {}, batch_size=3, rank=rank, world_size=3)
-        for row in batch["rows"]
+        for batch in evaluation_loader(split, DATA, {}, batch_size=3, rank=rank, world_size=3)
+        for row in batch.rows
     ]
     assert sorted(seen) == list(range(12))
 
 
-def broken(sample_shards: Path, tmp_path: Path, share: int) -> ShardSet:
+def broken(sample_shards: Path, tmp_path: Path, share: int) -> Split:
     """The first shard with every `share`-th video cut to nonsense."""
     with tarfile.open(sample_shards / "train-000000.tar") as source, tarfile.open(tmp_path / "b.tar", "w") as out:
         for number, member in enumerate(source):
@@ -99,24 +100,32 @@ def broken(sample_shards: Path, tmp_path: Path, share: int) -> ShardSet:
             info = tarfile.TarInfo(member.name)
             info.size = len(content)
             out.addfile(info, io.BytesIO(content))
-    return open_shards(str(tmp_path / "b.tar"))
+    return open_split(str(tmp_path / "b.tar"))
 
 
 def test_a_broken_clip_is_replaced_and_named(sample_shards: Path, tmp_path: Path) -> None:
-    shards = broken(sample_shards, tmp_path, 4)
+    split = broken(sample_shards, tmp_path, 4)
     named = []
-    for batch in batches(shards, DATA, steps=2):
-        assert len(batch["ids"]) == 6
-        named += batch["bad"]
+    for batch in batches(split, DATA, steps=2):
+        assert len(batch.ids) == 6
+        named += batch.bad
     assert len(named) == 3
     assert all("b.tar" in item for item in named)
 
 
+def test_a_batch_for_which_no_clip_is_left_ends_the_run_with_names(sample_shards: Path, tmp_path: Path) -> None:
+    split = broken(sample_shards, tmp_path, 1)
+    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    mine = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=1)
+    with pytest.raises(OneRankError, match=r"rank 0, step 1: no clip decodes among .* after it: train\w+ in"):
+        next(StepLoader(split, DATA, mine, {}).steps(0))
+
+
 def test_evaluation_leaves_a_broken_clip_out_and_names_it(sample_shards: Path, tmp_path: Path) -> None:
-    shards = broken(sample_shards, tmp_path, 6)
-    found = list(evaluation_loader(shards, DATA, {}, batch_size=4, rank=0, world_size=1))
-    assert sum(len(batch["ids"]) for batch in found) == 10
-    assert sum(len(batch["bad"]) for batch in found) == 2
+    split = broken(sample_shards, tmp_path, 6)
+    found = list(evaluation_loader(split, DATA, {}, batch_size=4, rank=0, world_size=1))
+    assert sum(len(batch.ids) for batch in found) == 10
+    assert sum(len(batch.bad) for batch in found) == 2
 
 
 def test_frames_are_those_shown_at_the_middle_of_equal_slices(tmp_path: Path) -> None:
@@ -162,15 +171,15 @@ def test_a_pickle_in_a_shard_is_never_touched(sample_shards: Path, tmp_path: Pat
 
 
 def test_swapped_videos_are_everybody_elses_and_each_is_shown_once(sample_shards: Path) -> None:
-    shards = open_shards(f"{sample_shards}/val-000000.tar")
+    split = open_split(f"{sample_shards}/val-000000.tar")
     loads = [
-        evaluation_loader(shards, DATA, {}, batch_size=3, rank=0, world_size=1, swap_seed=seed) for seed in (None, 0)
+        evaluation_loader(split, DATA, {}, batch_size=3, rank=0, world_size=1, swap_seed=seed) for seed in (None, 0)
     ]
     own, swapped = (list(loader) for loader in loads)
-    assert [batch["ids"] for batch in own] == [batch["ids"] for batch in swapped]
+    assert [batch.ids for batch in own] == [batch.ids for batch in swapped]
 
-    def clips(batches: list[dict[str, Any]]) -> list[bytes]:
-        return [clip.numpy().tobytes() for batch in batches for clip in batch["frames"].split(DATA.frames)]
+    def clips(batches: list[Batch]) -> list[bytes]:
+        return [clip.numpy().tobytes() for batch in batches for clip in batch.videos.frames.split(DATA.frames)]
 
     assert not any(one == other for one, other in zip(clips(own), clips(swapped), strict=True))
     assert sorted(clips(own)) == sorted(clips(swapped))

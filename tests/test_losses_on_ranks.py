@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from emcl.config import resolve
+from emcl.data.batch import Batch, VideoFrames
+from emcl.data.captions import Captions
 from emcl.distributed import Ranks
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.multitask import VideoLanguageModel, total_loss
@@ -26,24 +28,27 @@ def global_batch() -> dict[str, torch.Tensor]:
         "frames": torch.randint(0, 256, (BATCH, 3, 32, 32, 3), dtype=torch.uint8, generator=generator),
         "mask": mask,
         "text": torch.randint(1, 400, (BATCH, 12), generator=generator),
+        "video": torch.tensor([0, 1, 2, 0, 3, 4, 1, 0]),  # some twice, also on different ranks
     }
 
 
-def part_of(batch: dict[str, torch.Tensor], rows: slice) -> dict:
-    mask = batch["mask"][rows]
-    return {
-        "frames": batch["frames"][rows][mask],
-        "frame_slot": mask.flatten().nonzero().squeeze(1),
-        "video_mask": mask,
-        "tasks": {"retrieval": {"text": batch["text"][rows], "present": mask.any(1)}},
-    }
+def part_of(batch: dict[str, torch.Tensor], rows: slice) -> Batch:
+    mask_BT = batch["mask"][rows]
+    slots = mask_BT.flatten().nonzero().squeeze(1)
+    return Batch(
+        ids=[],
+        rows=[],
+        videos=VideoFrames(frames=batch["frames"][rows][mask_BT], slots=slots, mask_BT=mask_BT),
+        video_B=batch["video"][rows],
+        tasks={"retrieval": Captions(batch["text"][rows], mask_BT.any(1))},
+    )
 
 
 def _losses_and_gradients(ranks: Ranks, overrides: list[str]) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
     config = resolve(["retrieval"], overrides=[*SETTINGS, *overrides])
     torch.manual_seed(0)
     model = VideoLanguageModel(config, ranks=ranks)
-    loss = total_loss(model(part_of(global_batch(), ranks.share(BATCH))))
+    loss = total_loss(model(batch=part_of(global_batch(), ranks.share(BATCH))))
     loss.backward()
     gradients = {
         name: ranks.sum(parameter.grad) / ranks.world_size  # DeepSpeed's mean over ranks
@@ -74,6 +79,42 @@ def test_loss_is_the_symmetric_cross_entropy() -> None:
         torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
     ) / 2
     torch.testing.assert_close(contrastive_loss(logits), wanted)
+
+
+VIDEOS = torch.tensor([0, 1, 0, 2, 1, 0])
+
+
+def one_way(logits: torch.Tensor, present: torch.Tensor, video: torch.Tensor) -> torch.Tensor:
+    """Row by row, of those that are there: the pair's own column against those of other videos."""
+    losses = []
+    for row in present.nonzero().flatten().tolist():
+        others = [column for column in range(len(video)) if present[column] and video[column] != video[row]]
+        losses.append(-torch.log_softmax(logits[row, [row, *others]], 0)[0])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("present", [[True] * 6, [True, True, False, True, True, True], [True, False, True] * 2])
+def test_pairs_of_one_video_are_no_negatives_of_each_other(present: list[bool]) -> None:
+    logits, there = torch.randn(6, 6, requires_grad=True), torch.tensor(present)
+    wanted = (one_way(logits, there, VIDEOS) + one_way(logits.T, there, VIDEOS)) / 2
+    loss = contrastive_loss(logits, present_B=there, video_B=VIDEOS)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    same = (VIDEOS[:, None] == VIDEOS[None, :]) & ~torch.eye(6, dtype=torch.bool)
+    assert logits.grad is not None
+    assert not logits.grad[same].any() and logits.grad[~same & there[:, None] & there[None, :]].all()
+
+
+def test_of_different_videos_the_loss_is_the_same_to_the_bit() -> None:
+    logits = 10 * torch.randn(8, 8)
+    assert torch.equal(contrastive_loss(logits, video_B=torch.arange(8) - 2**62), contrastive_loss(logits))
+
+
+def test_a_batch_of_one_video_alone_has_nothing_to_tell_apart() -> None:
+    logits = torch.randn(3, 3, requires_grad=True)
+    loss = contrastive_loss(logits, video_B=torch.zeros(3, dtype=torch.long))
+    loss.backward()
+    assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
 
 
 def test_logit_scale_stays_at_its_maximum_and_can_come_back() -> None:

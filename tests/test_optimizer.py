@@ -8,7 +8,8 @@ import torch
 from conftest import TINY
 from emcl.config import resolve
 from emcl.multitask import VideoLanguageModel
-from emcl.train.optimizer import build_optimizer, build_schedule, parameter_groups
+from emcl.train.optimizer import build_optimizer, parameter_groups
+from emcl.train.schedule import build_schedule
 from emcl.train.settings import OptimConfig
 
 OPTIM = OptimConfig(lr=1e-3, clip_lr=1e-5, weight_decay=0.2)

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from emcl.model import patches
+from emcl.model.open_clip_backbone import build_towers
 from emcl.model.patches import embed_patches_by_product, patch_product
 from emcl.model.settings import ModelConfig
-from emcl.model.towers import build_towers
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,6 @@ def test_on_a_gpu_the_layer_is_the_product(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_clips_vision_transformer_has_one_and_keeps_its_weights_names() -> None:
     torch.manual_seed(0)
-    trunk = build_towers(ModelConfig(name="ViT-B-32"), load_weights=False).image.trunk
+    trunk = build_towers(ModelConfig(name="ViT-B-32"), words=32, load_weights=False).image.trunk
     assert isinstance(trunk.conv1, patches._PatchEmbedding)
     assert "conv1.weight" in trunk.state_dict()

@@ -78,8 +78,11 @@ def test_activations_are_those_of_the_towers_layers() -> None:
 def test_zero_shares_what_its_stages_say() -> None:
     whole = Plan(parameters=10**9, trained=10**9, groups={}, missing=[])
     gib = 10**9 / 2**30
+    config = resolve(["retrieval"], overrides=["precision=bf16"])
     for stage, bytes_ in ((0, 16), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)):
-        assert state_gib(whole, "bf16", stage, 8) == pytest.approx(bytes_ * gib)
+        assert state_gib(whole, config, stage, 8) == pytest.approx(bytes_ * gib)
+    momentum = resolve(["retrieval"], overrides=["optim.optimizer=sgd"])  # fp32: weights, gradients, one number more
+    assert state_gib(whole, momentum, 0, 8) == pytest.approx(12 * gib)
 
 
 def test_buckets_are_those_that_deepspeed_allocates() -> None:

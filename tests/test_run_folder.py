@@ -28,10 +28,10 @@ from emcl.run_lock import RunLock
 from emcl.tracking import Tracker
 from emcl.train import checkpoint, loop
 from emcl.train import run as run_module
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
 from emcl.train.run import run
 from emcl.train.run_config import config_of_run, find_run
+from emcl.train.start import open_splits
 from emcl.train.stop import Stopped
 
 
@@ -372,7 +372,7 @@ def test_a_stop_at_the_end_of_an_epoch_saves_once(
     monkeypatch.setattr(loop.checkpoint, "save", lambda *arguments, **_: saved.append(arguments[2]))
     ranks = distributed.start()
     with RunFolder.create(tmp_path, "run", ["retrieval"]) as folder:
-        trainer = Trainer(open_inputs(config, ranks), ranks, torch.device("cpu"), folder)
+        trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), folder)
         trainer.stop.asked = True
         with pytest.raises(Stopped, match="saved at step 3 of 6"):
             trainer.train(Tracker())

@@ -275,7 +275,7 @@ def test_a_plain_clip_ranks_by_the_mean_of_its_frames(videos: Path, tmp_path: Pa
             clip.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=32)(queries)), dim=-1
         )
         frames = [torch.from_numpy(model._frames(file)) for file in files]
-        images = [clip.encode_image(model.model.backbone.pixels(clip_frames)) for clip_frames in frames]
+        images = [clip.encode_image(model.model.backbone.preprocess(clip_frames)) for clip_frames in frames]
         means = torch.stack([torch.nn.functional.normalize(one, dim=-1).mean(0) for one in images])
     expected = text @ torch.nn.functional.normalize(means, dim=-1).T
     torch.testing.assert_close(model.similarity(queries, files), expected, atol=2e-3, rtol=0)

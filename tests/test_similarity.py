@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from emcl.em import EMCL
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.model.similarity import similarity, similarity_by_tile
 from straightforward import cosines, pooled_rows, reference_similarity
 
@@ -24,14 +24,14 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return text.requires_grad_(), frames.requires_grad_(), mask
 
 
-def layer(variant: str) -> EMCL:
-    emcl = EMCL(variant=variant, bases=6, width=D, beta=1.5)
+def layer(variant: str) -> EMCLLayer:
+    emcl = EMCLLayer(variant=variant, bases=6, width=D, beta=1.5)
     if variant == "reference":
         emcl.mu.copy_(torch.linspace(-1, 1, 6))
     return emcl
 
 
-def plainly(text: torch.Tensor, frames: torch.Tensor, mask: torch.Tensor, emcl: EMCL | None) -> torch.Tensor:
+def plainly(text: torch.Tensor, frames: torch.Tensor, mask: torch.Tensor, emcl: EMCLLayer | None) -> torch.Tensor:
     if emcl is not None and emcl.variant == "reference":
         return reference_similarity(text, frames, mask, emcl.mu, temperature=TEMPERATURE, beta=emcl.beta)
     pooled = pooled_rows(text, frames, mask, TEMPERATURE)
@@ -49,7 +49,7 @@ def test_values_and_gradients_equal_the_formulas(variant: str | None, block: int
         if compute is plainly:
             scores = plainly(text, frames, mask, emcl)
         else:
-            scores = similarity(text, frames, mask, temperature=TEMPERATURE, emcl=emcl, block=block)
+            scores = similarity(text, frames, mask, temperature=TEMPERATURE, regulariser=emcl, block=block)
         (scores * upstream).sum().backward()
         found.append((scores.detach(), text.grad, frames.grad))
     for plain, ours in zip(*found, strict=True):
@@ -60,7 +60,7 @@ def test_values_and_gradients_equal_the_formulas(variant: str | None, block: int
 def test_a_video_without_frames_scores_nothing_and_has_no_nan(variant: str | None) -> None:
     text, frames, mask = inputs()
     mask[4] = False
-    scores = similarity(text, frames, mask, temperature=TEMPERATURE, emcl=layer(variant) if variant else None)
+    scores = similarity(text, frames, mask, temperature=TEMPERATURE, regulariser=layer(variant) if variant else None)
     scores.sum().backward()
     assert scores.isfinite().all()
     assert text.grad is not None and text.grad.isfinite().all()
@@ -81,7 +81,7 @@ def test_the_largest_tensor_grows_with_frames_and_not_with_the_width() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        similarity(text, frames, mask, temperature=TEMPERATURE, emcl=EMCL()).sum().backward()
+        similarity(text, frames, mask, temperature=TEMPERATURE, regulariser=EMCLLayer()).sum().backward()
     assert max(saved) <= max(frames.numel(), 128 * 128 * 4) < 128 * 128 * 256 / 10
 
 
@@ -95,13 +95,13 @@ def test_tiles_at_once_are_those_one_after_another(variant: str | None, videos: 
         if variant == "compact":
             emcl(frames, text)
         emcl.eval()
-    one_by_one = [similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=1)]
+    one_by_one = [similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, regulariser=emcl, at_once=1)]
     for first in range(0, videos, 4):
         tile = slice(first, first + 4)
-        alone = similarity(text, frames[tile], mask[tile], temperature=TEMPERATURE, emcl=emcl)
+        alone = similarity(text, frames[tile], mask[tile], temperature=TEMPERATURE, regulariser=emcl)
         torch.testing.assert_close(one_by_one[0][:, tile], alone, rtol=0, atol=0)
     for at_once in (2, 64):
-        found = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=at_once)
+        found = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, regulariser=emcl, at_once=at_once)
         torch.testing.assert_close(found, one_by_one[0], rtol=1e-5, atol=1e-6)
 
 
@@ -124,6 +124,6 @@ def test_a_layer_in_training_sees_one_tile_after_another() -> None:
     moved = []
     for at_once in (1, 64):
         emcl = layer("reference").train()
-        similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, emcl=emcl, at_once=at_once)
+        similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, regulariser=emcl, at_once=at_once)
         moved.append(emcl.mu)
     assert torch.equal(*moved) and not torch.equal(moved[0], layer("reference").mu)

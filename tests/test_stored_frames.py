@@ -16,6 +16,7 @@ from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
 from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
+from emcl.data.split import open_split
 from emcl.prepare.videos import as_frames
 from emcl.prepare.writer import encode_mov, write_shard
 
@@ -124,9 +125,9 @@ def test_damaged_and_hostile_ones_are_broken_clips(store: str, tmp_path: Path, v
     samples = [(Sample(id=name, captions=["x"]), "mov", content) for name, content in odd.items()]
     write_shard(tmp_path / "odd.tar", [*samples, (Sample(id="whole", captions=["x"]), "mov", whole)])
     data = DataConfig(frames=2, size=SIZE, workers=0)
-    (batch,) = evaluation_loader(open_shards(str(tmp_path / "odd.tar")), data, {}, batch_size=8, rank=0, world_size=1)
-    assert batch["ids"] == ["whole"]
-    assert [line.split()[0] for line in batch["bad"]] == ["empty", "cut", "huge", "without"]
+    (batch,) = evaluation_loader(open_split(str(tmp_path / "odd.tar")), data, {}, batch_size=8, rank=0, world_size=1)
+    assert batch.ids == ["whole"]
+    assert [line.split()[0] for line in batch.bad] == ["empty", "cut", "huge", "without"]
 
 
 @pytest.mark.parametrize("store", ["raw", "jpeg"])

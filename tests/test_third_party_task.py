@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,12 @@ from urllib.parse import quote
 
 import pytest
 
-from conftest import ROOT, emcl_command, launch, small, write_clips
+from conftest import emcl_command, launch, small, write_clips
 from test_page import browser, search, until  # noqa: F401
 from test_serve import Server, serving
 
 pytestmark = pytest.mark.xdist_group("serve")
 ALL = "retrieval,msrvtt_qa,temporal_order,sentence_fit,again"
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The package in a folder of its own, and the environment that sees it."""
-    source = tmp_path_factory.mktemp("source")
-    for path in (ROOT / "tests" / "third_party").iterdir():
-        if path.is_file():
-            shutil.copy(path, source)
-    target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return {"PYTHONPATH": str(target)}
 
 
 @pytest.fixture(scope="module")

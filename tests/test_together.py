@@ -12,12 +12,13 @@ import torch
 
 from conftest import launch, small
 from emcl.config import Config, resolve
-from emcl.data.loader import Collate
+from emcl.data.batch import number_of
+from emcl.data.loader import Collate, Loaded
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
 from emcl.data.text import Tokens
 from emcl.distributed import ALONE, Ranks
-from emcl.model.towers import tokenizer
+from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.registry import task_class, task_entries
 from ranks import run_on_ranks
@@ -48,16 +49,16 @@ def configured(samples: list[Sample], *more: str) -> Config:
 def _joint(ranks: Ranks, coverage: str, more: list[str]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     samples = [Sample(id=str(number), **facts) for number, facts in enumerate(COVERAGES[coverage])]  # type: ignore[arg-type]
     config = configured(samples, *more)
-    texts = Tokens(tokenizer(config.model.name, config.data.words))
+    texts = Tokens(tokenizer_of(config))
     parts = collators(config, texts, training=True)
     mine = range(8)[ranks.share(8)]
     items = []
     for row in mine:
         frames = np.random.default_rng(row).integers(0, 256, (1 + row % 3, 32, 32, 3), dtype=np.uint8)
-        items.append((Draw(row, None, row), samples[row], frames, []))
+        items.append(Loaded(Draw(row, None, row), samples[row], frames))
     torch.manual_seed(0)
     model = VideoLanguageModel(config, ranks=ranks)
-    losses = model(Collate(parts, frames=3)(items))
+    losses = model(batch=Collate(parts, frames=3)(items))
     total_loss(losses).backward()
     whole = {name: float(ranks.sum(loss.detach()) / ranks.world_size) for name, loss in losses.items()}
     gradients = {
@@ -93,22 +94,52 @@ def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: li
     kept = [row for row, facts in enumerate(COVERAGES["mixed"]) if "captions" in facts]
     samples = [Sample(id=str(row), **facts) for row, facts in zip(kept, only, strict=True)]  # type: ignore[arg-type]
     config = configured(samples, *more)
-    texts = Tokens(tokenizer(config.model.name, config.data.words))
+    texts = Tokens(tokenizer_of(config))
     parts = collators(config, texts, training=True)
     items = [
-        (
+        Loaded(
             Draw(row, None, row),
             sample,
             np.random.default_rng(row).integers(0, 256, (1 + row % 3, 32, 32, 3), np.uint8),
-            [],
         )
         for row, sample in zip(kept, samples, strict=True)
     ]
     torch.manual_seed(0)
-    alone = VideoLanguageModel(config)(Collate(parts, frames=3)(items))
+    alone = VideoLanguageModel(config)(batch=Collate(parts, frames=3)(items))
     assert with_others["retrieval/contrastive"] == pytest.approx(
         float(alone["retrieval/contrastive"].detach()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("task", ["retrieval", "msrvtt_qa"])
+def test_a_video_that_is_drawn_twice_is_no_negative_of_itself(task: str) -> None:
+    """The loss is that of a batch whose second drawing is of the same number; one of another number would count."""
+    sample = [Sample(id=name, source="set", **CAPTIONED, **ASKED) for name in ("a", "b", "a")]  # type: ignore[arg-type]
+    config = configured(sample, "emcl.enabled=false")
+    parts = collators(config, Tokens(tokenizer_of(config)), training=True)
+    rng = np.random.default_rng(0)
+    shown = [rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8) for _ in range(2)]
+    items = [Loaded(Draw(row, 0, row), one, shown[row % 2]) for row, one in enumerate(sample)]
+    batch = Collate(parts, frames=3)(items)
+    assert batch.video_B is not None
+    assert batch.video_B[0] == batch.video_B[2] != batch.video_B[1]
+    torch.manual_seed(0)
+    model = VideoLanguageModel(config)
+    masked = model(batch=batch)[f"{task}/contrastive"]
+    apart = model(batch=dataclasses.replace(batch, video_B=torch.arange(3)))[f"{task}/contrastive"]
+    assert float(masked.detach()) < 0.9 * float(apart.detach())
+
+
+def test_one_video_has_one_number_in_every_process_and_set() -> None:
+    numbers = [number_of(Sample(id=name, source=source), 0) for name, source in (("a", "s"), ("a", "t"), ("b", "s"))]
+    assert len(set(numbers)) == 3
+    assert number_of(Sample(id="a", source="s", captions=["x"], split="val"), 7) == numbers[0] == 7597875714891834536
+
+
+@pytest.mark.parametrize("source", ["", "folder"])
+def test_two_sets_of_own_videos_may_have_files_of_one_name(source: str) -> None:
+    sample = Sample(id="0001", source=source)
+    assert number_of(sample, 3) == number_of(sample, 3) != number_of(sample, 4)
 
 
 def test_learned_weights_rise_for_the_task_whose_loss_is_small() -> None:

@@ -11,11 +11,12 @@ import torch
 
 from conftest import TINY
 from emcl.config import resolve
+from emcl.data.batch import VideoFrames, videos_of
 from emcl.data.samples import Sample
+from emcl.data.split import Split
 from emcl.errors import UserError
-from emcl.model.backbone import Backbone
+from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers, tokenizer
 from emcl.model.settings import ModelConfig
-from emcl.model.towers import OPENAI_KEYS, build_towers, tokenizer
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import open_export, save_export
 from emcl.train.start import learn_settings
@@ -36,14 +37,14 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Path) -> None:
     theirs = open_clip.load_openai_model(str(openai_file), precision="fp32", device="cpu").eval()
-    ours = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), words=32).eval()
+    ours = OpenClipBackbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), words=32).eval()
     frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = tokenizer("ViT-B-32", 32)(["a dog runs", "two people cook in a kitchen"])
     padded = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
     with torch.no_grad():
         torch.testing.assert_close(
-            ours.encode_video(frames, torch.arange(2), torch.ones(2, 1, dtype=torch.bool)).squeeze(1),
-            theirs.encode_image(ours.pixels(frames)),
+            ours.encode_video(videos_of([frame.numpy()[None] for frame in frames], 1)).squeeze(1),
+            theirs.encode_image(ours.preprocess(frames)),
             atol=1e-4,
             rtol=1e-4,
         )
@@ -51,7 +52,7 @@ def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Pat
 
 
 def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) -> None:
-    backbone = Backbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), words=32)
+    backbone = OpenClipBackbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), words=32)
     assert backbone.temporal is not None
     text = backbone.text.trunk
     torch.testing.assert_close(backbone.temporal.positions.data, text.positional_embedding.data)
@@ -64,7 +65,7 @@ def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) 
 
 def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
-        build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)))
+        build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)), words=32)
 
 
 def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, tmp_path: Path) -> None:
@@ -73,20 +74,20 @@ def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, 
         ["retrieval"], overrides=["model.name=ViT-B-32", f"model.pretrained={openai_file}", "data.size=224"]
     )
     shards = SimpleNamespace(rows=[SimpleNamespace(sample=Sample(id="a", captions=["a dog runs"]))])
-    config = learn_settings(config, shards)  # type: ignore[arg-type]
+    config = learn_settings(config, Split(shards))  # type: ignore[arg-type]
     assert config.model.quick_gelu is True
     model = VideoLanguageModel(config).eval()
     save_export(tmp_path / "best", model.state_dict(), config, {})
     again = open_export(tmp_path / "best")[0]
     frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    batch = {"frames": frames, "frame_slot": torch.arange(2), "video_mask": torch.ones(1, 2, dtype=torch.bool)}
+    videos = VideoFrames(frames=frames, slots=torch.arange(2), mask_BT=torch.ones(1, 2, dtype=torch.bool))
     with torch.no_grad():
-        torch.testing.assert_close(again(batch, part="video"), model(batch, part="video"))
+        torch.testing.assert_close(again.backbone.encode_video(videos), model.backbone.encode_video(videos))
 
 
 def test_a_model_on_the_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
-        backbone = Backbone(ModelConfig(name="ViT-L-14"), words=32, load_weights=False)
+        backbone = OpenClipBackbone(ModelConfig(name="ViT-L-14"), words=32, load_weights=False)
     assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
     assert 400e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 500e6
 
@@ -94,7 +95,7 @@ def test_a_model_on_the_meta_device_takes_no_memory() -> None:
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"x\.pt is no readable checkpoint"):
-        build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")))
+        build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")), words=32)
 
 
 def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,7 @@ def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.Monkey
         frozen=["image", "text"],
         temporal="mean",
     )
-    backbone = Backbone(config).train()
+    backbone = OpenClipBackbone(config, words=32).train()
     assert not any(parameter.requires_grad for parameter in backbone.image.trunk.parameters())
     assert all(parameter.requires_grad for parameter in backbone.image.head.parameters())
     assert not backbone.image.trunk.training

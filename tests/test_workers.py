@@ -22,25 +22,27 @@ from conftest import small
 from emcl.config import resolve
 from emcl.data import loader as loaders
 from emcl.data import workers
+from emcl.data.batch import Batch
 from emcl.data.order import Order, RankBatches
 from emcl.data.settings import DataConfig
-from emcl.data.shards import ShardSet, open_shards
+from emcl.data.shards import ShardSet
+from emcl.data.split import Split, open_split
 from emcl.data.steps import StepLoader
 from emcl.distributed import ALONE
 from emcl.errors import OneRankError
 from emcl.evaluate.driver import evaluate
+from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel
-from emcl.train.features import open_source
 from emcl.train.stop import StopRequest
 
 CPU = torch.device("cpu")
 DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
 
 
-def step_loader(shards: ShardSet, data: DataConfig, steps: int) -> StepLoader:
-    order = Order(lengths=tuple(shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+def step_loader(split: Split, data: DataConfig, steps: int) -> StepLoader:
+    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
     batches = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
-    return StepLoader(shards, data, batches, {})
+    return StepLoader(split, data, batches, {})
 
 
 def children() -> list[psutil.Process]:
@@ -51,12 +53,12 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "LOOK", 0.5)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    next(iter(loaders.evaluation_loader(shards, DATA, {}, batch_size=3, rank=0, world_size=1)))  # PyTorch's handler
-    calm = [batch for (batch,) in step_loader(shards, DATA, 12).steps(0)]
-    troubled = step_loader(shards, DATA, 12)
+    split = open_split(f"{sample_shards}/train-*.tar")
+    next(iter(loaders.evaluation_loader(split, DATA, {}, batch_size=3, rank=0, world_size=1)))  # PyTorch's handler
+    calm = [batch for (batch,) in step_loader(split, DATA, 12).steps(0)]
+    troubled = step_loader(split, DATA, 12)
     before = {one.pid for one in children()}
-    found: list[dict[str, Any]] = []
+    found: list[Batch] = []
     for step, (batch,) in enumerate(troubled.steps(0)):
         found.append(batch)
         if step in (2, 7):
@@ -65,17 +67,17 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
                     os.kill(worker.pid, signal.SIGKILL)
             time.sleep(0.2)  # the step that goes on meanwhile is not disturbed
     assert troubled.restarts == 2
-    assert [batch["ids"] for batch in found] == [batch["ids"] for batch in calm]
+    assert [batch.ids for batch in found] == [batch.ids for batch in calm]
     for one, other in zip(found, calm, strict=True):
-        torch.testing.assert_close(one["frames"], other["frames"], rtol=0, atol=0)
+        torch.testing.assert_close(one.videos.frames, other.videos.frames, rtol=0, atol=0)
 
 
 def test_a_loader_killed_while_its_batch_is_fetched_starts_again(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loaders, "LOOK", 0.5)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 6).steps(0)]
+    split = open_split(f"{sample_shards}/train-*.tar")
+    calm = [batch.ids for (batch,) in step_loader(split, DATA, 6).steps(0)]
     connect, calls = resource_sharer._resource_sharer.get_connection, itertools.count()
 
     def connected(ident: Any) -> Any:
@@ -85,17 +87,17 @@ def test_a_loader_killed_while_its_batch_is_fetched_starts_again(
         return connect(ident)
 
     monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", connected)
-    troubled = step_loader(shards, DATA, 6)
-    assert [batch["ids"] for (batch,) in troubled.steps(0)] == calm
+    troubled = step_loader(split, DATA, 6)
+    assert [batch.ids for (batch,) in troubled.steps(0)] == calm
     assert troubled.restarts == 1
 
 
 def test_loaders_that_die_at_every_start_end_the_run(sample_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loaders, "LOOK", 0.5)
     monkeypatch.setattr(ShardSet, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     with pytest.raises(OneRankError, match="rank 0 were killed 4 times at step 1.*data.workers"):
-        next(step_loader(shards, DATA, 4).steps(0))
+        next(step_loader(split, DATA, 4).steps(0))
 
 
 def test_loaders_that_give_nothing_are_named_with_what_they_read(
@@ -103,9 +105,9 @@ def test_loaders_that_give_nothing_are_named_with_what_they_read(
 ) -> None:
     monkeypatch.setattr(loaders, "LOOK", 0.5)
     monkeypatch.setattr(ShardSet, "read", lambda *_: time.sleep(3600))
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     with pytest.raises(OneRankError, match=r"waited 1 s .* step 1: loader 0 of 2 reads .*train-00000[01]\.tar"):
-        next(step_loader(shards, replace(DATA, patience=1.0), 4).steps(0))
+        next(step_loader(split, replace(DATA, patience=1.0), 4).steps(0))
 
 
 class Hanging:
@@ -134,11 +136,11 @@ def test_a_loader_process_that_hangs_at_its_start_is_replaced(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(workers, "BIRTH", 2.0)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
-    calm = [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)]
+    split = open_split(f"{sample_shards}/train-*.tar")
+    calm = [batch.ids for (batch,) in step_loader(split, DATA, 4).steps(0)]
     before = children()
     with hanging(0):
-        assert [batch["ids"] for (batch,) in step_loader(shards, DATA, 4).steps(0)] == calm
+        assert [batch.ids for (batch,) in step_loader(split, DATA, 4).steps(0)] == calm
     assert "rank 0: 1 of 2 loader processes hung at their start" in "".join(capfd.readouterr())
     assert children() == before
 
@@ -147,12 +149,12 @@ def test_one_that_hangs_when_they_start_again_is_replaced_too(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "BIRTH", 2.0)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     before = children()
     with hanging(0, 3):  # of each start the other one
-        loader = loaders.evaluation_loader(shards, DATA, {}, batch_size=5, rank=0, world_size=1)
-        ids = [name for batch in workers.start_workers(loader, 0) for name in batch["ids"]]
-    assert ids == [row.sample.id for row in shards.rows]
+        loader = loaders.evaluation_loader(split, DATA, {}, batch_size=5, rank=0, world_size=1)
+        ids = [name for batch in workers.start_workers(loader, 0) for name in batch.ids]
+    assert ids == [row.sample.id for row in split.shards.rows]
     assert children() == before
 
 
@@ -161,10 +163,9 @@ def test_so_it_is_in_an_evaluation(
 ) -> None:
     monkeypatch.setattr(workers, "BIRTH", 2.0)
     config = resolve(["retrieval"], "sample", small(sample_shards))
-    model, shards = VideoLanguageModel(config), open_shards(f"{sample_shards}/val-*.tar")
-    source = open_source(config, shards, model.backbone, ALONE, CPU)
+    model, split = VideoLanguageModel(config), open_split(f"{sample_shards}/val-*.tar", tokenizer_of(config))
     with hanging(0):
-        scores = evaluate(model.eval(), source, config, ALONE, CPU, name="val")
+        scores = evaluate(model.eval(), split, config, ALONE, CPU, name="val")
     assert "1 of 1 loader processes hung at their start" in "".join(capfd.readouterr())
     assert "8 videos" in scores["retrieval"].protocol
 
@@ -173,13 +174,13 @@ def test_loader_processes_that_hang_at_every_start_are_an_error(
     sample_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "BIRTH", 0.2)
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     before = children()
     with (
         hanging(*range(100)),
         pytest.raises(OneRankError, match=r"of rank 0 gave no sign of life within 0 s, 3 times; data\.workers=0"),
     ):
-        next(step_loader(shards, DATA, 4).steps(0))
+        next(step_loader(split, DATA, 4).steps(0))
     assert children() == before
 
 
@@ -189,8 +190,8 @@ def test_loaders_that_a_file_server_holds_do_not_hold_the_run(
     """SIGTERM does not end them, as it does not end one that is stopped; what waits for them waits for ever."""
     monkeypatch.setattr(loaders, "LOOK", 0.5)
     monkeypatch.setattr(ShardSet, "read", lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
-    shards = open_shards(f"{sample_shards}/train-*.tar")
+    split = open_split(f"{sample_shards}/train-*.tar")
     before = children()
     with pytest.raises(OneRankError, match="waited 1 s"):
-        next(step_loader(shards, replace(DATA, patience=1.0), 4).steps(0))
+        next(step_loader(split, replace(DATA, patience=1.0), 4).steps(0))
     assert children() == before

@@ -209,9 +209,10 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _folder(options: argparse.Namespace) -> None:
+    from emcl.data.samples import OWN_FOLDER
     from emcl.prepare.table import read_table
 
-    _write_shards(options, read_table(options.annotations), "folder", "")
+    _write_shards(options, read_table(options.annotations), OWN_FOLDER, "")
 
 
 def _benchmark(options: argparse.Namespace) -> None:

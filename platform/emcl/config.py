@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field
 
+from emcl.components import check_names
 from emcl.data.settings import DataConfig
 from emcl.errors import UserError, first_line, said_of
 from emcl.evaluate.settings import EvaluateConfig
@@ -171,7 +172,9 @@ def resolve(
         }
     )
     layers = [*layers, {"kinds": of_run}]
-    return from_dict(layers, tasks, overrides=overrides, source=str(path), kind_of=kind_of)
+    config = from_dict(layers, tasks, overrides=overrides, source=str(path), kind_of=kind_of)
+    check_names(config)
+    return config
 
 
 def from_dict(
@@ -267,11 +270,33 @@ def _tasks(settings: Any) -> Sequence[str]:
     raise UserError(f"tasks={settings} is no table of tasks with their settings")
 
 
-def to_yaml(config: Config, *, secrets: bool = True) -> str:
+LATER = {
+    "model": ("backbone", "backbone_options", "regulariser", "regulariser_options"),
+    "optim": ("optimizer", "optimizer_options", "schedule"),
+}
+"""Settings that were added when people had indexes already (`fingerprint_text`)."""
+
+
+def fingerprint_text(config: Config) -> str:
+    """The settings by which an index knows its model.
+
+    A new version brings new settings. An index that was made before must still know its model, so that those of LATER
+    are left out while they have their defaults: what every model had when there was no choice.
+    """
+    return to_yaml(config, later=False)
+
+
+def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
     """The resolved configuration, readable by `from_dict`; for others to see, without `secrets`."""
     tree = dataclasses.asdict(config)
-    if not config.kinds:  # so that a model without any has the fingerprint that its indexes know
+    if not config.kinds:
         del tree["kinds"]
+    if not later:
+        usual = dataclasses.asdict(Config())
+        for table, names in LATER.items():
+            tree[table] = {
+                name: value for name, value in tree[table].items() if name not in names or value != usual[table][name]
+            }
     if not secrets:
         tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
     return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)

@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -360,7 +360,7 @@ class EMCL(nn.Module):
 
     # --- on features of any model, as scikit-learn's transformers
 
-    def fit(self, video: Any, text: Any | None = None) -> EMCL:
+    def fit(self, video: Any, text: Any | None = None) -> Self:
         """Finds the bases of features (n, D) of one or two modalities, NumPy or torch; forgets what was fitted before.
 
         With all rows at hand, what EM tends to is taken at once: the leading eigenvectors of the covariance.
@@ -402,11 +402,11 @@ class EMCL(nn.Module):
         }
         torch.save({"settings": settings, "state": self.state_dict()}, path)
 
-    @staticmethod
-    def load(path: str | Path) -> EMCL:
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
         """What `save` wrote, in evaluation mode."""
         content = torch.load(path, map_location="cpu", weights_only=True)
-        layer = EMCL(**content["settings"])
+        layer = cls(**content["settings"])
         layer.load_state_dict(content["state"])
         return layer.eval()
 

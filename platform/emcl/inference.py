@@ -21,15 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emcl.ahead import in_order
-from emcl.config import Config, resolve, to_yaml
+from emcl.config import Config, fingerprint_text, resolve
+from emcl.data.batch import videos_of
 from emcl.data.decode import DecodeError, decode, square
 from emcl.distributed import ALONE
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
-from emcl.model.emcl_layer import INFERENCE_MODULE
+from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
+from emcl.model.open_clip_backbone import OpenClipBackbone, model_json
 from emcl.model.pooling import mean_of_frames
-from emcl.model.towers import model_json, tokenizer, wants_quick_gelu
 from emcl.multitask import VideoLanguageModel
 from emcl.placement import Placement, placement
 from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
@@ -89,9 +89,8 @@ class VideoTextModel:
         self.where = where or placement()
         self.replicas = self.where.replicas(model.eval())
         self.model, self.device = self.replicas[0], self.where.devices[0]
-        self.module: EMCL | None = None
+        self.module: EMCLLayer | None = None
         """The compact EMCL as an inference module, see `fit_emcl`."""
-        self._tokenize = tokenizer(self.config.model.name, self.config.data.words)
         self._compare_by = compare_by
         if compare_by is not None:
             self._comparing()
@@ -145,16 +144,10 @@ class VideoTextModel:
     @torch.no_grad()
     def _encode(self, model: VideoLanguageModel, clips: list[np.ndarray]) -> VideoFeatures:
         device = next(model.parameters()).device
-        mask = torch.zeros(len(clips), self.config.data.frames, dtype=torch.bool)
-        for row, clip in enumerate(clips):
-            mask[row, : len(clip)] = True
-        batch = {
-            "frames": torch.from_numpy(np.concatenate(clips)).to(device),
-            "frame_slot": mask.flatten().nonzero().squeeze(1).to(device),
-            "video_mask": mask.to(device),
-        }
+        videos = videos_of(clips, self.config.data.frames)
         with self._precision():
-            return VideoFeatures(model(batch, part="video").float().cpu(), mask)
+            frames_BTD = model.backbone.encode_video(videos.to(device))
+        return VideoFeatures(frames_BTD.float().cpu(), videos.mask_BT)
 
     def _precision(self) -> Any:
         kind = self.where.dtype
@@ -166,10 +159,10 @@ class VideoTextModel:
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             return torch.zeros(0, self.model.backbone.embed_dim)
-        parts = self._tokenize(texts).split(4 * self.batch_size)
+        backbone = self.model.backbone
+        parts = backbone.tokenize(texts).split(4 * self.batch_size)
         with self._precision():
-            found = [self.model({"text": tokens.to(self.device)}, part="text").float().cpu() for tokens in parts]
-        return torch.cat(found)
+            return torch.cat([backbone.encode_text(tokens).float().cpu() for tokens in parts])
 
     def fit_emcl(self, videos: VideoFeatures, texts: Tensor | None = None, **settings: Any) -> VideoTextModel:
         """Fits the compact EMCL to a collection; `similarity` compares corrected features from then on.
@@ -187,13 +180,15 @@ class VideoTextModel:
         self.check_no_emcl()
         width = self.model.backbone.embed_dim
         chosen = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], width), **settings}
-        self.module = EMCL(variant="compact", **chosen).fit(videos.mean(), texts).eval().to(self.device)
+        self.module = EMCLLayer(variant="compact", **chosen).fit(videos.mean(), texts).eval().to(self.device)
         return self
 
     def check_no_emcl(self) -> None:
-        """Raises UserError: the model has an EMCL layer of its own, so that none can be fitted to it."""
-        if self._comparing().emcl is not None:
-            raise UserError(f"{self.files[0].parent} was trained with an EMCL layer of its own")
+        """Raises UserError: the model has EMCL or another regulariser of its own, so that none can be fitted to it."""
+        own = self._comparing().emcl
+        if own is not None:
+            what = "an EMCL layer" if isinstance(own, EMCLLayer) else f"a regulariser ({own.label})"
+            raise UserError(f"{self.files[0].parent} was trained with {what} of its own")
 
     def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
         """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them.
@@ -289,7 +284,7 @@ class VideoTextModel:
 
     def fingerprint(self) -> str:
         """Of weights and settings: what was embedded with one model is compared with no other."""
-        digest = hashlib.sha256(to_yaml(self.config).encode())
+        digest = hashlib.sha256(fingerprint_text(self.config).encode())
         for file in self.files:
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -402,6 +397,4 @@ def _plain_clip(name: str, weights: Path) -> Config:
         "tasks.retrieval.pooling_temperature=1e6",  # of the pooling by text: so high that it is the mean
     ]  # fmt: skip
     config = resolve(["retrieval"], overrides=overrides)
-    return dataclasses.replace(
-        config, model=dataclasses.replace(config.model, quick_gelu=wants_quick_gelu(config.model))
-    )
+    return dataclasses.replace(config, model=OpenClipBackbone.completed(config.model))

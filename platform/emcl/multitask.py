@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.batch import Batch
 from emcl.data.loader import Collator
 from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
 from emcl.errors import UserError, said_of
-from emcl.model.backbone import Backbone, Encoded
+from emcl.model.backbone import Encoded, build_backbone
 from emcl.registry import task_class
 from emcl.task import Task
-
-Part = str | Callable[[], Any]
 
 
 class VideoLanguageModel(nn.Module):
@@ -26,7 +25,7 @@ class VideoLanguageModel(nn.Module):
     def __init__(self, config: Config, *, ranks: Ranks = ALONE, load_weights: bool = True) -> None:
         super().__init__()
         self.ranks = ranks
-        self.backbone = Backbone(config.model, words=config.data.words, load_weights=load_weights)
+        self.backbone = build_backbone(config, load_weights=load_weights)
         self.tasks = nn.ModuleDict()
         for name, kind in check_tasks(config).items():
             with said_of(f"tasks.{name}"):
@@ -38,34 +37,36 @@ class VideoLanguageModel(nn.Module):
         """The active tasks by name."""
         return cast("dict[str, Task]", dict(self.tasks.items()))
 
-    def forward(self, batch: Mapping[str, Any] | None, part: Part = "losses") -> Any:
-        """Name -> this rank's share of each loss; or, in evaluation, some part of the work.
+    def forward(self, *, batch: Batch | None = None, call: Callable[[], Any] | None = None) -> Any:
+        """The losses of a batch; or what `call` returns, any other part of the work.
+
+        All work goes through here, since ZeRO-3 keeps its books by forward passes of the whole model.
+        """
+        if call is not None:
+            return call()
+        assert batch is not None
+        return self.losses(batch)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """This rank's share of each loss by name, `TASK/LOSS`.
 
         A share is scaled so that the mean over ranks, which DeepSpeed takes of gradients, is the loss of the
         global batch.
-
-        Args:
-            batch: of the loader.
-            part: `losses`; `video` or `text` for embeddings; or a function, which is called within this forward pass,
-                since ZeRO-3 keeps its books by those.
         """
-        if callable(part):
-            return part()
-        assert batch is not None
-        if part == "text":
-            return self.backbone.encode_text(batch["text"])
-        frames_BTD = self.backbone.encode_video(batch["frames"], batch["frame_slot"], batch["video_mask"])
-        if part == "video":
-            return frames_BTD
-        encoded = Encoded(frames_BTD, batch["video_mask"])
+        encoded = self.encode(batch)
         losses: dict[str, Tensor] = {}
         for name, task in self.heads.items():
-            found = task.losses(self.backbone, encoded, batch["tasks"][name], self.ranks)
+            of_task = task.losses(self.backbone, encoded, batch.tasks[name], self.ranks)
             if self.uncertainty is not None:
-                found = self.uncertainty(name, found, self.ranks)
-            for key, loss in found.items():
+                of_task = self.uncertainty(name, of_task, self.ranks)
+            for key, loss in of_task.items():
                 losses[f"{name}/{key}"] = loss * self.ranks.world_size
         return losses
+
+    def encode(self, batch: Batch) -> Encoded:
+        """The batch's videos, once for all tasks."""
+        assert batch.videos is not None
+        return Encoded(self.backbone.encode_video(batch.videos), batch.videos.mask_BT, batch.video_B)
 
 
 def check_tasks(config: Config) -> dict[str, type[Task]]:

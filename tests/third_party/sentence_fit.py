@@ -17,7 +17,6 @@ from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.pooling import mean_of_frames
-from emcl.model.towers import tokenizer
 from emcl.task import Offer, Prediction, Record, Scorer, Scores, Task
 
 
@@ -25,7 +24,7 @@ class FitScorer(Scorer):
     """Each video with its own caption, and with that of the video before it in the batch."""
 
     def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
-        texts = part["text"] if part else self.evaluation.source.texts.filler().to(self.evaluation.device)
+        texts = part.text if part else self.evaluation.split.filler().to(self.evaluation.device)
         fits_2B = self.evaluation.run(lambda: self.task.pairs(self.evaluation.backbone, encoded, texts).sigmoid())
         self.records += zip(rows, (fits_2B.T > 0.5).tolist(), strict=False)
 
@@ -41,7 +40,7 @@ class SentenceFitTask(Task):
 
     def __init__(self, settings: SentenceFitConfig, config: Config, backbone: Backbone) -> None:
         super().__init__(settings, config, backbone)
-        self.weight, self.of_text = settings.weight, (config.model.name, config.data.words)
+        self.weight = settings.weight
         self.scale = nn.Linear(1, 1)
 
     @classmethod
@@ -49,9 +48,9 @@ class SentenceFitTask(Task):
         return DrawnCaptions(texts)
 
     def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        fits_2B = self.pairs(backbone, encoded, part["text"])
+        fits_2B = self.pairs(backbone, encoded, part.text)
         wanted_2B = torch.stack([torch.ones_like(fits_2B[0]), torch.zeros_like(fits_2B[0])])
-        here_B = part["present"].to(fits_2B.dtype)
+        here_B = part.present_B.to(fits_2B.dtype)
         loss = (F.binary_cross_entropy_with_logits(fits_2B, wanted_2B, reduction="none") * here_B).sum()
         return {"cross_entropy": self.weight * loss / ranks.sum(here_B.sum()).clamp_min(1)}
 
@@ -67,7 +66,7 @@ class SentenceFitTask(Task):
     def predict(
         self, backbone: Backbone, encoded: Encoded, question: str | None = None, *, top: int = 1
     ) -> list[list[Prediction]]:
-        ids = tokenizer(*self.of_text)([question or ""]).to(encoded.frames_BTD.device)
-        shares_B = self.fits(encoded, backbone.encode_text(ids)).float().sigmoid().tolist()
+        asked = backbone.encode_text(backbone.tokenize([question or ""]))
+        shares_B = self.fits(encoded, asked).float().sigmoid().tolist()
         each = [sorted([(share, "yes"), (1 - share, "no")], reverse=True)[:top] for share in shares_B]
         return [[Prediction(word, share) for share, word in likely] for likely in each]

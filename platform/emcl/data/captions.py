@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
@@ -15,29 +15,50 @@ from emcl.data.text import Caption, TextSource
 
 
 @dataclass
+class Captions:
+    """One caption a sample."""
+
+    text: Tensor
+    """What `Backbone.encode_text` takes, (B, ...)."""
+    present_B: Tensor
+    """Which samples have any."""
+
+
+@dataclass
 class DrawnCaptions:
-    """A collator: `text`, one caption a sample, and `present`, which samples have any."""
+    """A collator: of each sample the draw's caption."""
 
     texts: TextSource
 
-    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Captions:
         captions = [pick_caption(*pair) for pair in zip(samples, draws, strict=True)]
         present = torch.tensor([caption is not None for caption in captions])
         if not present.any():
-            return {"text": self.texts.filler().expand(len(captions), -1), "present": present}
+            return Captions(self.texts.filler().expand(len(captions), -1), present)
         spare = next(caption for caption in captions if caption is not None)
-        return {"text": self.texts([caption or spare for caption in captions]), "present": present}
+        return Captions(self.texts.text([caption or spare for caption in captions]), present)
+
+
+@dataclass
+class EveryCaption:
+    """All captions of a batch's samples."""
+
+    text: Tensor | None
+    """What `Backbone.encode_text` takes; None where there is no caption."""
+    rows: list[int]
+    """Of the shards: the sample that each caption is of."""
 
 
 @dataclass
 class AllCaptions:
-    """A collator: `text`, every caption of each sample, or None without any; and `rows`, each one's sample."""
+    """A collator: every caption of each sample."""
 
     texts: TextSource
 
-    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> EveryCaption:
         captions = [caption for pair in zip(samples, draws, strict=True) for caption in every_caption(*pair)]
-        return {"text": self.texts(captions) if captions else None, "rows": [caption.row for caption in captions]}
+        text = self.texts.text(captions) if captions else None
+        return EveryCaption(text, [caption.row for caption in captions])
 
 
 def pick_caption(sample: Sample, draw: Draw) -> Caption | None:

@@ -12,41 +12,48 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from safetensors.torch import load, save
 from torch import Tensor
 
 from emcl.config import Config
-from emcl.data.text import Caption
 
 Feature = dict[str, Tensor]
+"""Of one sample: `frames` (n, W) and `captions` (c, W')."""
 
 
-def fingerprint(config: Config, architecture: Mapping[str, Any], shard: Path) -> str:
-    """Of all that a shard's features depend on; `architecture` is the model's JSON, which may change under its name."""
-    image_and_text = [config.model.image_weights, architecture["text_cfg"].get("hf_model_name")]
-    weights = [config.model.pretrained, *image_and_text]
-    random = config.model.pretrained is None and None in image_and_text
+@dataclass(frozen=True)
+class Origin:
+    """The towers whose outputs are remembered."""
+
+    architecture: Mapping[str, Any]
+    """What JSON can hold of it; it may change under its name."""
+    weights: Sequence[str | None]
+    """Files or folders of pretrained weights, or names of some; None where there are none."""
+    random: bool
+    """Whether some weights are drawn by the seed."""
+
+
+def fingerprint(config: Config, origin: Origin, shard: Path) -> str:
+    """Of all that a shard's features depend on."""
     facts: dict[str, Any] = {
         "version": 4,
         "model": config.model.name,
-        "architecture": dict(architecture),
-        "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in weights],
-        "seed": config.seed if random else None,
+        "architecture": dict(origin.architecture),
+        "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in origin.weights],
+        "seed": config.seed if origin.random else None,
         "transform": [config.data.frames, config.data.fps, config.data.size, config.data.words, config.data.keyframes],
         "shard": _stamp(shard),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def feature_path(config: Config, architecture: Mapping[str, Any], shard: Path) -> Path:
-    return shard.parent / "features" / fingerprint(config, architecture, shard) / shard.name
+def feature_path(config: Config, origin: Origin, shard: Path) -> Path:
+    return shard.parent / "features" / fingerprint(config, origin, shard) / shard.name
 
 
 def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
@@ -65,31 +72,13 @@ def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-class FeatureStore:
-    """The features of a ShardSet's `samples` rows, from one file a shard, in memory (half precision)."""
-
-    def __init__(self, paths: Sequence[Path], samples: int) -> None:
-        found: list[Feature] = []
-        for path in paths:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    stream = tar.extractfile(member)
-                    assert stream is not None
-                    found.append({key: value.half() for key, value in load(stream.read()).items()})
-        assert len(found) == samples
-        self._found = found
-        self.width = found[0]["frames"].shape[1]
-        self.text_width = found[0]["captions"].shape[1]
-
-    def frames(self, row: int) -> NDArray[np.float32]:
-        """(n, W)"""
-        return self._found[row]["frames"].float().numpy()
-
-    def __call__(self, captions: Sequence[Caption]) -> Tensor:
-        return torch.stack([self._found[caption.row]["captions"][caption.number] for caption in captions]).float()
-
-    def filler(self) -> Tensor:
-        return torch.zeros(1, self.text_width)
+def read_features(path: Path) -> Iterator[Feature]:
+    """What `write_features` wrote, in half precision."""
+    with tarfile.open(path) as tar:
+        for member in tar:
+            stream = tar.extractfile(member)
+            assert stream is not None
+            yield {key: value.half() for key, value in load(stream.read()).items()}
 
 
 def _stamp(path: Path) -> list[Any]:

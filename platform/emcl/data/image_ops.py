@@ -10,13 +10,14 @@ values are then whole numbers that PIL's sums now and then miss). `posterize` to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emcl.data.augment import BLUR_PASSES, BLUR_REACH, Plan
+from emcl.data.batch import Batch
 
 FILL = 128
 """Of what lies outside the frame; timm's."""
@@ -26,12 +27,12 @@ NUDGE = 2.0**-11
 """Added before a resampled value is cut to a whole number: sums of weights are 1 but for rounding."""
 
 
-def augmented(batch: dict[str, Any]) -> dict[str, Any]:
+def augmented(batch: Batch) -> Batch:
     """The batch with its frames augmented by its plan, if it has one."""
-    if "augment" not in batch:
+    if batch.augmentation is None or batch.videos is None:
         return batch
-    rest = {key: value for key, value in batch.items() if key != "augment"}
-    return {**rest, "frames": augment(batch["frames"], batch["augment"])}
+    videos = replace(batch.videos, frames=augment(batch.videos.frames, batch.augmentation))
+    return replace(batch, videos=videos, augmentation=None)
 
 
 @torch.no_grad()

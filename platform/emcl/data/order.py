@@ -77,7 +77,7 @@ class Order:
 @lru_cache(maxsize=16)
 def _epoch(order: Order, epoch: int) -> list[tuple[int, int | None]]:
     """All pairs of an epoch. Caption pairs go through the videos once for each caption: a batch would else hold
-    several captions of one video, which the contrastive loss takes for negatives."""
+    several captions of one video, which are no negatives of each other, and so few negatives."""
     rng = random.Random(f"{order.seed}/{epoch}")
     starts = [order.first_row + sum(order.lengths[:index]) for index in range(len(order.lengths))]
     shards = list(range(len(order.lengths)))
@@ -153,6 +153,11 @@ class RankBatches:
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
 
+    @property
+    def share(self) -> int:
+        """Samples of this rank in a micro-batch."""
+        return self.order.batch_size // (self.world_size * self.accumulation)
+
     def __iter__(self) -> Iterator[Sequence[Draw]]:
         for step in range(self.start, self.stop):
             yield from self.parts(step)
@@ -160,6 +165,6 @@ class RankBatches:
     def parts(self, step: int) -> list[Sequence[Draw]]:
         """This rank's samples of each micro-batch."""
         batch = self.order.batch(step)
-        share = self.order.batch_size // (self.world_size * self.accumulation)
+        share = self.share
         firsts = [(micro * self.world_size + self.rank) * share for micro in range(self.accumulation)]
         return [batch[first : first + share] for first in firsts]

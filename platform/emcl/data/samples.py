@@ -4,36 +4,86 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from emcl.errors import UserError
 
 VIDEO_ENDINGS = ("mp4", "avi", "mkv", "webm", "mov", "m4v", "mpg", "mpeg", "wmv", "flv")
 """An allow-list: nothing else in a shard is ever decoded, least of all a pickle."""
+OWN_FOLDER = "folder"
+"""The source of samples that `emcl prepare folder` made."""
+Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Seconds from a file's start."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class QAPair(TypedDict):
+    """A question about a video, with its answer."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """What a shard's JSON says of a video."""
 
-    id: str
+    id: Annotated[str, Field(min_length=1)]
     source: str = ""
     split: str = ""
     captions: list[str] = field(default_factory=list)
-    qa: list[dict[str, str]] = field(default_factory=list)
-    start: float | None = None
+    qa: list[QAPair] = field(default_factory=list)
+    start: Time | None = None
     """Seconds; the part of the file that the sample is, or None for all of it."""
-    end: float | None = None
+    end: Time | None = None
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True).encode()
+        """What a shard holds.
+
+        Raises:
+            UserError: it could not be read again; names the field, such as an answer that is a number.
+        """
+        try:
+            text = json.dumps(asdict(self), ensure_ascii=False, sort_keys=True).encode()
+            _checked(text)
+        except ValueError as error:  # a name that is no UTF-8 among them
+            raise UserError(f"sample {self.id!r} cannot be written: {error}") from None
+        return text
 
     @staticmethod
     def from_json(text: bytes, where: str) -> Sample:
-        """Raises UserError where `text` is not an object of this schema; `where` names it."""
+        """Checked here, once: all that works with a sample may rely on its types.
+
+        Raises:
+            UserError: `text` is not an object of this schema; names `where` and what is wrong.
+        """
         try:
-            raw: Any = json.loads(text)
-            known = {key: raw[key] for key in Sample.__dataclass_fields__ if key in raw}
-            return Sample(**known)
-        except (ValueError, TypeError, UnicodeDecodeError) as error:
+            return _checked(text)
+        except ValueError as error:
             raise UserError(f"{where}: not a sample's JSON ({error}); write shards with `emcl prepare`") from None
+
+
+BOM = b"\xef\xbb\xbf"
+"""Which some editors put before UTF-8."""
+
+
+def _checked(text: bytes) -> Sample:
+    """Raises ValueError: it is no sample; the first thing that is wrong, in a line."""
+    try:
+        sample: Sample = _schema().validate_json(text.removeprefix(BOM), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+    if sample.end is not None and sample.end <= (sample.start or 0.0):
+        raise ValueError(f"end={sample.end} is not after start={sample.start or 0.0}")
+    return sample
+
+
+@cache
+def _schema() -> TypeAdapter[Any]:
+    return TypeAdapter(Sample)

@@ -12,11 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from emcl.data.features import FeatureStore
+from emcl.data.bad import LISTED
+from emcl.data.batch import Batch
 from emcl.data.loader import Collator, training_loader
 from emcl.data.order import RankBatches
 from emcl.data.settings import DataConfig
-from emcl.data.shards import ShardSet
+from emcl.data.split import Split
 from emcl.data.workers import end_workers, start_workers
 from emcl.errors import OneRankError, first_line
 
@@ -27,20 +28,13 @@ RESTARTS = 3
 class StepLoader:
     """All micro-batches of each of this rank's steps."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        data: DataConfig,
-        batches: RankBatches,
-        collators: Mapping[str, Collator],
-        features: FeatureStore | None = None,
-    ) -> None:
-        self.shards, self.data, self.batches = shards, data, batches
-        self._open = lambda: training_loader(shards, data, batches, collators, features)
+    def __init__(self, split: Split, data: DataConfig, batches: RankBatches, collators: Mapping[str, Collator]) -> None:
+        self.split, self.data, self.batches = split, data, batches
+        self._open = lambda: training_loader(split, data, batches, collators)
         self.restarts = 0
         """Since this object was made."""
 
-    def steps(self, start: int) -> Iterator[list[dict[str, Any]]]:
+    def steps(self, start: int) -> Iterator[list[Batch]]:
         """From step `start` to the last one of `batches`.
 
         Raises:
@@ -68,11 +62,11 @@ class StepLoader:
             finally:
                 del loader
 
-    def _next(self, loader: Iterator[Any], step: int, micro: int) -> dict[str, Any]:
+    def _next(self, loader: Iterator[Any], step: int, micro: int) -> Batch:
         began = time.monotonic()
         while True:
             try:
-                return next(loader)
+                return self._whole(next(loader), step)
             except (ConnectionError, EOFError) as error:
                 # killed while a batch's memory was being fetched from it: its sockets close before it counts as dead
                 raise _WorkerDied(f"a loader process closed its connection ({first_line(error)})") from None
@@ -85,10 +79,20 @@ class StepLoader:
                     end_workers(loader)
                     raise OneRankError(self._waiting_for(step, micro)) from None
 
+    def _whole(self, batch: Batch, step: int) -> Batch:
+        """Ranks of different sizes would wait for each other."""
+        if len(batch.ids) < self.batches.share:
+            raise OneRankError(
+                f"rank {self.batches.rank}, step {step + 1}: no clip decodes among a sample and those after it: "
+                + "; ".join(batch.bad[:LISTED])
+            )
+        return batch
+
     def _waiting_for(self, step: int, micro: int) -> str:
         number = (step - self.batches.start) * self.batches.accumulation + micro
         draws = self.batches.parts(step)[micro]
-        shards = sorted({str(self.shards.paths[self.shards.rows[draw.row].shard]) for draw in draws})
+        of_split = self.split.shards
+        shards = sorted({str(of_split.paths[of_split.rows[draw.row].shard]) for draw in draws})
         return (
             f"rank {self.batches.rank} has waited {self.data.patience:.0f} s (data.patience) for its batch of step "
             f"{step + 1}: loader {number % self.data.workers} of {self.data.workers} reads {', '.join(shards[:4])}"

@@ -1,11 +1,15 @@
-"""Captions as the text tower's input: tokens, or a frozen tower's remembered output."""
+"""Captions as the text tower's input: tokens, or a frozen tower's remembered output (data/split.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts -> (n, L) token ids, of the longest of them or of one length always."""
 
 
 class Caption(NamedTuple):
@@ -20,20 +24,22 @@ class Caption(NamedTuple):
 class TextSource(Protocol):
     """Makes what `Backbone.encode_text` takes."""
 
-    def __call__(self, captions: Sequence[Caption]) -> Tensor: ...
+    def text(self, captions: Sequence[Caption]) -> Tensor:
+        """A row for each caption."""
+        ...
 
     def filler(self) -> Tensor:
         """One text of no meaning, for a rank that has nothing to encode while others do."""
         ...
 
 
+@dataclass(frozen=True)
 class Tokens:
-    """(B, words) token ids."""
+    """(n, L) token ids."""
 
-    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
-        self.tokenize = tokenize
+    tokenize: Tokenizer
 
-    def __call__(self, captions: Sequence[Caption]) -> Tensor:
+    def text(self, captions: Sequence[Caption]) -> Tensor:
         return self.tokenize([caption.text for caption in captions])
 
     def filler(self) -> Tensor:

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.batch import Batch
+from emcl.data.order import RankBatches
 from emcl.data.steps import StepLoader
-from emcl.data.text import Tokens
 from emcl.doctor.checks import Check
 from emcl.doctor.trainers import ALL_TASKS, Bench, settings
-from emcl.model.towers import tokenizer
 from emcl.multitask import VideoLanguageModel, collators, total_loss
-from emcl.task import to_device
 from emcl.train.arithmetic import set_arithmetic
-from emcl.train.inputs import open_inputs
+from emcl.train.start import open_splits
 
 TOLERANCE = 1e-4
 """Of a tensor's largest number; of a gradient's norm."""
@@ -56,14 +55,14 @@ def exactness(bench: Bench) -> Iterator[Check]:
 def compare(bench: Bench, config: Config, name: str, one: torch.device, other: torch.device) -> Iterator[Check]:
     """The same model and batch on two devices."""
     set_arithmetic(config)
-    inputs = open_inputs(config, bench.ranks)
-    config = inputs.config
+    config, training, _ = open_splits(config)
+    assert training.order is not None
     torch.manual_seed(0)
     model = VideoLanguageModel(config).train()
     _well_posed(model)
-    texts = Tokens(tokenizer(config.model.name, config.data.words))
-    parts = collators(config, texts, training=True)
-    (batch,) = next(StepLoader(inputs.shards, config.data, inputs.batches, parts).steps(0))
+    batches = RankBatches(training.order, rank=0, world_size=1, accumulation=1, start=0, stop=1)
+    parts = collators(config, training, training=True)
+    (batch,) = next(StepLoader(training, config.data, batches, parts).steps(0))
     passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
     for part in ("features", "similarity", "loss"):
         yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))
@@ -88,15 +87,16 @@ def _well_posed(model: VideoLanguageModel) -> None:
                 setattr(module, name, nn.GELU())
 
 
-def _pass(model: VideoLanguageModel, batch: Any, device: torch.device) -> Pass:
+def _pass(model: VideoLanguageModel, batch: Batch, device: torch.device) -> Pass:
     model.to(device)
-    moved = to_device(batch, device)
+    moved = batch.to(device)
     with torch.no_grad():
-        video = model(moved, part="video")
-        text = model.backbone.encode_text(moved["tasks"]["retrieval"]["text"])
+        encoded = model.encode(moved)
+        video = encoded.frames_BTD
+        text = model.backbone.encode_text(moved.tasks["retrieval"].text)
         retrieval: Any = copy.deepcopy(model.heads["retrieval"])  # EMCL's state moves in training
-        similarity = retrieval.similarity(text, video, moved["video_mask"], model.ranks, retrieval.emcl)
-    loss = total_loss(model(moved))
+        similarity = retrieval.similarity(text, video, encoded.video_mask_BT, model.ranks, retrieval.emcl)
+    loss = total_loss(model(batch=moved))
     loss.backward()
     gradients = {name: weight.grad.cpu() for name, weight in model.named_parameters() if weight.grad is not None}
     return Pass(video.cpu(), similarity.cpu(), loss.detach().cpu(), gradients)

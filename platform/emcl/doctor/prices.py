@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from emcl.data.augment import Augmentation
+from emcl.data.batch import to_device
 from emcl.data.image_ops import augment
 from emcl.distributed import ALONE
 from emcl.doctor.checks import Check
 from emcl.doctor.speed import REPEATS, case_of, median_seconds, seconds_a_step, spread
 from emcl.doctor.trainers import Bench, settings, taken, trainer
-from emcl.task import to_device
 
 AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 FRAMES = 12

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from emcl.data.batch import Batch
 from emcl.doctor.checks import Check
 from emcl.doctor.trainers import Bench, free, one_step, settings, taken, trainer
 from emcl.train.flops import Flops, peak_flops
@@ -82,12 +83,12 @@ def _tower(
             ((_, batches),) = taken(made, 1)
             one_step(made, 0, batches)
             seconds = seconds_a_step(made, batches)
-            flops = Flops.of(made.config).of_step(len(batches[0]["frames"]), len(batches[0]["ids"]))
+            flops = Flops.of(made.config).of_step(batches[0].frame_count, len(batches[0].ids))
         peak = torch.cuda.max_memory_allocated() - before if bench.on_gpu else None
     except torch.OutOfMemoryError:
         yield Check(case, "does not fit into this GPU's memory")
         return
-    frames, median = len(batches[0]["frames"]), statistics.median(seconds)
+    frames, median = batches[0].frame_count, statistics.median(seconds)
     yield Check(case, f"{frames / median:,.0f} frames/s ({spread(seconds)})")
     nominal = peak_flops(bench.device, "bf16")
     share = f"{100 * flops / median / rate:.1f}% of this device's product"
@@ -105,7 +106,7 @@ def _memory(config: Any, case: str, peak: float) -> Check:
     return Check(f"{case}: peak memory", figure, f"within {100 * PLANNED_GAP:.0f}%", off <= PLANNED_GAP)
 
 
-def seconds_a_step(made: Trainer, batches: list[dict[str, Any]]) -> list[float]:
+def seconds_a_step(made: Trainer, batches: list[Batch]) -> list[float]:
     """Some times over."""
     one_step(made, 0, batches)
     steps = STEPS.get(made.device.type, 1)

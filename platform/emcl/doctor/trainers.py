@@ -7,20 +7,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from emcl import distributed
 from emcl.config import Config, resolve
+from emcl.data.batch import Batch
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.prepare.sample import generate
 from emcl.run_folder import RunFolder
 from emcl.tracking import Tracker
 from emcl.train.arithmetic import set_arithmetic
-from emcl.train.inputs import open_inputs
 from emcl.train.loop import Trainer
+from emcl.train.start import open_splits
 
 ALL_TASKS = ("retrieval", "captioning", "msrvtt_qa")
 CLIPS = {"train": 128, "val": 16, "test": 16}
@@ -71,7 +71,7 @@ def trainer(bench: Bench, config: Config, name: str, *, resuming: bool = False) 
     """A trainer whose memory is given back at the end."""
     set_arithmetic(config)
     folder = RunFolder(bench.folder / name)
-    made = Trainer(open_inputs(config, bench.ranks), bench.ranks, bench.device, folder, resuming=resuming)
+    made = Trainer(*open_splits(config), bench.ranks, bench.device, folder, resuming=resuming)
     made.tracker = Tracker()
     made.engine.train()
     try:
@@ -94,7 +94,7 @@ def losses_of(made: Trainer, steps: int) -> list[float]:
     return [sum(float(loss) for loss in one_step(made, step, batches).values()) for step, batches in taken(made, steps)]
 
 
-def taken(made: Trainer, steps: int, start: int = 0) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def taken(made: Trainer, steps: int, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
     """The batches of so many steps with their numbers."""
     found = made._steps(start)
     for step in range(start, start + steps):
@@ -102,7 +102,7 @@ def taken(made: Trainer, steps: int, start: int = 0) -> Iterator[tuple[int, list
         yield step, batches
 
 
-def one_step(made: Trainer, step: int, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def one_step(made: Trainer, step: int, batches: list[Batch]) -> dict[str, torch.Tensor]:
     """As the loop does it."""
     made._seed(step)
     return made._step(batches)

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from emcl.config import Config
 from emcl.data.bad import check_bad_fraction
+from emcl.data.batch import Batch, VideoFrames
 from emcl.data.loader import evaluation_loader
-from emcl.data.source import Source
+from emcl.data.split import Split
 from emcl.data.workers import start_workers
 from emcl.distributed import Ranks
-from emcl.model.backbone import Encoded
 from emcl.multitask import VideoLanguageModel, collators
-from emcl.task import Evaluation, Lockstep, Scorer, Scores, to_device
+from emcl.task import Evaluation, Lockstep, Scorer, Scores
 
 
 @torch.no_grad()
 def evaluate(
     model: VideoLanguageModel,
-    source: Source,
+    split: Split,
     config: Config,
     ranks: Ranks,
     device: torch.device,
@@ -39,7 +38,7 @@ def evaluate(
     Raises:
         UserError: more samples than `data.max_bad_fraction` allows do not decode; lists them.
     """
-    scorers = collect(model, source, config, ranks, device, name=name, progress=progress)
+    scorers = collect(model, split, config, ranks, device, name=name, progress=progress)
     scores = {key: scorer.result() for key, scorer in scorers.items()}
     control = _control(config)
     return {key: replace(item, protocol=item.protocol + control) for key, item in scores.items()}
@@ -48,7 +47,7 @@ def evaluate(
 @torch.no_grad()
 def collect(
     model: VideoLanguageModel,
-    source: Source,
+    split: Split,
     config: Config,
     ranks: Ranks,
     device: torch.device,
@@ -63,39 +62,37 @@ def collect(
     Raises:
         UserError: as `evaluate`.
     """
-    shards = source.shards
     loader = evaluation_loader(
-        shards,
+        split,
         config.data,
-        collators(config, source.texts, training=False, only=only),
+        collators(config, split, training=False, only=only),
         batch_size=config.evaluate.batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
         rows=rows,
         shuffle_seed=config.seed if config.evaluate.shuffle_frames else None,
         swap_seed=config.seed if config.evaluate.swap_videos else None,
-        features=source.features,
     )
-    scorers = dict(_scorers(model, source, config, ranks, device, only))
+    scorers = dict(_scorers(model, split, config, ranks, device, only))
     bad: list[str] = []
+    nothing = _nothing(split, config)
     batches = start_workers(loader, ranks.rank)
     steps = int(ranks.maximum(torch.tensor(len(loader), device=device)))
     for _ in tqdm(range(steps), desc=f"evaluating on {name}", unit="batch", leave=False, disable=not ranks.first):
-        batch: dict[str, Any] = next(batches, {"bad": []})
-        bad += batch["bad"]
-        real = "frames" in batch
-        batch = to_device(batch if real else _nothing(source, config), device)
-        encoded = Encoded(model(batch, part="video"), batch["video_mask"])
+        batch: Batch = next(batches, nothing)
+        bad += batch.bad
+        batch = (nothing if batch.videos is None else batch).to(device)
+        encoded = model(call=partial(model.encode, batch))
         for key, scorer in scorers.items():
-            scorer.update(encoded, batch["tasks"][key] if real else None, batch["rows"] if real else [])
+            scorer.update(encoded, batch.tasks.get(key), batch.rows)
         progress()
-    _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(shards), config)
+    _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(split), config)
     return scorers
 
 
 def _scorers(
     model: VideoLanguageModel,
-    source: Source,
+    split: Split,
     config: Config,
     ranks: Ranks,
     device: torch.device,
@@ -104,7 +101,7 @@ def _scorers(
     lockstep = Lockstep(model, ranks, 4 * config.evaluate.batch_size, device)
     for name, task in model.heads.items():
         if only is None or name in only:
-            evaluation = Evaluation(name, model, model.backbone, source, config, ranks, device, lockstep)
+            evaluation = Evaluation(name, model, model.backbone, split, config, ranks, device, lockstep)
             yield name, task.scorer_class(task, evaluation)
 
 
@@ -120,16 +117,13 @@ def _control(config: Config) -> str:
     return shuffled + ("; CONTROL: each sample with another's video" if config.evaluate.swap_videos else "")
 
 
-def _nothing(source: Source, config: Config) -> dict[str, Tensor]:
-    """One black frame, for a rank that has run out of samples."""
+def _nothing(split: Split, config: Config) -> Batch:
+    """One black frame that is no sample's, for a rank that has run out of samples."""
     mask = torch.zeros(1, config.data.frames, dtype=torch.bool)
     mask[0, 0] = True
-    side = config.data.size
-    if source.features is not None:
-        frames = torch.zeros(1, source.features.width)
-    else:
-        frames = torch.zeros(1, side, side, 3, dtype=torch.uint8)
-    return {"frames": frames, "frame_slot": torch.zeros(1, dtype=torch.long), "video_mask": mask}
+    slots = torch.zeros(1, dtype=torch.long)
+    videos = VideoFrames(frames=split.black_frame(config.data.size), slots=slots, mask_BT=mask)
+    return Batch(ids=[], rows=[], videos=videos)
 
 
 def _check_bad(bad: list[str], total: int, config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emcl.config import Config
-from emcl.data.shards import ShardSet
+from emcl.data.split import Split
 from emcl.disk import in_turn, write_whole
 from emcl.pictures import frames_of
 from emcl.run_folder import RunFolder, export_identity
@@ -62,61 +62,61 @@ def _with_those_before(summary: dict[str, Any], path: Path) -> dict[str, Any]:
     return {**summary, "tasks": {**others, **summary["tasks"]}}
 
 
-def as_json(scores: Mapping[str, Scores], shards: ShardSet, split: str, config: Config) -> dict[str, Any]:
-    benchmark, protocol = shards.origin()
+def as_json(scores: Mapping[str, Scores], split: Split, name: str, config: Config) -> dict[str, Any]:
+    benchmark, protocol = split.shards.origin()
     return {
-        "split": split,
+        "split": name,
         "benchmark": benchmark,
         "benchmark_split": protocol,
-        "samples": len(shards),
+        "samples": len(split),
         "commit": commit(),
         "seed": config.seed,
-        "tasks": {name: {"metrics": item.metrics, "protocol": item.protocol} for name, item in scores.items()},
+        "tasks": {task: {"metrics": item.metrics, "protocol": item.protocol} for task, item in scores.items()},
     }
 
 
 def record(
     scores: Mapping[str, Scores],
-    shards: ShardSet,
+    split: Split,
     config: Config,
     folder: RunFolder,
     tracker: Tracker,
     *,
-    split: str,
+    name: str,
     step: int,
 ) -> None:
-    """Writes `scores-SPLIT.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0.
+    """Writes `scores-NAME.json`, the tables and the pictures to the run's folder and to MLflow; on rank 0.
 
     What the folder has of other tasks, which were not scored this time, stays.
     """
     summary = {
-        **as_json(scores, shards, split, config),
-        "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in shards.rows).encode()).hexdigest(),
+        **as_json(scores, split, name, config),
+        "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in split.shards.rows).encode()).hexdigest(),
         "model_id": export_identity(folder.export),
     }
-    for name in ("benchmark", "benchmark_split"):
-        tracker.tag(name, summary[name])
-    path = folder.scores(split)
+    for tag in ("benchmark", "benchmark_split"):
+        tracker.tag(tag, summary[tag])
+    path = folder.scores(name)
     with in_turn(folder.path / ".scores.lock", without_locks=True):
         write_whole(path, json.dumps(_with_those_before(summary, path), indent=1))
     tracker.artifact(path)
-    for name, item in scores.items():
-        tracker.metrics({f"{split}/{name}/{key}": value for key, value in item.metrics.items()}, step)
-        tracker.tag(f"{split}.{name}.protocol", item.protocol)
-        text = folder.table(name, split)
+    for task, item in scores.items():
+        tracker.metrics({f"{name}/{task}/{key}": value for key, value in item.metrics.items()}, step)
+        tracker.tag(f"{name}.{task}.protocol", item.protocol)
+        text = folder.table(task, name)
         write_whole(text, table(item) + "\n")
         tracker.artifact(text)
         for filename, content in item.files.items():
-            kept = folder.kept(filename, split, alias=config.alias_of(name))
+            kept = folder.kept(filename, name, alias=config.alias_of(task))
             write_whole(kept, content)
             tracker.artifact(kept)
         if item.items:
-            kept = folder.items(name, split)
+            kept = folder.items(task, name)
             write_whole(kept, json.dumps(item.items))
             tracker.artifact(kept)
-        for filename, write in item.save.items() if split == "test" else ():
-            write(folder.kept(filename, split, alias=config.alias_of(name)))  # large: not for MLflow
+        for filename, write in item.save.items() if name == "test" else ():
+            write(folder.kept(filename, name, alias=config.alias_of(task)))  # large: not for MLflow
         if item.picture is not None:
-            picture = folder.picture(name, split)
-            item.picture(picture, partial(frames_of, shards, config))
+            picture = folder.picture(task, name)
+            item.picture(picture, partial(frames_of, split.shards, config))
             tracker.artifact(picture)

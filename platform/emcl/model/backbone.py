@@ -1,19 +1,32 @@
-"""The shared backbone: frames and sentences to embeddings of one width. Every task works from one encoding."""
+"""The shared backbone: frames and sentences to embeddings of one width. Every task works from one encoding.
+
+A kind of backbone brings two towers and their tokenizer (`Backbone.build_towers`, `Backbone.tokenizer`); the temporal
+encoder, freezing, recomputation and remembered features are the same for all. Kinds stand in `emcl.components`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from emcl.components import BACKBONES
+from emcl.config import Config
+from emcl.data.batch import VideoFrames
+from emcl.data.features import Origin
+from emcl.data.text import Tokenizer
+from emcl.distributed import Ranks
 from emcl.errors import UserError
+from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.settings import ModelConfig
 from emcl.model.temporal import TemporalTransformer
-from emcl.model.towers import build_towers
+from emcl.model.tower import Towers
 
 TOWERS = ("image", "text")
+_TOKENIZERS_KEPT = 4
 
 
 @dataclass
@@ -22,18 +35,36 @@ class Encoded:
 
     frames_BTD: Tensor
     video_mask_BT: Tensor
+    video_B: Tensor | None = None
+    """Which video each is: in training, those of one number are no negatives of each other (`Batch.video_B`)."""
+    _of_all_ranks: Tensor | None = field(default=None, init=False, repr=False)
+
+    def videos_of_all_ranks(self, ranks: Ranks) -> Tensor | None:
+        """`video_B` of all ranks' videos, in rank order. All ranks call it; only the first call of a batch sends."""
+        if self._of_all_ranks is None and self.video_B is not None:
+            self._of_all_ranks = ranks.gather_rows(self.video_B)
+        return self._of_all_ranks
 
 
 class Backbone(nn.Module):
-    """CLIP's towers and the temporal encoder.
+    """Base class: two towers and the temporal encoder.
 
-    `encode_video` and `encode_text` go through modules' forward passes only, as ZeRO-3 needs.
+    `encode_...` go through modules' forward passes only, as ZeRO-3 needs.
+
+    Args:
+        words: tokens of a text, start and end counted.
+        load_weights: whether pretrained ones are read; otherwise the caller fills them in.
     """
 
-    def __init__(self, config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> None:
+    config_class: ClassVar[type | None] = None
+    """A frozen dataclass of the kind's own settings, `model.backbone_options`."""
+
+    def __init__(self, config: ModelConfig, *, words: int, load_weights: bool = True) -> None:
         super().__init__()
-        towers = build_towers(config, words=words, load_weights=load_weights)
+        self.config, self.words = config, words
+        towers = self.build_towers(config, words=words, load_weights=load_weights)
         self.image, self.text = towers.image, towers.text
+        keep_statistics_in_full_precision(self)
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
@@ -46,6 +77,50 @@ class Backbone(nn.Module):
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         _freeze(self, config.frozen)
 
+    # --- what a kind of backbone says
+
+    @classmethod
+    def build_towers(cls, config: ModelConfig, *, words: int, load_weights: bool) -> Towers:
+        """Raises UserError: no such model, a missing file, or weights of another architecture."""
+        raise NotImplementedError
+
+    @classmethod
+    def tokenizer(cls, config: ModelConfig, words: int) -> Tokenizer:
+        """Of texts of up to `words` tokens, made without the model; loader processes get it with their split.
+
+        Raises:
+            UserError: its files are missing, or it has no room for so many tokens.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def completed(cls, config: ModelConfig) -> ModelConfig:
+        """`config` with what only a look into the pretrained weights tells (open_clip: the activation that they were
+        trained with). It is kept with a run, whose exports are rebuilt without those files."""
+        return config
+
+    @classmethod
+    def missing_weights(cls, config: ModelConfig) -> list[str]:
+        """A line for each file that is not there."""
+        return []
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises UserError: settings that its models have no room for, such as another `data.size`; before the work."""
+
+    @classmethod
+    def origin(cls, config: ModelConfig) -> Origin:
+        """Decides which remembered features are of these towers."""
+        options = {config.backbone: dict(config.backbone_options)}
+        return Origin(options, [config.pretrained, config.name], random=config.pretrained is None)
+
+    @classmethod
+    def options(cls, config: ModelConfig) -> Any:
+        """The kind's own settings, an instance of `config_class`."""
+        return BACKBONES.options(config.backbone, config.backbone_options)
+
+    # --- what is the same for all
+
     def train(self, mode: bool = True) -> Backbone:
         """A frozen trunk stays in evaluation mode: its norms' statistics and dropout are frozen too."""
         super().train(mode)
@@ -53,19 +128,18 @@ class Backbone(nn.Module):
             getattr(self, name).trunk.eval()
         return self
 
-    def encode_video(self, frames: Tensor, frame_slot: Tensor, mask_BT: Tensor) -> Tensor:
-        """All frames of the batch, their slots in (B T), and mask (B, T) -> (B, T, D).
-
-        Frames are uint8 (n, H, W, 3), or (n, W) outputs of the frozen trunk. Short videos are not padded before the
-        tower: a batch costs the frames that it holds.
-        """
-        if frames.ndim == 2:
-            features = self.image.head(frames.to(_dtype(self.image)))  # (n, D)
-        else:
-            features = self._run(self.image, self.pixels(frames))
-        flat = features.new_zeros((mask_BT.numel(), features.shape[-1])).index_copy(0, frame_slot, features)
+    def encode_video(self, videos: VideoFrames) -> Tensor:
+        """Each frame in its place in time, as the others of its video condition it: (B, T, D)."""
+        mask_BT, features_ND = videos.mask_BT, self.encode_frames(videos.frames)
+        flat = features_ND.new_zeros((mask_BT.numel(), features_ND.shape[-1])).index_copy(0, videos.slots, features_ND)
         frames_BTD = flat.view(*mask_BT.shape, -1)
         return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Single frames, uint8 (n, H, W, 3) or outputs of the frozen trunk (n, W) -> (n, D)."""
+        if frames.ndim == 2:
+            return self.image.head(frames.to(_dtype(self.image)))
+        return self._run(self.image, self.preprocess(frames))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids (B, L), or outputs of the frozen trunk (B, W) -> (B, D)."""
@@ -78,15 +152,57 @@ class Backbone(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen_towers):
             return self.text.tokens(ids)
 
-    def pixels(self, frames: Tensor) -> Tensor:
+    def preprocess(self, frames: Tensor) -> Tensor:
         """uint8 (n, H, W, 3) -> normalised (n, 3, H, W) in the image tower's precision."""
         channels = [(frames[..., c].float() - mean) / std for c, (mean, std) in enumerate(self.normalisation)]
         return torch.stack(channels, 1).to(_dtype(self.image))
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """(n, L) token ids on the text tower's device."""
+        ids = _kept_tokenizer(type(self), self.config, self.words)(texts)
+        return ids.to(next(self.text.parameters()).device)
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
         if tower in self.recomputed and self.training and torch.is_grad_enabled():
             return checkpoint(tower, inputs, use_reentrant=False)
         return tower(inputs)
+
+
+def backbone_class(config: ModelConfig) -> type[Backbone]:
+    """The kind of backbone that is set.
+
+    Raises:
+        UserError: no such kind.
+    """
+    kind: type[Backbone] = BACKBONES.load_class(config.backbone, Backbone)
+    return kind
+
+
+def build_backbone(config: Config, *, load_weights: bool = True) -> Backbone:
+    """Raises UserError as the kind's `build_towers` does, or for a frozen part that there is not."""
+    return backbone_class(config.model)(config.model, words=config.data.words, load_weights=load_weights)
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """Of the backbone that is set; kept, so that it is not made anew for every evaluation.
+
+    Raises:
+        UserError: as its kind's `tokenizer`.
+    """
+    return _kept_tokenizer(backbone_class(config.model), config.model, config.data.words)
+
+
+_tokenizers: dict[tuple[str, int], Tokenizer] = {}
+
+
+def _kept_tokenizer(kind: type[Backbone], config: ModelConfig, words: int) -> Tokenizer:
+    """Reading a vocabulary takes a tenth of a second, and collators are made anew for every evaluation."""
+    key = repr(config), words
+    if key not in _tokenizers:
+        while len(_tokenizers) >= _TOKENIZERS_KEPT:
+            del _tokenizers[next(iter(_tokenizers))]
+        _tokenizers[key] = kind.tokenizer(config, words)
+    return _tokenizers[key]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -106,8 +222,8 @@ def _freeze(backbone: Backbone, frozen: list[str]) -> None:
     """Stops the gradients of whole trunks (`image`, `text`) and of parameters whose name starts with an entry."""
     for entry in frozen:
         prefix = f"{entry}.trunk." if entry in TOWERS else entry
-        found = [parameter for name, parameter in backbone.named_parameters() if name.startswith(prefix)]
-        if not found:
+        parameters = [parameter for name, parameter in backbone.named_parameters() if name.startswith(prefix)]
+        if not parameters:
             raise UserError(f"model.frozen: {entry!r} is neither image, text nor the start of a parameter's name")
-        for parameter in found:
+        for parameter in parameters:
             parameter.requires_grad_(False)

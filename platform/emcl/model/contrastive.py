@@ -15,7 +15,9 @@ ABSENT = -1e4
 """A logit that no exponential sees, and finite: nothing becomes NaN where a whole row is absent."""
 
 
-def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE, present_B: Tensor | None = None) -> Tensor:
+def contrastive_loss(
+    logits_AB: Tensor, ranks: Ranks = ALONE, present_B: Tensor | None = None, video_B: Tensor | None = None
+) -> Tensor:
     """This rank's share of the symmetric cross-entropy over the global batch; the shares add up to the loss.
 
     Rank r's texts are rows of `logits_AB`, whose pairs are the columns r A to (r + 1) A. Rows are complete here;
@@ -24,20 +26,29 @@ def contrastive_loss(logits_AB: Tensor, ranks: Ranks = ALONE, present_B: Tensor 
     Args:
         present_B: which pairs of all ranks there are; the others are neither positives nor negatives, and the loss is
             the mean over those that are there (0 without any).
+        video_B: which video each pair of all ranks is of; two pairs of one video are no negatives of each other.
     """
-    mine = ranks.share(logits_AB.shape[1])
+    own = ranks.share(logits_AB.shape[1])
     if present_B is None:
         present_B = torch.ones_like(logits_AB[0], dtype=torch.bool)
-    present_A = present_B[mine]
-    here_AB = present_A[:, None] & present_B[None, :]
-    positives = logits_AB[:, mine].diagonal()
-    logits_AB = logits_AB.masked_fill(~here_AB, ABSENT)
+    present_A = present_B[own]
+    compared_AB = present_A[:, None] & present_B[None, :]
+    if video_B is not None:
+        compared_AB &= _of_other_video_or_itself(video_B, own)
+    positives = logits_AB[:, own].diagonal()
+    logits_AB = logits_AB.masked_fill(~compared_AB, ABSENT)
     text_to_video = logits_AB.logsumexp(1) - positives
     highest_B = ranks.maximum(logits_AB.amax(0))
     columns_B = ranks.sum_with_grad((logits_AB - highest_B).exp().sum(0)).log() + highest_B
-    video_to_text = columns_B[mine] - positives
+    video_to_text = columns_B[own] - positives
     losses = torch.where(present_A, text_to_video + video_to_text, 0.0)
     return losses.sum() / (2 * present_B.sum().clamp_min(1))
+
+
+def _of_other_video_or_itself(video_B: Tensor, own: slice) -> Tensor:
+    """(A, B): whether a pair of all ranks is of another video than a pair of this rank, or is that pair."""
+    row_B = torch.arange(len(video_B), device=video_B.device)
+    return (video_B[own][:, None] != video_B[None, :]) | (row_B[own][:, None] == row_B[None, :])
 
 
 class _ClampScale(torch.autograd.Function):

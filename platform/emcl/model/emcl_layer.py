@@ -1,4 +1,4 @@
-"""The run's EMCL layer, as each task has one of its own."""
+"""EMCL as a regulariser: the layer of em.py, which knows nothing of this project, by a run's settings."""
 
 from __future__ import annotations
 
@@ -7,32 +7,51 @@ from typing import Any
 from emcl.config import Config
 from emcl.em import EMCL
 from emcl.errors import UserError
+from emcl.model.regulariser import Regulariser
 
 INFERENCE_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
 """The compact variant on features of a model that was trained without it."""
 
 
-def emcl_layer(config: Config, width: int, **changes: Any) -> EMCL | None:
-    """A layer for rows of `width` by `emcl.*` of the configuration, with `changes` of its arguments; None where off.
+class EMCLLayer(EMCL, Regulariser):
+    """Made as `emcl.EMCL` is, or by `create` from `emcl.*` of a configuration."""
 
-    Raises:
-        UserError: settings that the layer refuses, such as more bases than the rows are wide.
-    """
-    chosen = config.emcl
-    if not chosen.enabled:
-        return None
-    settings: dict[str, Any] = {
-        "bases": chosen.k,
-        "iterations": chosen.iterations,
-        "temperature": chosen.temperature,
-        "beta": chosen.beta,
-        "momentum": chosen.momentum,
-        "balance": chosen.balance,
-        "variant": chosen.variant,
-        "width": width,
-        "seed": config.seed,
-    }
-    try:
-        return EMCL(**{**settings, **changes})
-    except ValueError as error:
-        raise UserError(f"emcl.*: {error}") from None
+    batched = True
+
+    @classmethod
+    def create(cls, config: Config, width: int, **changes: Any) -> EMCLLayer:
+        """With `changes` of the layer's arguments."""
+        chosen = config.emcl
+        settings: dict[str, Any] = {
+            "bases": chosen.k,
+            "iterations": chosen.iterations,
+            "temperature": chosen.temperature,
+            "beta": chosen.beta,
+            "momentum": chosen.momentum,
+            "balance": chosen.balance,
+            "variant": chosen.variant,
+            "width": width,
+            "seed": config.seed,
+        }
+        try:
+            return cls(**{**settings, **changes})
+        except ValueError as error:
+            raise UserError(f"emcl.*: {error}") from None
+
+    @property
+    def fits_directions(self) -> bool:  # type: ignore[override]
+        return self.variant == "compact"
+
+    @property
+    def transductive(self) -> bool:  # type: ignore[override]
+        """The reference is fitted anew to whatever is compared."""
+        return self.variant == "reference"
+
+    @property
+    def label(self) -> str:
+        return self.variant
+
+    def protocol(self, tile: int) -> str:
+        if self.transductive:
+            return f"EMCL reference in tiles of {tile} x {tile}"
+        return "EMCL compact, bases of training"

@@ -28,12 +28,12 @@ def check_limits(config: Config) -> None:
             f"data.frames={config.data.frames} is not a whole number from 1 to {MAX_FRAMES}, the positions of the "
             "temporal transformer (model.temporal=mean has no such limit)"
         )
-    path = find_architecture(config.model.name)
+    path = find_architecture(config.model.name) if config.model.backbone == "open_clip" else None
     if path is None:
         return
     architecture = _read(path)
     width = architecture["embed_dim"]
-    if config.emcl.enabled and config.emcl.k > width:
+    if config.emcl.enabled and config.model.regulariser == "emcl" and config.emcl.k > width:
         raise UserError(f"emcl.k={config.emcl.k} is not a whole number from 1 to {width}, the width of {path.stem}")
     side = _side(architecture["vision_cfg"])
     if side is not None and config.data.size != side:

@@ -14,8 +14,15 @@ MAX_FRAMES = 77
 
 @group
 class ModelConfig:
-    """The shared backbone."""
+    """The shared backbone, and what comes between its embeddings and their scores."""
 
+    backbone: str = Field(
+        "open_clip",
+        description="Kind of towers: `open_clip`, or what an installed package brings; `name` is one of its models.",
+    )
+    backbone_options: dict[str, str] = Field(
+        default_factory=dict, description="Settings of the kind's own, where it has some."
+    )
     name: str = Field(
         "ViT-B-32",
         min_length=1,
@@ -57,13 +64,23 @@ class ModelConfig:
     activation_checkpointing: bool = Field(
         False, description="Recompute the towers' activations in the backward pass, block by block."
     )
+    regulariser: str = Field(
+        "emcl",
+        description=(
+            "Of the tasks that compare texts with videos: `emcl`, or what an installed package brings; "
+            "`emcl.enabled=false` does without any."
+        ),
+    )
+    regulariser_options: dict[str, str] = Field(
+        default_factory=dict, description="Settings of its own; those of `emcl` are `emcl.*`."
+    )
 
 
 @group
 class EMCLConfig:
     """The EMCL layer; the defaults are EMCL-Net's."""
 
-    enabled: bool = Field(True, description="`false` trains and scores without the layer.")
+    enabled: bool = Field(True, description="`false` trains and scores without the layer, or any `model.regulariser`.")
     variant: Literal["reference", "compact"] = Field(
         "reference",
         description=(

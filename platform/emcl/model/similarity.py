@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from emcl.distributed import ALONE, Ranks
-from emcl.em import EMCL, Correction, Moments
+from emcl.em import Correction, Moments
 from emcl.model.pooling import frame_scores, pooling_weights
+from emcl.model.regulariser import Regulariser, adjusted
 
 BLOCK_NUMBERS = 2**22
 """Pooling weights of a block, by default: 16 MiB."""
@@ -43,39 +44,43 @@ def similarity(
     mask_BT: Tensor,
     *,
     temperature: float,
-    emcl: EMCL | None = None,
+    regulariser: Regulariser | None = None,
     ranks: Ranks = ALONE,
     block: int | None = None,
     present_A: Tensor | None = None,
 ) -> Tensor:
     """Cosine of each text with each video as that text pools it, (A, B), in float32.
 
-    With `emcl`, its EM runs over the pooled rows and the text rows of all ranks, and the corrected rows are compared.
+    With a regulariser (EMCL), it is fitted to the pooled rows and the text rows of all ranks, the corrected rows are
+    compared, and the cosines are what it makes of them.
 
     Args:
         text_AD: this rank's texts.
         frames_BTD: all ranks' videos.
         mask_BT: which frames there are; a video without any gets 0.
-        present_A: which of this rank's texts there are; EM does not see the others. All where not given.
+        present_A: which of this rank's texts there are; nothing is fitted to the others. All where not given.
         temperature: of the pooling's softmax.
         block: texts at once; as many as keep a block's pooling weights below `BLOCK_NUMBERS` where not given.
     """
     text_AD, frames_BTD = text_AD.float(), frames_BTD.float()
     size = block or max(1, BLOCK_NUMBERS // max(1, mask_BT.numel()))
     correction = None
-    if emcl is not None:
-        correction = emcl.correction(
-            lambda: _measure(emcl, text_AD, frames_BTD, mask_BT, present_A, temperature, size), all_reduce=ranks.sum
+    if regulariser is not None:
+        directions = regulariser.fits_directions
+        correction = regulariser.correction(
+            lambda: _measure(directions, text_AD, frames_BTD, mask_BT, present_A, temperature, size),
+            all_reduce=ranks.sum,
         )
     videos = _Videos.of(frames_BTD, mask_BT, correction)
     texts = list(text_AD.split(size))
     if len(texts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([_cosine(text, videos, correction, temperature) for text in texts])
-    recomputed = [
-        checkpoint(_cosine, text, videos, correction, temperature, use_reentrant=False, preserve_rng_state=False)
-        for text in texts
-    ]
-    return torch.cat(recomputed)
+        strips = [_cosine(text, videos, correction, temperature) for text in texts]
+    else:
+        strips = [
+            checkpoint(_cosine, text, videos, correction, temperature, use_reentrant=False, preserve_rng_state=False)
+            for text in texts
+        ]
+    return adjusted(regulariser, torch.cat(strips), text_AD, frames_BTD, mask_BT)
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def similarity_by_tile(
     tile: int,
     *,
     temperature: float,
-    emcl: EMCL | None = None,
+    regulariser: Regulariser | None = None,
     at_once: int | None = None,
 ) -> Tensor:
     """The texts with each tile of so many videos by itself, side by side: (A, G).
@@ -100,11 +105,11 @@ def similarity_by_tile(
     if at_once is None:
         fitting = BLOCK_NUMBERS // max(1, len(text_AD) * tile * frames_GTD.shape[1])
         at_once = max(1, min(TILES_AT_ONCE.get(text_AD.device.type, 1), fitting))
-    if emcl is not None and emcl.training:  # each tile moves the layer's state
+    if regulariser is not None and (regulariser.training or not regulariser.batched):  # each tile moves its state
         at_once = 1
 
     def of(frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        return similarity(text_AD, frames_BTD, mask_BT, temperature=temperature, emcl=emcl)
+        return similarity(text_AD, frames_BTD, mask_BT, temperature=temperature, regulariser=regulariser)
 
     whole = len(frames_GTD) // tile * tile
     if at_once == 1 or whole <= tile:
@@ -123,19 +128,21 @@ def similarity_on_ranks(
     ranks: Ranks,
     *,
     temperature: float,
-    emcl: EMCL | None = None,
+    regulariser: Regulariser | None = None,
 ) -> NDArray[np.float32]:
     """An evaluation's (Q, G) on rank 0 and (0, G) elsewhere, from tiles of texts x videos, whose rows the ranks share.
 
-    The reference's EM sees one tile of `tile` x `tile` at a time, whichever rank computes it, and its scores depend on
-    that; without it, or with compact bases, any tile gives the same scores, and large ones are taken.
+    What is transductive (the reference EMCL) sees one tile of `tile` x `tile` at a time, whichever rank computes it,
+    and its scores depend on that; otherwise any tile gives the same scores, and large ones are taken.
     """
-    if emcl is None or emcl.variant == "compact":
+    if regulariser is None or not regulariser.transductive:
         tile = LARGE_TILE
     own: dict[int, NDArray[np.float32]] = {}
     for first in range(0, len(text_QD), tile)[ranks.rank :: ranks.world_size]:
         texts_AD = text_QD[first : first + tile]
-        strip_AG = similarity_by_tile(texts_AD, frames_GTD, mask_GT, tile, temperature=temperature, emcl=emcl)
+        strip_AG = similarity_by_tile(
+            texts_AD, frames_GTD, mask_GT, tile, temperature=temperature, regulariser=regulariser
+        )
         own[first] = strip_AG.float().cpu().numpy()  # the host waits once a strip
     everyone = ranks.collect_objects(own)
     if everyone is None:
@@ -208,7 +215,7 @@ def _quadratic(left_ABT: Tensor, matrix_BTT: Tensor, right_ABT: Tensor) -> Tenso
 
 @torch.no_grad()
 def _measure(
-    emcl: EMCL,
+    directions: bool,
     text_AD: Tensor,
     frames_BTD: Tensor,
     mask_BT: Tensor,
@@ -216,8 +223,7 @@ def _measure(
     temperature: float,
     size: int,
 ) -> list[Moments]:
-    """Moments of this rank's A B pooled rows and A text rows, as the layer's variant counts them."""
-    directions = emcl.variant == "compact"
+    """Moments of this rank's A B pooled rows and A text rows, together or of the directions of each."""
     batch, frames = mask_BT.shape
     here_A = text_AD.new_ones(len(text_AD)) if present_A is None else present_A.to(text_AD.dtype)
     here_B = mask_BT.any(1).to(text_AD.dtype)

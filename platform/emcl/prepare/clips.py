@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from emcl.data.samples import QAPair
+
 
 @dataclass
 class Clip:
@@ -15,7 +17,7 @@ class Clip:
     id: str
     split: str
     captions: list[str] = field(default_factory=list)
-    qa: list[dict[str, str]] = field(default_factory=list)
+    qa: list[QAPair] = field(default_factory=list)
     start: float | None = None
     """Seconds; the part of the file that the clip is, or None for all of it."""
     end: float | None = None

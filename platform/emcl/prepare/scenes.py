@@ -12,6 +12,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from emcl.data.samples import QAPair
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SIZES = ("small", "large")
@@ -128,7 +130,7 @@ def _noun(thing: Thing, rng: random.Random) -> str:
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
-def questions(scene: Scene, background: str) -> list[dict[str, str]]:
+def questions(scene: Scene, background: str) -> list[QAPair]:
     """Five or more questions with one-word answers."""
     a, b = scene.a, scene.b
     asked: list[tuple[str, Any]] = [("what does the background look like?", background)]

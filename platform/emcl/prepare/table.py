@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from emcl.data.samples import QAPair
 from emcl.errors import UserError
 from emcl.prepare.clips import Clip
 
@@ -48,13 +49,22 @@ def read_table(path: Path) -> list[Clip]:
         if (clip.file, clip.start, clip.end) != (file, start, end):
             raise UserError(f"{where}: the id {identity!r} is taken by another clip of {clip.file}")
         clip.add_captions(captions)
-        clip.qa += [
-            dict(zip(("question", "answer"), pair, strict=True)) if isinstance(pair, list) else pair
-            for pair in row.get("qa") or []
-        ]
+        clip.qa += [_pair(pair, where) for pair in row.get("qa") or []]
     if not clips:
         raise UserError(f"{path} lists no clip")
     return list(clips.values())
+
+
+def _pair(given: Any, where: str) -> QAPair:
+    """`[question, answer]`, or a table of both.
+
+    Raises:
+        UserError: neither.
+    """
+    both = [given.get("question"), given.get("answer")] if isinstance(given, dict) else given
+    if not (isinstance(both, list) and len(both) == 2 and all(isinstance(text, str) for text in both)):
+        raise UserError(f"{where}: qa wants [question, answer], two texts, not {given!r}")
+    return {"question": both[0], "answer": both[1]}
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

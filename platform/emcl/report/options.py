@@ -20,16 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emcl.config import Config
-from emcl.data.mixture import open_training
+from emcl.data.split import open_training_split
 from emcl.disk import write_whole
 from emcl.distributed import ALONE, device
 from emcl.em import EMCL
 from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
 from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
+from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
-from emcl.model.emcl_layer import INFERENCE_MODULE
+from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
 from emcl.model.pooling import frame_scores, pooling_weights
+from emcl.model.regulariser import Regulariser
 from emcl.multitask import VideoLanguageModel
 from emcl.registry import task_class
 from emcl.run_folder import EMBEDDINGS, OPTIONS, WEIGHTS, RunFolder, saved_config
@@ -37,7 +39,7 @@ from emcl.task.prediction import only_task
 from emcl.tasks.retrieval import RetrievalTask
 from emcl.tasks.retrieval_report import OPTION_COLUMNS, Option
 from emcl.train.export import open_export
-from emcl.train.features import open_source
+from emcl.train.features import with_features
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
@@ -77,16 +79,16 @@ def _bank(
     export: Path, kept: Path, model: VideoLanguageModel, config: Config, task: str, videos: int, place: torch.device
 ) -> Embeddings:
     """Training videos, evenly chosen, with all their captions: kept ones if they are as many and of these weights."""
-    shards = open_training(config.data, config.seed)[0]
-    rows = np.linspace(0, len(shards) - 1, min(videos, len(shards))).astype(int).tolist()
+    training = open_training_split(config.data, config.seed, tokenizer_of(config))
+    rows = np.linspace(0, len(training) - 1, min(videos, len(training))).astype(int).tolist()
     if kept.is_file() and kept.stat().st_mtime > (export / WEIGHTS).stat().st_mtime:
         bank = Embeddings.open(kept)
-        if bank.videos == [shards.rows[row].sample.id for row in rows]:
+        if bank.videos == [training.sample(row).id for row in rows]:
             return bank
-    source = open_source(config, shards, model.backbone, ALONE, place)
+    training = with_features(training, config, model.backbone, ALONE, place)
     plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
     config = dataclasses.replace(config, evaluate=plain)
-    scorers = collect(model, source, config, ALONE, place, name="the query bank", rows=rows, only=[task])
+    scorers = collect(model, training, config, ALONE, place, name="the query bank", rows=rows, only=[task])
     scorer: Any = scorers[task]
     bank = scorer.embeddings()[0]
     bank.save(kept)
@@ -113,7 +115,7 @@ def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, plac
 def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bool]]:
     """Ways to a similarity, and whether each is transductive."""
 
-    def through(layer: EMCL | None) -> Score:
+    def through(layer: Regulariser | None) -> Score:
         return lambda text, frames, mask: task.similarity_in_tiles(text, frames, mask, tile, ALONE, layer)
 
     def published(text: Tensor, frames: Tensor, mask: Tensor) -> NDArray[np.float32]:
@@ -121,9 +123,9 @@ def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bo
 
     found: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
     if task.emcl is not None:
-        found[f"its own ({task.emcl.variant})"] = (through(task.emcl), task.emcl.variant == "reference")
+        found[f"its own ({task.emcl.label})"] = (through(task.emcl), task.emcl.transductive)
     settings = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], bank.text.shape[1])}
-    fitted = EMCL(variant="compact", **settings).fit(bank.video_means, bank.text).eval()
+    fitted = EMCLLayer(variant="compact", **settings).fit(bank.video_means, bank.text).eval()
     found["compact at inference, bases of the bank"] = (through(fitted.to(task.logit_scale.device)), False)
     found["reference at inference"] = (published, True)
     return found

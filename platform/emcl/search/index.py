@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 from emcl.data.decode import DecodeError
-from emcl.em import EMCL
 from emcl.errors import UserError
 from emcl.inference import Span, VideoFeatures, VideoTextModel
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.search.windows import Windows, videos_in
 
 FORMAT = 2
@@ -114,7 +114,7 @@ class VideoIndex:
         self._vectors: tuple[int, Any] | None = None
         self._all: tuple[int, list[int], VideoFeatures] | None = None
         if (folder / LAYER).is_file():
-            model.module = EMCL.load(folder / LAYER).to(model.device)
+            model.module = EMCLLayer.load(folder / LAYER).to(model.device)
 
     def close(self) -> None:
         self._base.close()

@@ -1,6 +1,6 @@
 """What a task says of itself, in tasks/ or in anyone's package; everything else is the platform's."""
 
-from emcl.task.base import Task, to_device
+from emcl.task.base import Task
 from emcl.task.prediction import Compares, Offer, Prediction
 from emcl.task.result import Result
 from emcl.task.scorer import Evaluation, Lockstep, Record, Scorer, Scores
@@ -23,5 +23,4 @@ __all__ = [
     "Task",
     "TaskReport",
     "Variant",
-    "to_device",
 ]

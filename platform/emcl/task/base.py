@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from emcl.config import Config
@@ -92,14 +91,3 @@ class Task(nn.Module):
             question: for a task whose `offer` has one.
         """
         raise NotImplementedError
-
-
-def to_device(item: Any, device: torch.device) -> Any:
-    """Moves the tensors of nested dictionaries and lists."""
-    if isinstance(item, Tensor):
-        return item.to(device, non_blocking=True)
-    if isinstance(item, dict):
-        return {key: to_device(value, device) for key, value in item.items()}
-    if isinstance(item, list):
-        return [to_device(value, device) for value in item]
-    return item

@@ -10,8 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from emcl.distributed import Ranks
-from emcl.em import EMCL
 from emcl.errors import UserError
+from emcl.model.regulariser import Regulariser
 from emcl.nearest import nearest
 
 COMPARE = "compare sentences with videos"
@@ -70,20 +70,20 @@ class Compares(Protocol):
     Any task is one that has these two; there is nothing to inherit.
     """
 
-    emcl: EMCL | None
-    """The layer that was trained for it."""
+    emcl: Regulariser | None
+    """The regulariser that was trained for it, EMCL or another; checkpoints know it by this name."""
 
     def similarity_in_tiles(
-        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: EMCL | None
+        self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: Regulariser | None
     ) -> np.ndarray[Any, Any]:
         """(Q, G) on rank 0 and (0, G) elsewhere; higher is more alike. Called by all ranks.
 
         Args:
             text_QD: sentences.
             frames_GTD, mask_GT: videos, and which of their frames there are.
-            tile: texts x videos that meet the reference EMCL together.
+            tile: texts x videos that meet a transductive regulariser together, such as the reference EMCL.
             ranks: those that share the work.
-            layer: what both go through, the task's own layer or another; None for none.
+            layer: what both go through, the task's own or another; None for none.
         """
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.data.samples import Sample
-from emcl.data.source import Source
+from emcl.data.split import Split
 from emcl.distributed import Ranks
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import Backbone, Encoded
@@ -57,8 +57,8 @@ class Lockstep:
         """`call(*rows)` for rows of equal length, concatenated; empty where there are none."""
         mine = [] if rows is None else list(zip(*(part.split(self.size) for part in rows), strict=True))
         chunks = int(self.ranks.maximum(torch.tensor(len(mine), device=self.device)))
-        done = [self.model(None, part=partial(call, *part)) for part in mine]
-        spare = [self.model(None, part=partial(call, *filler)) for _ in range(chunks - len(mine))]
+        done = [self.model(call=partial(call, *part)) for part in mine]
+        spare = [self.model(call=partial(call, *filler)) for _ in range(chunks - len(mine))]
         return torch.cat(done or [spare[0][:0]]) if done or spare else torch.zeros(0, device=self.device)
 
 
@@ -70,7 +70,7 @@ class Evaluation:
     """The task's, by which the run knows it."""
     model: nn.Module
     backbone: Backbone
-    source: Source
+    split: Split
     config: Config
     ranks: Ranks
     device: torch.device
@@ -78,11 +78,11 @@ class Evaluation:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` within a forward pass of the whole model, by which ZeRO-3 keeps its books; on all ranks."""
-        return self.model(None, part=call)
+        return self.model(call=call)
 
     def sample(self, row: int) -> Sample:
         """Of a row of the shards."""
-        return self.source.shards.rows[row].sample
+        return self.split.sample(row)
 
     @property
     def title(self) -> str:

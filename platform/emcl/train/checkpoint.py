@@ -22,10 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from emcl.config import Config
 from emcl.disk import OLD, free_bytes, replace_folder
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
 from emcl.run_folder import MANIFEST, STEP, checkpoints_in
+from emcl.settings import as_typed
+from emcl.train.optimizer import optimizer_class
+from emcl.train.settings import OptimConfig
 from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
 
 MIB = 2**20
@@ -39,6 +43,7 @@ def save(
     ranks: Ranks,
     *,
     names: list[list[str]],
+    optim: OptimConfig,
     keep: int,
 ) -> None:
     """Called by all ranks. Once the new one stands, all but the newest `keep` up to its step go; so do those of later
@@ -46,6 +51,7 @@ def save(
 
     Args:
         names: of the learning weights, by group of the optimiser.
+        optim: the optimiser's settings, whose parts another run must have too that goes on.
 
     Raises:
         UserError: it cannot be written; the checkpoints before are as they were.
@@ -72,7 +78,8 @@ def save(
     if ranks.first:
         try:
             save_file(_buffers(engine), part / KEPT)
-            _finish(part, folder / tag, {"layout": _layout(engine, ranks), "groups": names}, keep)
+            facts = {"layout": _layout(engine, ranks), "optim": _begun_with(optim), "groups": names}
+            _finish(part, folder / tag, facts, keep)
         except (OSError, SafetensorError) as found:
             error = _not_written(folder, tag, _needed(engine, folder), str(found))
             shutil.rmtree(part, ignore_errors=True)
@@ -178,16 +185,16 @@ class Found:
     converted: bool
 
 
-def find(folder: Path, ranks: Ranks, stage: int, precision: str) -> Found:
+def find(folder: Path, ranks: Ranks, stage: int, config: Config) -> Found:
     """The newest whole checkpoint, converted beside it where other ranks or another ZeRO stage wrote it. By all ranks.
 
     Raises:
-        UserError: there is none, or it cannot be converted.
+        UserError: there is none, it cannot be converted, or another optimiser has begun it.
     """
     found, error = None, None
     if ranks.first:
         try:
-            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage}, precision)
+            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage}, config)
         except UserError as wrong:
             error = wrong
     ranks.agree(error)
@@ -195,16 +202,28 @@ def find(folder: Path, ranks: Ranks, stage: int, precision: str) -> Found:
     return chosen
 
 
-def _fitting(path: Path, wanted: dict[str, int], precision: str) -> Found:
+def _fitting(path: Path, wanted: dict[str, int], config: Config) -> Found:
     manifest = json.loads((path / MANIFEST).read_text())
-    layout = manifest["layout"]
+    layout, precision, optimizer = manifest["layout"], config.precision, config.optim.optimizer
     before, after = layout["stage"], wanted["stage"]
+    usual, now = _begun_with(OptimConfig()), _begun_with(config.optim)  # there was no choice when none was written
+    for name, before_it in {**usual, **manifest.get("optim", {})}.items():
+        if now[name] != before_it:
+            raise UserError(
+                f"{path} was begun with optim.{name}={as_typed(before_it)} and does not go on with "
+                f"{as_typed(now[name])}: --init takes the weights alone"
+            )
     if layout == wanted or (before, after) == (0, 0):  # without ZeRO every rank holds all
         return Found(path, universal=False, converted=False)
     if 0 in (before, after) and precision != "fp32":
         raise UserError(
             f"{path} is of ZeRO stage {before}; stage {after} goes on from it in fp32 alone, not in {precision}: give "
             f"deepspeed=deepspeed/zero{before}.json (--init takes the weights alone)"
+        )
+    if not optimizer_class(config.optim).converts:
+        raise UserError(
+            f"{path}: with optim.optimizer={optimizer} it goes on with {layout['ranks']} ranks and "
+            f"deepspeed=deepspeed/zero{before}.json alone (--init takes the weights alone)"
         )
     if "groups" not in manifest:
         same = f"{layout['ranks']} ranks and deepspeed=deepspeed/zero{before}.json"
@@ -213,6 +232,11 @@ def _fitting(path: Path, wanted: dict[str, int], precision: str) -> Found:
     print(f"{path} is of {layout['ranks']} ranks, ZeRO {before}: converting it to any", flush=True)
     to_universal(path, place, manifest["groups"], before, after)
     return Found(place, universal=after > 0, converted=True)
+
+
+def _begun_with(optim: OptimConfig) -> dict[str, Any]:
+    """What of the settings the state of an optimiser and of its schedule is of."""
+    return {name: getattr(optim, name) for name in ("optimizer", "optimizer_options", "schedule")}
 
 
 def load(engine: Any, found: Found) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -12,9 +13,11 @@ from torch import nn
 from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
+from emcl.model.regulariser import Regulariser
 from emcl.train.deepspeed_file import read_deepspeed, stage_of
 from emcl.train.gradient_norm import take_norms_at_once
-from emcl.train.optimizer import build_optimizer, build_schedule
+from emcl.train.optimizer import build_optimizer, optimizer_class
+from emcl.train.schedule import build_schedule
 
 
 def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
@@ -28,6 +31,11 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         name = accelerator.device_name()
         raise UserError(f"precision=fp16: DeepSpeed does not support it on this device ({name}); take bf16 or fp32")
+    if offloads(settings) and not optimizer_class(config.optim).offloads:
+        raise UserError(
+            f"{config.deepspeed} offloads the optimiser's state, which optim.optimizer={config.optim.optimizer} has no "
+            "form for: take adamw"
+        )
     micro = config.data.batch_size // (world_size * config.optim.accumulation)
     return {
         **settings,
@@ -52,10 +60,11 @@ def build_engine(
     settings = deepspeed_settings(config, ranks.world_size)
     if universal:
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
+    _check_regularisers(model, stage_of(settings))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     checked = config.precision == "fp32" and stage_of(settings) == 0
-    optimizer = build_optimizer(model, config.optim, offload=offload, fused=device.type == "cuda", checked=checked)
+    offload, fused = offloads(settings), device.type == "cuda"
+    optimizer = build_optimizer(model, config.optim, offload=offload, fused=fused, checked=checked)
     schedule = build_schedule(optimizer, config.optim, steps)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
@@ -64,6 +73,21 @@ def build_engine(
     # DeepSpeed broadcasts parameters, not buffers
     ranks.broadcast_(engine.module.buffers())
     return engine
+
+
+def offloads(settings: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed file lets the CPU hold the optimiser's state."""
+    zero = settings.get("zero_optimization", {})
+    return bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
+
+
+def _check_regularisers(model: nn.Module, stage: int) -> None:
+    """Raises UserError: one has parameters, which ZeRO-3 gathers around forward passes alone."""
+    for name, module in model.named_modules():
+        if stage == 3 and isinstance(module, Regulariser) and next(module.parameters(), None) is not None:
+            raise UserError(
+                f"{name} ({module.label}) has parameters, which ZeRO-3 does not gather for it: take ZeRO 0, 1 or 2"
+            )
 
 
 def weights(engine: Any, ranks: Ranks) -> dict[str, torch.Tensor]:

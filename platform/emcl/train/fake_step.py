@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from emcl import distributed
+from emcl.components import BACKBONES
 from emcl.config import Config
-from emcl.data.loader import Collate
+from emcl.data.batch import Batch, each_tensor
+from emcl.data.loader import Collate, Loaded
 from emcl.data.order import Draw
-from emcl.data.samples import Sample
+from emcl.data.samples import QAPair, Sample
 from emcl.data.text import Caption, TextSource, Tokens
-from emcl.model.towers import tokenizer
+from emcl.errors import first_line
+from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
-from emcl.task import to_device
-from emcl.train.fake_cuda import GPU, pretended_context
+from emcl.train.fake_cuda import GPU, NoFakeCudaError, pretended_context
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PARAMETERS, BUFFERS, GRADIENTS = "parameters", "buffers", "gradients"
@@ -75,7 +77,12 @@ def fake_steps(config: Config, sizes: Sequence[tuple[int, int]], samples: Sequen
         NoFakeCudaError: this torch cannot.
     """
     with pretended_context():
-        return [fake_step(config, ranks, videos, samples) for ranks, videos in sizes]
+        try:
+            return [fake_step(config, ranks, videos, samples) for ranks, videos in sizes]
+        except RuntimeError as error:
+            if "CUDA error" not in str(error) and config.model.backbone in BACKBONES.built_in:
+                raise
+            raise NoFakeCudaError(f"a layer does not run on tensors without numbers ({first_line(error)})") from None
 
 
 def fake_step(config: Config, world_size: int, videos: int, samples: Sequence[Sample] = ()) -> FakeStep:
@@ -89,11 +96,10 @@ def fake_step(config: Config, world_size: int, videos: int, samples: Sequence[Sa
         odd = [f"{name}: a tensor outside parameters and buffers" for name in stray_tensors(model)]
         watch = _Watch()
         with mode, parts_of(model, watch):
-            host = _fake(batch, mode)
-            host["frames"] = torch.empty(_frames_shape(config, model, len(host["frames"])), dtype=host["frames"].dtype)
+            host = with_whole_frames(each_tensor(batch, mode.from_tensor), config, model)
             watch.begin(model)
             with watch:
-                loss = total_loss(model(to_device(host, GPU)))
+                loss = total_loss(model(batch=host.to(GPU)))
                 forward = sum(watch.operators.values())
                 watch.part = BACKWARD
                 loss.backward()
@@ -146,9 +152,9 @@ def stray_tensors(model: nn.Module) -> list[str]:
     return found
 
 
-def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> dict[str, Any]:
+def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> Batch:
     """By the collators of the tasks: videos of full length, each sample's longest caption, frames of one pixel."""
-    texts: TextSource = Tokens(tokenizer(config.model.name, config.data.words))
+    texts: TextSource = Tokens(tokenizer_of(config))
     if config.model.cache_features:
         with torch.device("meta"):
             texts = _Remembered(VideoLanguageModel(config, load_weights=False).backbone.text.width)
@@ -156,11 +162,11 @@ def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> dic
     clip: Any = np.zeros((config.data.frames, 1, 1, 3), np.uint8)
     if config.model.cache_features:
         clip = np.zeros((config.data.frames, 1), np.float32)
-    items: list[Any] = []
+    items: list[Loaded] = []
     for number in range(videos):
         sample = shown[number % len(shown)]
         longest = max(range(len(sample.captions)), key=lambda place: len(sample.captions[place]), default=None)
-        items.append((Draw(number, longest, number), sample, clip, []))
+        items.append(Loaded(Draw(number, longest, number), sample, clip))
     return Collate(collators(config, texts, training=True), frames=config.data.frames)(items)
 
 
@@ -170,7 +176,9 @@ def made_up_samples(count: int, words: int) -> list[Sample]:
     made = []
     for number in range(count):
         captions = [" ".join(draw.choices(_WORDS, k=words)) for _ in range(4)]
-        asked = [{"question": " ".join(draw.choices(_WORDS, k=8)), "answer": str(number % 7)} for _ in range(4)]
+        asked: list[QAPair] = [
+            {"question": " ".join(draw.choices(_WORDS, k=8)), "answer": str(number % 7)} for _ in range(4)
+        ]
         made.append(Sample(id=str(number), captions=captions, qa=asked))
     return made
 
@@ -181,22 +189,19 @@ class _Remembered:
     def __init__(self, width: int) -> None:
         self.width = width
 
-    def __call__(self, captions: Sequence[Caption]) -> Tensor:
+    def text(self, captions: Sequence[Caption]) -> Tensor:
         return torch.zeros(len(captions), self.width)
 
     def filler(self) -> Tensor:
-        return self([Caption(0, 0, "")])
+        return self.text([Caption(0, 0, "")])
 
 
-def _frames_shape(config: Config, model: VideoLanguageModel, count: int) -> tuple[int, ...]:
-    side = config.data.size
-    return (count, model.backbone.image.width) if config.model.cache_features else (count, side, side, 3)
-
-
-def _fake(item: Any, mode: FakeTensorMode) -> Any:
-    if isinstance(item, Tensor):
-        return mode.from_tensor(item)
-    return {key: _fake(value, mode) for key, value in item.items()} if isinstance(item, dict) else item
+def with_whole_frames(batch: Batch, config: Config, model: VideoLanguageModel) -> Batch:
+    """In place of those of one pixel; within a mode of fake tensors they take no memory."""
+    assert batch.videos is not None
+    side, count, kind = config.data.size, len(batch.videos.frames), batch.videos.frames.dtype
+    shape = (count, model.backbone.image.width) if config.model.cache_features else (count, side, side, 3)
+    return replace(batch, videos=replace(batch.videos, frames=torch.empty(shape, dtype=kind)))
 
 
 class _Watch(TorchDispatchMode):

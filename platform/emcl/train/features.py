@@ -9,17 +9,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emcl.config import Config
-from emcl.data.features import Feature, FeatureStore, feature_path, write_features
+from emcl.data.features import Feature, feature_path, write_features
 from emcl.data.loader import Clips
 from emcl.data.order import Draw
 from emcl.data.samples import Sample
-from emcl.data.shards import ShardSet
-from emcl.data.source import Source
-from emcl.data.text import Tokens
+from emcl.data.split import Split
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
-from emcl.model.towers import model_json, tokenizer
 
 TEXTS_AT_ONCE = 256
 FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
@@ -27,28 +24,27 @@ FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
 VIDEOS_AT_ONCE = 32
 
 
-def open_source(
+def with_features(
+    split: Split,
     config: Config,
-    shards: ShardSet,
     backbone: Backbone,
     ranks: Ranks,
     device: torch.device,
     *,
     progress: Callable[[], None] = lambda: None,
-) -> Source:
-    """The split as training and evaluation read it; computes missing features where the configuration wants them.
+) -> Split:
+    """The split with remembered features, where the configuration wants them; computes those that are missing.
 
     `backbone` is one that no DeepSpeed engine holds yet. Called by all ranks, which share the shards' work; `progress`
     is called with every video.
 
     Raises:
-        UserError: features of towers that are not frozen, or of random augmentations, are asked for.
+        UserError: a clip does not decode.
     """
-    texts = Tokens(tokenizer(config.model.name, config.data.words))
     if not config.model.cache_features:
-        return Source(shards, texts)
-    architecture = model_json(config.model.name)
-    paths = [feature_path(config, architecture, shard) for shard in shards.paths]
+        return split
+    shards, origin = split.shards, backbone.origin(config.model)
+    paths = [feature_path(config, origin, shard) for shard in shards.paths]
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     missing = ranks.gather_objects(missing)[0]  # one list: another rank may look after the first has been written
     backbone.to(device).eval()
@@ -57,42 +53,40 @@ def open_source(
         for number in missing[ranks.rank :: ranks.world_size]:
             rows = [row for row, item in enumerate(shards.rows) if item.shard == number]
             bar = tqdm(rows, desc=f"features of {paths[number].name}", unit="video", disable=not ranks.first)
-            write_features(paths[number], _of_rows(bar, config, shards, texts, backbone, device, progress))
+            write_features(paths[number], _of_rows(bar, config, split, backbone, device, progress))
     except UserError as found:
         error = found
     ranks.agree(error)
-    store = FeatureStore(paths, len(shards))
-    return Source(shards, store, store)
+    return split.with_features(paths)
 
 
 @torch.no_grad()
 def _of_rows(
     rows: tqdm[int],
     config: Config,
-    shards: ShardSet,
-    texts: Tokens,
+    split: Split,
     backbone: Backbone,
     device: torch.device,
     progress: Callable[[], None],
 ) -> Iterator[tuple[str, Feature]]:
-    clips = Clips(shards, config.data, training=False)
+    clips = Clips(split, config.data, training=False)
     group: list[tuple[Sample, Tensor]] = []
     for row in rows:
-        _, sample, frames, bad = clips[Draw(row, None, 0)]
-        if frames is None:
+        loaded = clips[Draw(row, None, 0)]
+        if loaded.frames is None:
             raise UserError(
-                f"{bad[0]}: write the shards again without it (`emcl prepare` leaves out what does not decode)"
+                f"{loaded.bad[0]}: write the shards again without it (`emcl prepare` leaves out what does not decode)"
             )
-        group.append((sample, torch.from_numpy(frames)))
+        group.append((loaded.sample, torch.from_numpy(loaded.frames)))
         progress()
         if len(group) == VIDEOS_AT_ONCE:
-            yield from _of_group(group, texts, backbone, device)
+            yield from _of_group(group, backbone, device)
             group = []
-    yield from _of_group(group, texts, backbone, device)
+    yield from _of_group(group, backbone, device)
 
 
 def _of_group(
-    group: list[tuple[Sample, Tensor]], texts: Tokens, backbone: Backbone, device: torch.device
+    group: list[tuple[Sample, Tensor]], backbone: Backbone, device: torch.device
 ) -> Iterator[tuple[str, Feature]]:
     """Frames and captions of several videos go through the towers together."""
     if not group:
@@ -100,7 +94,7 @@ def _of_group(
     frames = torch.cat([frames for _, frames in group]).to(device)
     image = torch.cat(
         [
-            backbone.image.trunk(backbone.pixels(part).contiguous(memory_format=torch.channels_last)).cpu().half()
+            backbone.image.trunk(backbone.preprocess(part).contiguous(memory_format=torch.channels_last)).cpu().half()
             for part in frames.split(FRAMES_AT_ONCE.get(device.type, 64))
         ]
     )
@@ -109,7 +103,7 @@ def _of_group(
     by_length = sorted(range(len(captions)), key=lambda index: len(captions[index]))  # little padding
     for first in range(0, len(captions), TEXTS_AT_ONCE):
         chosen = by_length[first : first + TEXTS_AT_ONCE]
-        tokens = texts.tokenize([captions[index] for index in chosen]).to(device)
+        tokens = backbone.tokenize([captions[index] for index in chosen])
         text[chosen] = backbone.text.trunk(tokens).cpu().half()
     of_video = image.split([len(frames) for _, frames in group])
     of_caption = text.split([len(sample.captions) for sample, _ in group])

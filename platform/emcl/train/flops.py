@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from emcl.components import BACKBONES
 from emcl.config import Config
-from emcl.model.backbone import Backbone
+from emcl.data.batch import VideoFrames
+from emcl.model.backbone import build_backbone
 
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
@@ -45,15 +47,16 @@ class Flops:
         """Counted on the meta device: nothing is computed."""
         model, data = config.model, config.data
         with torch.device("meta"):
-            backbone = Backbone(model, words=data.words, load_weights=False).eval()
+            backbone = build_backbone(config, load_weights=False).eval()
             pixels = torch.zeros(data.frames, data.size, data.size, 3, dtype=torch.uint8)
             text = torch.zeros(1, data.words, dtype=torch.long)
             if model.cache_features:
                 pixels, text = torch.zeros(data.frames, backbone.image.width), torch.zeros(1, backbone.text.width)
-            slots, mask = torch.arange(data.frames), torch.ones(1, data.frames, dtype=torch.bool)
+            mask_BT = torch.ones(1, data.frames, dtype=torch.bool)
+            videos = VideoFrames(frames=pixels, slots=torch.arange(data.frames), mask_BT=mask_BT)
         counts = []
         for tower, call in (
-            ("image", lambda: backbone.encode_video(pixels, slots, mask)),
+            ("image", lambda: backbone.encode_video(videos)),
             ("text", lambda: backbone.encode_text(text)),
         ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -65,3 +68,13 @@ class Flops:
     def of_step(self, frames: int, texts: int) -> float:
         """Of a step on so many frames and sentences."""
         return self.video * frames / self.frames + self.text * texts
+
+
+def flops_where_known(config: Config) -> Flops | None:
+    """None for another package's backbone that does not run on the meta device, such as one that looks at values."""
+    try:
+        return Flops.of(config)
+    except (RuntimeError, ValueError):
+        if config.model.backbone in BACKBONES.built_in:
+            raise
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.config import Config
+from emcl.data.batch import Batch
 from emcl.data.image_ops import augmented
-from emcl.data.source import Source
+from emcl.data.order import RankBatches
+from emcl.data.split import Split
 from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
@@ -20,15 +24,14 @@ from emcl.evaluate.driver import evaluate
 from emcl.evaluate.report import as_json
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.run_folder import RunFolder
-from emcl.task import Scores, to_device
+from emcl.task import Scores
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
 from emcl.train.bad_clips import BadClips
 from emcl.train.deepspeed_file import zero_stage
 from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
-from emcl.train.features import open_source
-from emcl.train.inputs import Inputs
+from emcl.train.features import with_features
 from emcl.train.memory import keep_freed_memory
 from emcl.train.meter import Meter
 from emcl.train.optimizer import group_names
@@ -43,7 +46,7 @@ LOSS_SCALES = 17
 STRAGGLERS_KEPT = 1000
 """Lines of ranks that the others waited for, in the run's record."""
 
-Step = tuple[list[dict[str, Any]], float]
+Step = tuple[list[Batch], float]
 """A step's micro-batches and the seconds it was waited for."""
 
 
@@ -55,7 +58,9 @@ class Trainer:
 
     def __init__(
         self,
-        inputs: Inputs,
+        config: Config,
+        training: Split,
+        val: Split | None,
         ranks: Ranks,
         device: torch.device,
         folder: RunFolder,
@@ -64,11 +69,25 @@ class Trainer:
         resuming: bool = False,
         watch: Watch | None = None,
     ) -> None:
-        """With `resuming`, the run in `folder` goes on, on any number of ranks; `watch` is told how it gets on."""
-        self.ranks, self.device, self.folder = ranks, device, folder
-        self.inputs, self.shards, self.val, self.total = inputs, inputs.shards, inputs.val, inputs.steps
-        self.config = config = inputs.config
-        self.per_epoch = inputs.order.steps_per_epoch
+        """`config`, `training` and `val` are what `open_splits` gives.
+
+        With `resuming`, the run in `folder` goes on, on any number of ranks; `watch` is told how it gets on.
+
+        Raises:
+            UserError: a batch that the ranks do not divide; weights or a checkpoint that do not fit.
+        """
+        assert training.order is not None
+        self.ranks, self.device, self.folder, self.config = ranks, device, folder, config
+        self.per_epoch = training.order.steps_per_epoch
+        self.total = min(config.optim.epochs * self.per_epoch, config.optim.max_steps or 2**62)
+        self.batches = RankBatches(
+            training.order,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            accumulation=config.optim.accumulation,
+            start=0,
+            stop=self.total,
+        )
         if device.type == "cpu":
             keep_freed_memory()
         torch.manual_seed(config.seed)  # the same start on all ranks
@@ -76,12 +95,10 @@ class Trainer:
         self.taken = start_from(model, init, self.config) if init else None
         self.watch = watch or Watch(ranks, config.patience)
         backbone, progress = model.backbone, self.watch.progress
-        self.source = open_source(config, self.shards, backbone, ranks, device, progress=progress)
-        self.val_source: Source | None = None
-        if self.val:
-            self.val_source = open_source(config, self.val, backbone, ranks, device, progress=progress)
+        self.training = with_features(training, config, backbone, ranks, device, progress=progress)
+        self.val = with_features(val, config, backbone, ranks, device, progress=progress) if val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        found = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config.precision) if resuming else None
+        found = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config) if resuming else None
         universal = found is not None and found.universal
         self.names = group_names(model, config.optim)
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
@@ -93,7 +110,7 @@ class Trainer:
         self.resumed = _note_on_resuming(self.start, self.total) if resuming else None
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
         allowed = config.data.max_bad_fraction
-        self.bad = BadClips(ranks, folder.bad_clips, len(self.shards), allowed, self.shards.damaged)
+        self.bad = BadClips(ranks, folder.bad_clips, len(training), allowed, training.shards.damaged)
         self.meter = Meter(config, ranks, device, self.bad)
         self.stragglers: list[str] = []
         self.stop = StopRequest()
@@ -149,8 +166,8 @@ class Trainer:
                     raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
 
     def _steps(self, start: int) -> Iterator[Step]:
-        parts = collators(self.config, self.source.texts, training=True)
-        self.loader = StepLoader(self.shards, self.config.data, self.inputs.batches, parts, self.source.features)
+        parts = collators(self.config, self.training, training=True)
+        self.loader = StepLoader(self.training, self.config.data, self.batches, parts)
         steps = self.loader.steps(start)
         for step in range(start, self.total):
             self.watch.step(step + 1, "loading")
@@ -163,13 +180,13 @@ class Trainer:
         """What a step draws at random (dropout) follows from seed, step and rank: there is no state to resume."""
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
 
-    def _step(self, micro_batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def _step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
         clock, sums = self.meter.clock, dict[str, Tensor]()
         for batch in micro_batches:
             with clock.part("transfer"):
-                batch = to_device(batch, self.device)
+                batch = batch.to(self.device)
             with phase("forward"), clock.part("forward"):
-                losses = self.engine(augmented(batch))
+                losses = self.engine(batch=augmented(batch))
                 loss = total_loss(losses)
             with phase("backward"), clock.part("backward"):
                 self.engine.backward(loss)
@@ -179,7 +196,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value.detach() / len(micro_batches)
         return sums
 
-    def _check_skipped(self, step: int, micro_batches: list[dict[str, Any]]) -> bool:
+    def _check_skipped(self, step: int, micro_batches: list[Batch]) -> bool:
         """Whether the step was left out on all ranks, since the gradient's norm is not finite.
 
         Raises:
@@ -194,7 +211,8 @@ class Trainer:
         self._say(f"step {step + 1}: the gradient is not finite; left out on all ranks ({self.in_a_row} in a row)")
         searching = self.config.precision == "fp16" and self.skipped == step + 1  # for its first loss scale, from 2^16
         if self.in_a_row >= self.config.optim.max_skipped + (LOSS_SCALES if searching else 0):
-            torch.save(micro_batches, self.folder.bad_batch(step + 1, self.ranks.rank))
+            plain = [dataclasses.asdict(batch) for batch in micro_batches]
+            torch.save(plain, self.folder.bad_batch(step + 1, self.ranks.rank))
             raise UserError(
                 f"{self.in_a_row} steps in a row had no finite gradient: lower optim.lr, or train with precision=fp32. "
                 f"The batch is kept in {self.folder.bad_batch(step + 1, '*')}, the last checkpoint in "
@@ -221,10 +239,10 @@ class Trainer:
         self.watch.slow("at the end of an epoch")
         epoch = -(-done // self.per_epoch)
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
-        if self.val_source is not None and due:
+        if self.val is not None and due:
             self.engine.eval()
             scores = evaluate(
-                self.model, self.val_source, self.config, self.ranks, self.device, name="val",
+                self.model, self.val, self.config, self.ranks, self.device, name="val",
                 progress=self.watch.progress,
             )  # fmt: skip
             self.engine.train()
@@ -252,7 +270,7 @@ class Trainer:
     def _export(self, scores: dict[str, Scores], done: int) -> None:
         state = weights(self.engine, self.ranks)
         if self.ranks.first:
-            record = {**as_json(scores, self.val or self.shards, "val", self.config), "step": done}
+            record = {**as_json(scores, self.val or self.training, "val", self.config), "step": done}
             save_export(self.folder.best, state, self.config, record)
         self.ranks.barrier()
 
@@ -268,7 +286,7 @@ class Trainer:
         self.watch.slow("saving")
         checkpoint.save(
             self.engine, self.folder.checkpoints, done, {"best": self.best}, self.ranks, names=self.names,
-            keep=self.config.checkpoint.keep,
+            optim=self.config.optim, keep=self.config.checkpoint.keep,
         )  # fmt: skip
         self.saved = done
         if self.ranks.first:

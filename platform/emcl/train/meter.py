@@ -6,18 +6,18 @@ Between two reports nothing waits for the device and nothing is exchanged.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from emcl.config import Config
+from emcl.data.batch import Batch
 from emcl.data.loading_time import LoadingTime
 from emcl.distributed import Ranks, observe_exchanges
 from emcl.errors import UserError
 from emcl.train.bad_clips import BadClips
 from emcl.train.clock import PARTS, WAITING, StepClock
-from emcl.train.flops import Flops, peak_flops
+from emcl.train.flops import flops_where_known, peak_flops
 from emcl.train.stragglers import Straggler, find_straggler
 
 GIB = 2**30
@@ -32,7 +32,7 @@ class Meter:
         if ranks.world_size > 1:
             observe_exchanges(self.clock.wait)
         self.peak = peak_flops(device, config.precision)
-        self.flops = Flops.of(config) if self.peak else None
+        self.flops = flops_where_known(config) if self.peak else None
         self.restart()
 
     def restart(self) -> None:
@@ -44,7 +44,7 @@ class Meter:
         self.began = time.perf_counter()
 
     def add(
-        self, losses: dict[str, Tensor], micro_batches: list[dict[str, Any]], waited: float, *, skipped: bool = False
+        self, losses: dict[str, Tensor], micro_batches: list[Batch], waited: float, *, skipped: bool = False
     ) -> None:
         """Takes a step; the losses of a skipped one do not count."""
         for name, value in losses.items():
@@ -52,10 +52,10 @@ class Meter:
         self.counted += not skipped
         self.steps += 1
         for batch in micro_batches:
-            self.samples += len(batch["ids"])
-            self.frames += len(batch["frames"]) if "frames" in batch else 0
-            self.loading += LoadingTime(*batch["loading"])
-            self.bad.add(batch["bad"])
+            self.samples += len(batch.ids)
+            self.frames += batch.frame_count
+            self.loading += batch.loading
+            self.bad.add(batch.bad)
         self.clock.loaded(waited)
 
     def read(self, restarts: int) -> tuple[dict[str, float], str]:

@@ -1,14 +1,18 @@
-"""Parameter groups, the optimiser and its schedule, as EMCL-Net sets them."""
+"""Parameter groups as EMCL-Net sets them, and the optimiser by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
+from torch.optim import Optimizer
 
+from emcl.components import OPTIMIZERS
 from emcl.train.settings import OptimConfig
 
 
@@ -47,38 +51,124 @@ def group_names(model: nn.Module, config: OptimConfig) -> list[list[str]]:
     return [[name_of[id(parameter)] for parameter in group["params"]] for group in parameter_groups(named, config)]
 
 
-class CheckedAdamW(torch.optim.AdamW):
+class OptimizerKind:
+    """Base class of optimisers; kinds stand in `emcl.components`. Classes that are never instantiated."""
+
+    config_class: ClassVar[type | None] = None
+    """A frozen dataclass of the kind's own settings, `optim.optimizer_options`."""
+    numbers_kept: ClassVar[int] = 2
+    """Numbers of its state for each trained weight, such as a moving average; plans of memory count them."""
+    offloads: ClassVar[bool] = False
+    """Whether there is one whose state the CPU holds (`build_offloaded`)."""
+    converts: ClassVar[bool] = False
+    """Whether its state is Adam's, so that its checkpoints go on with any ranks and ZeRO stage (train/universal.py)."""
+
+    @classmethod
+    def build(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any, *, fused: bool) -> Optimizer:
+        """PyTorch's optimiser over the groups, each of which has its own `lr` and `weight_decay`.
+
+        Args:
+            settings: an instance of `config_class`, or None without one.
+            fused: whether the weights are on a GPU, where one kernel may step them all.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def build_offloaded(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any) -> Optimizer:
+        """One whose state the CPU holds and steps, where the DeepSpeed file offloads it; with `offloads`."""
+        raise NotImplementedError
+
+
+class AdamW(OptimizerKind):
+    """Adam with decoupled weight decay (Loshchilov and Hutter, ICLR 2019); offloaded, DeepSpeed's."""
+
+    converts = offloads = True
+
+    @classmethod
+    def build(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any, *, fused: bool) -> Optimizer:
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=_two(optim.betas), eps=optim.eps, fused=fused)
+
+    @classmethod
+    def build_offloaded(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any) -> Optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=_two(optim.betas), eps=optim.eps, adamw_mode=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig:
+    """Settings of SGD."""
+
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov=true wants a momentum above 0")
+
+
+class SGD(OptimizerKind):
+    """Stochastic gradient descent with momentum."""
+
+    config_class = SGDConfig
+    numbers_kept = 1
+
+    @classmethod
+    def build(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any, *, fused: bool) -> Optimizer:
+        momentum, nesterov = settings.momentum, settings.nesterov
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=momentum, nesterov=nesterov, fused=fused)
+
+
+def _two(betas: list[float]) -> tuple[float, float]:
+    return betas[0], betas[1]
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool, checked: bool = False
+) -> Optimizer:
+    """The optimiser that is set.
+
+    Args:
+        offload: the CPU is to hold and step its state.
+        fused: the weights are on a GPU.
+        checked: it is to leave out steps whose gradient is not finite, where DeepSpeed does not (ZeRO 0 in fp32).
+    """
+    groups = parameter_groups(model.named_parameters(), config)
+    kind = optimizer_class(config)
+    settings = OPTIMIZERS.options(config.optimizer, config.optimizer_options)
+    if offload:
+        return kind.build_offloaded(groups, config, settings)
+    optimizer = kind.build(groups, config, settings, fused=fused)
+    if checked:
+        optimizer.__class__ = _checked(type(optimizer))  # type: ignore[arg-type]
+    return optimizer
+
+
+def optimizer_class(config: OptimConfig) -> type[OptimizerKind]:
+    """Raises UserError: no such optimiser."""
+    kind: type[OptimizerKind] = OPTIMIZERS.load_class(config.optimizer, OptimizerKind)
+    return kind
+
+
+class _Checked:
     """Leaves out a step whose gradient is not finite and says so by `overflow`, as DeepSpeed's own optimisers do.
 
     For training without ZeRO, where DeepSpeed takes any gradient. Gradients are those of all ranks by then, so all of
-    them decide alike; that waits for the device once a step, as ZeRO does.
+    them decide alike; that waits for the device once a step, as ZeRO does. Goes before a kind of PyTorch's optimisers.
     """
 
     overflow = False
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self: Any, closure: Any = None) -> Any:
         gradients = [
             weight.grad for group in self.param_groups for weight in group["params"] if weight.grad is not None
         ]
         norms = torch.stack(torch._foreach_norm(gradients))
         self.overflow = not bool(norms.isfinite().all())
-        return None if self.overflow else super().step(closure)
+        return None if self.overflow else super().step(closure)  # type: ignore[misc]
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool, checked: bool = False
-) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's CPU Adam where the optimiser's state is offloaded; `checked` where nothing else checks."""
-    groups = parameter_groups(model.named_parameters(), config)
-    settings: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
-    if offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return (CheckedAdamW if checked else torch.optim.AdamW)(groups, fused=fused, **settings)
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Any:
-    """Linear warm-up over a share of the steps, then a cosine to zero."""
-    return get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
+@cache
+def _checked(kind: Any) -> Any:
+    return type(f"Checked{kind.__name__}", (_Checked, kind), {})

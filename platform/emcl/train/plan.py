@@ -9,18 +9,22 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from emcl.components import BACKBONES, check_components
 from emcl.config import Config
 from emcl.data.at_hand import missing, wanted
-from emcl.data.mixture import open_training, training_patterns
+from emcl.data.batch import VideoFrames
+from emcl.data.mixture import training_patterns
 from emcl.data.samples import Sample
 from emcl.data.shards import open_shards
-from emcl.model.towers import missing_weights
+from emcl.data.split import open_training_split
+from emcl.model.backbone import backbone_class
 from emcl.multitask import VideoLanguageModel
 from emcl.registry import task_class
 from emcl.shipped import find_file
@@ -36,7 +40,7 @@ from emcl.train.fake_step import (
     build_on_meta,
     fake_steps,
 )
-from emcl.train.optimizer import parameter_groups
+from emcl.train.optimizer import optimizer_class, parameter_groups
 from emcl.train.start import learn_settings
 
 GIB = 2**30
@@ -71,15 +75,19 @@ def plan(config: Config) -> tuple[Plan, Config]:
     Raises:
         UserError: what the configuration names is not there, or does not fit, other than shards.
     """
-    weights = missing_weights(config.model)
+    check_components(config)
+    backbone = backbone_class(config.model)
+    backbone.check(config)
+    weights = backbone.missing_weights(config.model)
     lacking = [*missing(wanted(config.data, training=True)), *weights]
     samples = steps_per_epoch = steps = test = None
     examples: list[Sample] = []
     if not missing(list(training_patterns(config.data))):
-        shards, order = open_training(config.data, config.seed)
-        config = learn_settings(config, shards) if not weights else config
-        samples, steps_per_epoch = len(shards), order.steps_per_epoch
-        examples = heapq.nlargest(EXAMPLES, (row.sample for row in shards.rows), key=_longest_caption)
+        training = open_training_split(config.data, config.seed)
+        assert training.order is not None
+        config = learn_settings(config, training) if not weights else config
+        samples, steps_per_epoch = len(training), training.order.steps_per_epoch
+        examples = heapq.nlargest(EXAMPLES, (row.sample for row in training.shards.rows), key=_longest_caption)
         steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
     else:
         config = _with_guesses(config)
@@ -108,7 +116,8 @@ def plan(config: Config) -> tuple[Plan, Config]:
 def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     """What autograd keeps of one video and one caption in the towers and over time, counted on the meta device.
 
-    Heads and the similarity come on top; they are small beside it at the batches of the recipes.
+    Heads and the similarity come on top; they are small beside it at the batches of the recipes. Not a number for
+    another package's backbone that cannot run there, as one that looks at a tensor's values.
     """
     backbone = model.to(DTYPES[config.precision]).backbone.train()
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
@@ -126,29 +135,35 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     if config.model.cache_features:
         frames = torch.zeros(data.frames, backbone.image.width, device="meta")
         text = torch.zeros(1, backbone.text.width, device="meta")
-    slots = torch.arange(data.frames, device="meta")
-    mask = torch.ones(1, data.frames, dtype=torch.bool, device="meta")
+    mask_BT = torch.ones(1, data.frames, dtype=torch.bool, device="meta")
+    videos = VideoFrames(frames=frames, slots=torch.arange(data.frames, device="meta"), mask_BT=mask_BT)
     with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        alive = backbone.encode_video(frames, slots, mask), backbone.encode_text(text)
+        try:
+            alive = backbone.encode_video(videos), backbone.encode_text(text)
+        except (RuntimeError, ValueError):
+            if config.model.backbone in BACKBONES.built_in:
+                raise
+            return math.nan
     del alive
     return float(sum(storage.nbytes() for storage in kept.values()))
 
 
-def state_gib(plan: Plan, precision: str, stage: int, gpus: int) -> float:
-    """Weights, gradients and Adam's state of one GPU.
+def state_gib(plan: Plan, config: Config, stage: int, gpus: int) -> float:
+    """Weights, gradients and the optimiser's state of one GPU.
 
     ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020).
     """
-    number = 4 if precision == "fp32" else 2
+    number = DTYPES[config.precision].itemsize
     weights, gradients = number * plan.parameters, number * plan.trained
     shared = [gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
     whole = weights + gradients - sum(shared) + sum(shared) / gpus
-    return (whole + _optimizer_bytes(plan, precision, stage, gpus)) / GIB
+    return (whole + _optimizer_bytes(plan, config, stage, gpus)) / GIB
 
 
-def _optimizer_bytes(plan: Plan, precision: str, stage: int, gpus: int) -> float:
-    """In half precision the optimiser holds weights in single precision besides its two moments."""
-    return (8 if precision == "fp32" else 12) * plan.trained / (gpus if stage >= 1 else 1)
+def _optimizer_bytes(plan: Plan, config: Config, stage: int, gpus: int) -> float:
+    """In half precision the optimiser holds weights in single precision besides its own numbers (Adam's two)."""
+    numbers = optimizer_class(config.optim).numbers_kept + (config.precision != "fp32")
+    return 4 * numbers * plan.trained / (gpus if stage >= 1 else 1)
 
 
 def bucket_bytes(zero: Mapping[str, Any], parameters: int, number: int) -> int:
@@ -215,7 +230,7 @@ def memory_parts(found: Plan, step: FakeStep, config: Config, stage: int, gpus: 
     return {
         "weights": (weights / gpus if stage == 3 else weights) + held.pop(BUFFERS),
         "gradients": gradients,
-        "optimiser": _optimizer_bytes(found, config.precision, stage, gpus),
+        "optimiser": _optimizer_bytes(found, config, stage, gpus),
         "buckets": bucket_bytes(zero_settings(config, stage), found.parameters, number),
         **held,
     }
@@ -271,7 +286,7 @@ def _estimate_lines(found: Plan, config: Config) -> list[str]:
     lines = ["GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:"]
     lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in STAGES) + "   activations (videos a GPU and step)")
     for gpus in GPUS:
-        cells = "".join(f"{state_gib(found, config.precision, stage, gpus):8.2f}" for stage in STAGES)
+        cells = "".join(f"{state_gib(found, config, stage, gpus):8.2f}" for stage in STAGES)
         videos = _videos(config, gpus)
         lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
     return lines

@@ -9,17 +9,19 @@ from pathlib import Path
 import torch
 
 from emcl import distributed
+from emcl.components import check_components
 from emcl.config import Config, to_yaml
 from emcl.data.at_hand import missing, of_sample, wanted
 from emcl.data.order import check_divisible
-from emcl.data.shards import find_shards, open_shards
+from emcl.data.shards import find_shards
+from emcl.data.split import Split, open_split
 from emcl.disk import in_turn
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.report import record, table
+from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.model.limits import check_limits
-from emcl.model.towers import missing_weights
 from emcl.multitask import VideoLanguageModel, check_tasks
 from emcl.prepare.sample import generate
 from emcl.run_folder import RunFolder, export_identity
@@ -29,10 +31,10 @@ from emcl.train.arithmetic import set_arithmetic
 from emcl.train.cores import place, too_few_cores
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import open_export
-from emcl.train.features import open_source
-from emcl.train.inputs import Inputs, open_inputs
+from emcl.train.features import with_features
 from emcl.train.loop import Trainer
 from emcl.train.run_config import config_of_run, find_run
+from emcl.train.start import open_splits
 from emcl.train.stop import Stopped
 from emcl.train.watch import Watch
 
@@ -61,7 +63,7 @@ def run(
     config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=resumed)
     expected = distributed.described()
     _check(config, expected, training=evaluate_path is None)
-    inputs = open_inputs(config, expected, init) if evaluate_path is None else None
+    opened = open_splits(config, init) if evaluate_path is None else None
     set_arithmetic(config)
     distributed.quiet_start()
     ranks = distributed.start()
@@ -71,18 +73,20 @@ def run(
         _Recorded() as recorded,
         Watch(ranks, config.patience, at_end=recorded.failed) as watch,
     ):
-        if inputs is None:
+        if opened is None:
             assert evaluate_path is not None
             folder = RunFolder.open(evaluate_path)
             folder.check_written()
             recorded.tracker = open_tracker(config, f"evaluate {folder.name}", first_rank=ranks.first)
             return _score(folder, config, ranks, device, recorded.tracker, watch, step=0)
         folder = at_end.enter_context(_claimed(ranks, config, resumed))  # until all is recorded
-        return _train(inputs, ranks, device, folder, recorded, watch, resuming=resumed is not None, init=init)
+        return _train(*opened, ranks, device, folder, recorded, watch, resuming=resumed is not None, init=init)
 
 
 def _train(
-    inputs: Inputs,
+    config: Config,
+    training: Split,
+    val: Split | None,
     ranks: Ranks,
     device: torch.device,
     folder: RunFolder,
@@ -92,13 +96,12 @@ def _train(
     resuming: bool,
     init: Path | None,
 ) -> dict[str, Scores]:
-    few = too_few_cores(ranks.gather_objects(place()), inputs.config.data.workers)
+    few = too_few_cores(ranks.gather_objects(place()), config.data.workers)
     if few and ranks.first:
         print(f"note: {few}", flush=True)
     # before anything is recorded: it finds what is wrong
-    trainer = Trainer(inputs, ranks, device, folder, init=init, resuming=resuming, watch=watch)
+    trainer = Trainer(config, training, val, ranks, device, folder, init=init, resuming=resuming, watch=watch)
     trainer.check()
-    config = inputs.config
     continued = folder.facts().get("mlflow_run") if resuming else None
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, unsent=folder.unsent)
     recorded.tracker = tracker
@@ -108,7 +111,7 @@ def _train(
         tracker.text(to_yaml(config, secrets=False), folder.config_file.name)
         print(
             f"{folder.name}: {', '.join(config.tasks)} on {ranks.world_size} {device.type} process(es), "
-            f"{trainer.parameters / 1e6:.1f} M parameters, {len(trainer.shards)} videos, {trainer.total} steps of "
+            f"{trainer.parameters / 1e6:.1f} M parameters, {len(training)} videos, {trainer.total} steps of "
             f"{config.data.batch_size}, {Path(config.deepspeed).stem}, {config.precision}",
             flush=True,
         )
@@ -141,14 +144,14 @@ def _score(
     """The run's best model on the test split."""
     watch.slow("scoring the test split")
     model = _best_model(folder, config, ranks).to(device)
-    shards = open_shards(str(config.data.test))
-    source = open_source(config, shards, model.backbone, ranks, device, progress=watch.progress)
-    scores = evaluate(model, source, config, ranks, device, name="test", progress=watch.progress)
+    test = open_split(str(config.data.test), tokenizer_of(config))
+    test = with_features(test, config, model.backbone, ranks, device, progress=watch.progress)
+    scores = evaluate(model, test, config, ranks, device, name="test", progress=watch.progress)
     if ranks.first:
-        split = split_name("test", config)
-        record(scores, shards, config, folder, tracker, split=split, step=step)
+        files_of = split_name("test", config)
+        record(scores, test, config, folder, tracker, name=files_of, step=step)
         for name, item in scores.items():
-            print(f"\n{name} on {split}\n{table(item)}", flush=True)
+            print(f"\n{name} on {files_of}\n{table(item)}", flush=True)
     return scores
 
 
@@ -172,12 +175,15 @@ def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguag
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
     check_limits(config)
+    check_components(config)
+    backbone = backbone_class(config.model)
+    backbone.check(config)
     kinds = check_tasks(config)
     patterns = wanted(config.data, training=training)
     if training:
         check_divisible(config.data.batch_size, ranks.world_size, config.optim.accumulation)
         deepspeed_settings(config, ranks.world_size)
-        for error in missing_weights(config.model):
+        for error in backbone.missing_weights(config.model):
             raise UserError(error)
     if ranks.first and ((training and config.data.val) or config.data.test):
         for notice in [line for kind in dict.fromkeys(kinds.values()) for line in kind.notices()]:

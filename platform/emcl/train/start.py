@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from emcl.config import Config
-from emcl.data.shards import ShardSet
+from emcl.data.split import Split, open_split, open_training_split
 from emcl.errors import UserError, said_of
-from emcl.model.towers import wants_quick_gelu
+from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.registry import task_class
 from emcl.run_folder import WEIGHTS, saved_config
 from emcl.train.export import different_shape
@@ -22,13 +22,27 @@ UNCERTAINTY = "uncertainty.log_variance"
 """`Uncertainty`'s weight."""
 
 
-def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -> Config:
+def open_splits(config: Config, init: Path | None = None) -> tuple[Config, Split, Split | None]:
+    """The training split and that of validation, if any, with the configuration that the training samples complete.
+
+    Opened and checked before there is a process group: an error costs no rendezvous.
+
+    Raises:
+        UserError: shards that are missing or damaged, a task without a sample.
+    """
+    tokenizer = tokenizer_of(config)
+    training = open_training_split(config.data, config.seed, tokenizer)
+    config = learn_settings(config, training, init)
+    return config, training, open_split(config.data.val, tokenizer) if config.data.val else None
+
+
+def learn_settings(config: Config, training: Split, init: Path | None = None) -> Config:
     """The configuration with every task's vocabulary and the like, found from the training samples and the weights.
 
     A task that `init` was trained for keeps what that run found: its weights are of that vocabulary.
     """
     earlier: dict[str, Any] = tasks_of_both(config, saved_config(init)) if init else {}
-    samples = [row.sample for row in shards.rows]
+    samples = [row.sample for row in training.shards.rows]
     tasks = {}
     for name, settings in config.tasks.items():
         kind = task_class(config.kind_of(name))
@@ -37,7 +51,7 @@ def learn_settings(config: Config, shards: ShardSet, init: Path | None = None) -
             settings = dataclasses.replace(settings, **kept)
         with said_of(name):
             tasks[name] = kind.learn_settings(settings, config, samples)
-    model = dataclasses.replace(config.model, quick_gelu=wants_quick_gelu(config.model))
+    model = backbone_class(config.model).completed(config.model)
     return dataclasses.replace(config, tasks=tasks, model=model)
 
 

@@ -1,7 +1,6 @@
-"""CLIP's two towers from open_clip, each split into a trunk and a last projection ("head").
+"""The backbone of open_clip: its CLIP models, and those with timm or Hugging Face towers.
 
-The trunk is what may be frozen and learns with CLIP's small rate; a head that open_clip puts on a timm or
-Hugging Face trunk is new and learns with the rate of new modules.
+A head that open_clip puts on a timm or Hugging Face trunk is new; in its own models the trunk ends with the projection.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
+from emcl.data.features import Origin
+from emcl.data.text import Tokenizer
 from emcl.errors import UserError, first_line
-from emcl.model.batch_norm import keep_statistics_in_full_precision
+from emcl.model.backbone import Backbone
 from emcl.model.conv import ConvTower
 from emcl.model.limits import CONTEXT
 from emcl.model.patches import embed_patches_by_product
 from emcl.model.settings import ModelConfig
+from emcl.model.tower import TextTower, Tower, Towers
 from emcl.shipped import find_architecture
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -35,27 +37,39 @@ OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
 """Entries beside the weights that mark a checkpoint as OpenAI's, trained with QuickGELU."""
 
 
-class Tower(nn.Module):
-    """trunk, then head."""
+class OpenClipBackbone(Backbone):
+    """`model.name` and `model.pretrained` as open_clip knows them, or local files."""
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, width: int) -> None:
-        super().__init__()
-        self.trunk, self.head = trunk, head
-        self.width = width
+    @classmethod
+    def build_towers(cls, config: ModelConfig, *, words: int, load_weights: bool) -> Towers:
+        return build_towers(config, words=words, load_weights=load_weights)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.trunk(inputs))
+    @classmethod
+    def tokenizer(cls, config: ModelConfig, words: int) -> Tokenizer:
+        return tokenizer(config.name, words)
+
+    @classmethod
+    def completed(cls, config: ModelConfig) -> ModelConfig:
+        return replace(config, quick_gelu=wants_quick_gelu(config))
+
+    @classmethod
+    def missing_weights(cls, config: ModelConfig) -> list[str]:
+        """Those of files; a tag of open_clip's is downloaded."""
+        wanted = [config.image_weights, config.pretrained]
+        looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
+        return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
+
+    @classmethod
+    def origin(cls, config: ModelConfig) -> Origin:
+        architecture = model_json(config.name)
+        of_each = [config.image_weights, architecture["text_cfg"].get("hf_model_name")]
+        return Origin(architecture, [config.pretrained, *of_each], config.pretrained is None and None in of_each)
 
 
-class TextTower(Tower):
-    """A tower that also shows its single tokens."""
-
-    def __init__(self, trunk: nn.Module, head: nn.Module, width: int, token_width: int, padding: int) -> None:
-        super().__init__(trunk, head, width)
-        self.token_width, self.padding = token_width, padding
+class OpenClipTextTower(TextTower):
+    """Of open_clip's own text transformer, or around a Hugging Face one."""
 
     def tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) -> the trunk's last layer (B, L, token_width), and which tokens there are (B, L)."""
         trunk: Any = self.trunk
         trunk.output_tokens = True  # open_clip's switch
         try:
@@ -63,19 +77,6 @@ class TextTower(Tower):
         finally:
             trunk.output_tokens = False
         return tokens, ids != self.padding
-
-
-@dataclass(frozen=True)
-class Towers:
-    """What open_clip gives for a name."""
-
-    image: Tower
-    text: TextTower
-    embed_dim: int
-    logit_scale: float
-    """Natural logarithm, as pretrained."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def model_json(name: str) -> dict[str, Any]:
@@ -88,14 +89,7 @@ def model_json(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path else open_clip.get_model_config(name)
 
 
-def missing_weights(config: ModelConfig) -> list[str]:
-    """Files of pretrained weights that are not there; a tag of open_clip's is downloaded."""
-    wanted = [config.image_weights, config.pretrained]
-    looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
-    return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
-
-
-def build_towers(config: ModelConfig, *, words: int | None = None, load_weights: bool = True) -> Towers:
+def build_towers(config: ModelConfig, *, words: int, load_weights: bool = True) -> Towers:
     """The towers of `config`, with pretrained weights unless `load_weights` is off, for texts of `words` tokens.
 
     Raises:
@@ -130,12 +124,11 @@ def build_towers(config: ModelConfig, *, words: int | None = None, load_weights:
         clip.visual = ConvTower(widths, size, settings["embed_dim"])
     if state is not None:
         _load(clip, state, Path(str(config.pretrained)), config.name)
-    keep_statistics_in_full_precision(clip)
     embed_patches_by_product(clip.visual)
     image, text = clip.visual, clip.text
     if load_weights and config.image_weights:
         _load_image_weights(image, Path(config.image_weights))
-    if words is not None and getattr(text, "attn_mask", None) is not None:
+    if getattr(text, "attn_mask", None) is not None:
         # open_clip adds the causal mask whole; cut, so that captions need not be padded to CLIP's 77 tokens
         text.attn_mask = text.attn_mask[:words, :words]
     return Towers(
@@ -173,7 +166,7 @@ def _pretrained(config: ModelConfig) -> tuple[dict[str, Tensor] | None, str | No
     return None, wanted, wanted == "openai"
 
 
-def tokenizer(name: str, words: int) -> Callable[[list[str]], Tensor]:
+def tokenizer(name: str, words: int) -> Tokenizer:
     """Captions to (B, words) token ids, zero-padded (Hugging Face: its own padding, to the longest caption)."""
     settings = model_json(name)
     text = settings["text_cfg"]
@@ -265,8 +258,8 @@ def _split_text(text: nn.Module, embed_dim: int) -> TextTower:
     if isinstance(text, HFTextEncoder):
         head, text.proj = text.proj, nn.Identity()
         width = int(text.config.hidden_size)
-        return TextTower(text, head, width, width, int(text.config.pad_token_id or 0))
-    return TextTower(text, nn.Identity(), embed_dim, int(text.width), 0)  # type: ignore[arg-type]
+        return OpenClipTextTower(text, head, width, width, int(text.config.pad_token_id or 0))
+    return OpenClipTextTower(text, nn.Identity(), embed_dim, int(text.width), 0)  # type: ignore[arg-type]
 
 
 def _local_directory(path: str, what: str) -> None:

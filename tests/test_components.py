@@ -1,0 +1,361 @@
+"""Backbone, regulariser, optimiser and schedule are chosen by name, and somebody else's package brings others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from math import isnan
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import emcl
+from conftest import TINY, launch, mlflow_run, recorded, small
+from emcl import components
+from emcl.components import BACKBONES, OPTIMIZERS, REGULARISERS, SCHEDULES, check_components
+from emcl.config import fingerprint_text, from_dict, resolve, to_yaml
+from emcl.data.batch import videos_of
+from emcl.distributed import ALONE, Ranks
+from emcl.em import Moments
+from emcl.errors import UserError
+from emcl.model.backbone import Backbone, build_backbone, tokenizer_of
+from emcl.model.regulariser import Regulariser, regulariser_of
+from emcl.model.similarity import similarity, similarity_by_tile, similarity_on_ranks
+from emcl.run_folder import saved_config
+from emcl.train import run as run_module
+from emcl.train.checkpoint import find
+from emcl.train.engine import _check_regularisers, deepspeed_settings
+from emcl.train.flops import flops_where_known
+from emcl.train.optimizer import OptimizerKind, build_optimizer
+from emcl.train.plan import plan
+from emcl.train.schedule import build_schedule
+from emcl.train.settings import OptimConfig
+from ranks import run_on_ranks
+
+pytestmark = pytest.mark.xdist_group("serve")
+WIDTH = 16
+DEFAULTS = "acca7485338420d8"
+"""Of the settings' text, as the version had it that wrote the first indexes that count."""
+
+
+@pytest.fixture
+def theirs(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Their package, also for this process."""
+    monkeypatch.syspath_prepend(installed["PYTHONPATH"])
+    return Path(installed["PYTHONPATH"])
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP as transformers keeps one."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("hf") / "clip"
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**size, "image_size": 32, "patch_size": 16}
+    torch.manual_seed(0)
+    shape = CLIPConfig(text_config={**size, "max_position_embeddings": 32}, vision_config=vision, projection_dim=24)
+    CLIPModel(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(
+    installed: dict[str, str],
+    clip_folder: Path,
+    sample_shards: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Two tasks on two ranks with nothing but their components."""
+    place = tmp_path_factory.mktemp("components")
+    settings = [
+        *small(sample_shards), *recorded(place),
+        "model.backbone=hf_clip", f"model.name={clip_folder}", f"model.pretrained={clip_folder}",
+        "model.regulariser=mean_removed", "model.regulariser_options.strength=0.5",
+        "model.regulariser_options.hubness=0.25", "optim.optimizer=lion", "optim.optimizer_options.beta1=0.8",
+        "optim.schedule=root", "data.size=32", "data.words=24", "optim.max_steps=4", "name=run", "data.val=null",
+        "tracking.every_steps=1", "optim.lr=1e-3",
+    ]  # fmt: skip
+    done = launch("--task", "retrieval,msrvtt_qa", *settings, ranks=2, cwd=place, env=installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place / "runs/run"
+
+
+def test_a_run_of_theirs_alone_trains_is_scored_and_says_so(trained: Path) -> None:
+    metrics = mlflow_run(trained.parent.parent)[1].data.metrics
+    assert {"train/retrieval/contrastive", "train/retrieval/regulariser", "train/msrvtt_qa/regulariser"} <= set(metrics)
+    scores = json.loads((trained / "scores-test.json").read_text())["tasks"]["retrieval"]
+    assert scores["protocol"].endswith("; MeanRemoved")
+    config = (trained / "best/config.yaml").read_text()
+    for line in ("backbone: hf_clip", "strength: '0.5'", "optimizer: lion", "beta1: '0.8'", "schedule: root"):
+        assert line in config
+
+
+def test_its_export_compares_as_it_was_trained(trained: Path, theirs: Path) -> None:
+    model = emcl.load(trained, device="cpu")
+    videos = [torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8) for _ in range(3)]
+    features, texts = model.encode_video(videos), model.encode_text(["a red circle", "a dog runs"])
+    common = F.normalize(model.model.heads["retrieval"].emcl.common, dim=0)
+    assert float(common.norm()) == pytest.approx(1)
+
+    def moved(rows: Tensor) -> Tensor:
+        return rows - 0.5 * (rows @ common)[..., None] * common
+
+    weights = (torch.einsum("ad,btd->abt", texts, features.frames) / 3.0).softmax(-1) * features.mask
+    pooled = torch.einsum("abt,btd->abd", weights, features.frames)
+    cosine = F.cosine_similarity(moved(pooled), moved(texts)[:, None], dim=-1)
+    wanted = cosine - 0.25 * F.normalize(features.mean(), dim=1) @ common
+    torch.testing.assert_close(model.similarity(texts, features), wanted, atol=1e-5, rtol=1e-5)
+    assert len(model.answer(features, "what is it?", top=2)) == 2
+
+
+def test_without_the_package_the_run_is_refused_by_name(trained: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.backbone=hf_clip is none of open_clip"):
+        emcl.load(trained)
+
+
+def test_its_checkpoint_goes_on_with_its_ranks_and_optimiser_alone(
+    trained: Path, theirs: Path, installed: dict[str, str]
+) -> None:
+    place, config = trained.parent.parent, saved_config(trained / "best")
+    for changes, says in (
+        ({}, "with optim.optimizer=lion it goes on with 2 ranks and deepspeed=deepspeed/zero1.json alone"),
+        ({"optimizer": "adamw"}, "was begun with optim.optimizer=lion and does not go on with adamw: --init takes"),
+        ({"optimizer_options": {}}, r"optim.optimizer_options={beta1: 0.8} and does not go on with {}"),
+        ({"schedule": "cosine"}, "optim.schedule=root and does not go on with cosine"),
+    ):
+        optim = replace(config.optim, **changes)
+        with pytest.raises(UserError, match=says.replace("{", r"\{")):
+            find(trained / "checkpoints", ALONE, 1, replace(config, optim=optim))
+    more = launch("--resume", "runs/run", "optim.max_steps=5", "data.test=null", ranks=2, cwd=place, env=installed)
+    assert more.returncode == 0 and "goes on from step 4 of 5" in more.stdout
+
+
+def test_a_backbone_of_transformers_gives_its_own_features(theirs: Path, clip_folder: Path) -> None:
+    from transformers import CLIPModel
+
+    names = [f"model.name={clip_folder}", f"model.pretrained={clip_folder}"]
+    config = resolve(["retrieval"], overrides=["model.backbone=hf_clip", *names, "data.size=32", "data.words=24"])
+    backbone, clip = build_backbone(config).eval(), CLIPModel.from_pretrained(clip_folder).eval()
+    frames = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    ids = tokenizer_of(config)(["a dog runs", "two people cook"])
+    assert torch.equal(ids, backbone.tokenize(["a dog runs", "two people cook"]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            backbone.encode_frames(frames),
+            clip.visual_projection(clip.vision_model(backbone.preprocess(frames)).pooler_output),
+        )
+        torch.testing.assert_close(
+            backbone.encode_text(ids),
+            clip.text_projection(clip.text_model(ids, attention_mask=(ids != 0).long()).pooler_output),
+        )
+        video = backbone.encode_video(videos_of([frames[:2].numpy(), frames[2:].numpy()], 2))
+    assert video.shape == (2, 2, 24)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.backbone=hf_clp", "model.backbone=hf_clp is none of open_clip, hf_clip, did you mean 'hf_clip'?"),
+        (
+            "model.regulariser=",
+            "is none of emcl, mean_removed (or install the package that brings it)",
+        ),
+        ("optim.optimizer=lyon", "optim.optimizer=lyon is none of adamw, sgd, lion, did you mean 'lion'?"),
+        ("optim.schedule=x", "optim.schedule=x is none of cosine, linear, constant, root"),
+        (
+            "optim.optimizer_options.beta1=0.5",
+            "beta1: adamw has no settings of its own (optim.optimizer_options={} ",
+        ),
+        ("optim.optimizer_options.momentum=1", "optim.optimizer_options.momentum=1 is not a number from 0 to below 1"),
+        ("model.regulariser_options.strenth=1", "key 'model.regulariser_options.strenth', did you mean 'strength'?"),
+        ("model.backbone_options.attention=null", None),
+    ],
+)
+def test_a_wrong_name_or_option_is_refused_in_one_line(theirs: Path, override: str, says: str | None) -> None:
+    chosen = {"strenth": "model.regulariser=mean_removed", "momentum": "optim.optimizer=sgd"}
+    more = [setting for word, setting in chosen.items() if word in override]
+    if says is None:
+        check_components(resolve(["retrieval"], overrides=["model.backbone=hf_clip", override]))
+        return
+    with pytest.raises(UserError) as caught:
+        check_components(resolve(["retrieval"], overrides=[override, *more]))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("nowhere:Thing", "nowhere:Thing of its package cannot be imported: No module named 'nowhere'"),
+        ("json:Thing", "json:Thing of its package cannot be imported: module 'json' has no attribute 'Thing'"),
+        ("json:dumps", "does not extend emcl.model.backbone.Backbone"),
+        ("json:JSONEncoder", "does not extend emcl.model.backbone.Backbone"),
+    ],
+)
+def test_a_package_that_registers_nothing_of_use_is_named(
+    value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = EntryPoint(name="theirs", value=value, group=BACKBONES.group)
+    monkeypatch.setattr(components, "entry_points", lambda **_: [entry])
+    with pytest.raises(UserError) as caught:
+        BACKBONES.load_class("theirs", Backbone)
+    assert str(caught.value).startswith("model.backbone=theirs: ") and says in str(caught.value)
+
+
+def test_a_backbone_that_looks_at_values_trains_without_mfu_and_is_planned_by_an_estimate(
+    theirs: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device there are none to look at."""
+    import hf_clip
+
+    plain = hf_clip.TextTrunk.forward
+    monkeypatch.setattr(hf_clip.TextTrunk, "forward", lambda self, ids: plain(self, ids) * float(ids.float().sum() > 0))
+    names = ["model.backbone=hf_clip", f"model.name={clip_folder}", "data.size=32", "data.words=24"]
+    config = resolve(["retrieval"], overrides=[*names, "data.train=none", "data.generate=false"])
+    assert flops_where_known(config) is None
+    assert isnan(plan(config)[0].activations)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.size=64", "data.size=64 is not the 32 of the model"),
+        ("optim.optimizer_options.x=1", "optim.optimizer_options.x: adamw has no settings"),
+    ],
+)
+def test_what_would_fail_later_is_found_before_the_work_and_in_a_plan(
+    theirs: Path, clip_folder: Path, override: str, says: str
+) -> None:
+    names = ["model.backbone=hf_clip", f"model.name={clip_folder}", "data.size=32", "data.words=24", "data.train=none"]
+    config = resolve(["retrieval"], overrides=[*names, "data.generate=false", override])
+    for find_it in (plan, lambda config: run_module._check(config, ALONE, training=True)):
+        with pytest.raises(UserError, match=says):
+            find_it(config)
+
+
+def _with_regulariser(ranks: Ranks, folder: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, loss and state of their regulariser, fitted to the rows of all ranks."""
+    sys.path.insert(0, folder)
+    config = resolve(["retrieval"], overrides=["model.regulariser=mean_removed"])
+    layer = regulariser_of(config, WIDTH)
+    assert layer is not None
+    generator = torch.Generator().manual_seed(0)
+    text, frames = torch.randn(8, WIDTH, generator=generator) + 1, torch.randn(8, 3, WIDTH, generator=generator) + 1
+    mask = torch.ones(8, 3, dtype=torch.bool)
+    own = ranks.share(8)
+    scores = similarity(text[own], frames, mask, temperature=3.0, regulariser=layer, ranks=ranks)
+    loss = layer.loss(text[own], frames[own], mask[own], ranks)
+    assert loss is not None
+    return ranks.gather_rows(scores), ranks.sum(loss), layer.common
+
+
+def test_their_regulariser_gives_the_same_on_two_ranks(theirs: Path, tmp_path: Path) -> None:
+    (wanted,) = run_on_ranks(_with_regulariser, 1, tmp_path, str(theirs))
+    assert float(wanted[1]) > 0 and float(wanted[2].norm()) > 0
+    for found in run_on_ranks(_with_regulariser, 2, tmp_path, str(theirs)):
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_one_that_does_nothing_changes_nothing() -> None:
+    text, frames, mask = torch.randn(5, WIDTH), torch.randn(4, 3, WIDTH), torch.ones(4, 3, dtype=torch.bool)
+    plain = similarity(text, frames, mask, temperature=3.0)
+    nothing = Regulariser()
+    torch.testing.assert_close(similarity(text, frames, mask, temperature=3.0, regulariser=nothing), plain)
+    assert nothing(text, frames) == (text, frames) and nothing.loss(text, frames, mask) is None
+
+
+class Tiles(Regulariser):
+    """Says of which tile it was."""
+
+    transductive = True
+
+    def adjust(self, scores_AB: Tensor, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        return torch.full_like(scores_AB, float(scores_AB.shape[1]))
+
+
+class Looks(Regulariser):
+    def adjust(self, scores_AB: Tensor, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        return scores_AB if scores_AB.max() < 2 else text_AD
+
+
+def test_rows_of_zeros_stand_for_none() -> None:
+    rows, none = torch.randn(5, WIDTH), torch.zeros(3, WIDTH)
+    (moments,) = Regulariser().measure(torch.cat([rows, none]), rows[:2])
+    assert float(moments.count) == 7
+    torch.testing.assert_close(moments.total, rows.sum(0) + rows[:2].sum(0))
+
+
+def test_one_with_parameters_is_refused_by_zero_3() -> None:
+    learns = Regulariser()
+    learns.weight = torch.nn.Parameter(torch.ones(1))
+    model = torch.nn.ModuleDict({"emcl": learns})
+    _check_regularisers(model, 2)
+    with pytest.raises(UserError, match=r"emcl \(Regulariser\) has parameters, which ZeRO-3 does not gather"):
+        _check_regularisers(model, 3)
+
+
+class Centred(Regulariser):
+    fits_directions = True
+
+    def correction(self, measure, *, all_reduce=None):  # type: ignore[no-untyped-def]
+        self.seen = [float(part.count) for part in measure()]
+
+
+def test_evaluations_take_a_transductive_one_tile_by_tile_and_directions_a_modality_apart() -> None:
+    text, frames, mask = torch.randn(5, WIDTH), torch.randn(7, 3, WIDTH), torch.ones(7, 3, dtype=torch.bool)
+    scores = similarity_on_ranks(text, frames, mask, 4, ALONE, temperature=3.0, regulariser=Tiles())
+    assert scores.tolist() == [[4.0] * 4 + [3.0] * 3] * 5
+    one_by_one = similarity_by_tile(text, frames, mask, 2, temperature=3.0, regulariser=Looks().eval(), at_once=3)
+    assert one_by_one.shape == (5, 7)  # what may look at values is not batched, whatever a GPU would like
+    assert Tiles().protocol(4) == "Tiles in tiles of 4 x 4"
+    similarity(text, frames, mask, temperature=3.0, regulariser=(layer := Centred()))
+    assert layer.seen == [35.0, 5.0]  # pooled rows, and texts
+    assert isinstance(layer.measure(text)[0], Moments)
+
+
+def test_optimisers_and_schedules_of_our_own(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+
+    def rates(schedule: str) -> list[float]:
+        config = OptimConfig(lr=1.0, schedule=schedule, optimizer="sgd", optimizer_options={"momentum": "0.5"})
+        optimizer = build_optimizer(model, config, offload=False, fused=False)
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.5]
+        steps, found = build_schedule(optimizer, config, 20), []
+        for _ in range(20):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            steps.step()
+        return found
+
+    assert rates("constant") == [0.0, 0.5, *[1.0] * 18]
+    assert rates("linear")[2:] == pytest.approx([1 - step / 18 for step in range(18)])
+    assert rates("cosine")[11] == pytest.approx(0.5)
+    offloading = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "offload.json").write_text(json.dumps(offloading))
+    config = resolve(["retrieval"], overrides=[f"deepspeed={tmp_path}/offload.json", "optim.optimizer=sgd"])
+    with pytest.raises(UserError, match=r"which optim\.optimizer=sgd has no form for: take adamw"):
+        deepspeed_settings(config, 1)
+
+
+def test_an_index_knows_its_model_though_there_are_more_settings_now() -> None:
+    of_before = from_dict([{"tasks": {"retrieval": {}}}])
+    assert hashlib.sha256(fingerprint_text(of_before).encode()).hexdigest()[:16] == DEFAULTS, "indexes are orphaned"
+    usual = resolve(["retrieval"], overrides=[f"model.name={TINY}"])
+    assert "schedule" in to_yaml(usual) and "schedule" not in fingerprint_text(usual)
+    other = resolve(["retrieval"], overrides=[f"model.name={TINY}", "optim.schedule=linear"])
+    assert fingerprint_text(other) != fingerprint_text(usual)
+
+
+def test_the_tables_name_what_there_is() -> None:
+    bases = ((BACKBONES, Backbone), (REGULARISERS, Regulariser), (OPTIMIZERS, OptimizerKind))
+    for table, base in bases:
+        assert all(issubclass(table.load_class(name, base), base) for name in table.names())
+    assert all(callable(SCHEDULES.load(name)) for name in SCHEDULES.names())
