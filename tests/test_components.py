@@ -120,6 +120,15 @@ def test_without_the_package_the_run_is_refused_by_name(trained: Path) -> None:
         emcl.load(trained)
 
 
+def test_an_evaluation_does_without_the_package_of_an_optimiser() -> None:
+    usual = resolve(["retrieval"])
+    for optim in (replace(usual.optim, optimizer="lion"), replace(usual.optim, schedule="root")):
+        config = replace(usual, optim=optim)
+        check_components(config, training=False)
+        with pytest.raises(UserError, match=r"^optim\.(optimizer=lion|schedule=root) is none of"):
+            check_components(config)
+
+
 def test_its_checkpoint_goes_on_with_its_ranks_and_optimiser_alone(
     trained: Path, theirs: Path, installed: dict[str, str]
 ) -> None:

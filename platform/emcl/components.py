@@ -128,8 +128,8 @@ def check_names(config: Any) -> None:
     SCHEDULES.check(config.optim.schedule)
 
 
-def check_components(config: Any) -> None:
-    """Whether all parts that a `Config` names can be imported, with their own settings.
+def check_components(config: Any, *, training: bool = True) -> None:
+    """Whether all parts that a `Config` names can be imported, with their own settings; an evaluation has no optimiser.
 
     Raises:
         UserError: one cannot, or has no such setting.
@@ -137,5 +137,7 @@ def check_components(config: Any) -> None:
     model, optim = config.model, config.optim
     BACKBONES.options(model.backbone, model.backbone_options)
     REGULARISERS.options(model.regulariser, model.regulariser_options)
+    if not training:
+        return
     OPTIMIZERS.options(optim.optimizer, optim.optimizer_options)
     SCHEDULES.load(optim.schedule)

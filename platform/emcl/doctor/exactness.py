@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.data.batch import Batch
-from emcl.data.order import RankBatches
-from emcl.data.steps import StepLoader
 from emcl.doctor.checks import Check
-from emcl.doctor.trainers import ALL_TASKS, Bench, settings
+from emcl.doctor.trainers import ALL_TASKS, Bench, batches_of, settings
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.train.arithmetic import set_arithmetic
 from emcl.train.start import open_splits
@@ -56,13 +54,10 @@ def compare(bench: Bench, config: Config, name: str, one: torch.device, other: t
     """The same model and batch on two devices."""
     set_arithmetic(config)
     config, training, _ = open_splits(config)
-    assert training.order is not None
     torch.manual_seed(0)
     model = VideoLanguageModel(config).train()
     _well_posed(model)
-    batches = RankBatches(training.order, rank=0, world_size=1, accumulation=1, start=0, stop=1)
-    parts = collators(config, training, training=True)
-    (batch,) = next(StepLoader(training, config.data, batches, parts).steps(0))
+    (batch,) = next(batches_of(training, config, 1, collators(config, training, training=True)))
     passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
     for part in ("features", "similarity", "loss"):
         yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))

@@ -6,11 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 
-from emcl.data.order import RankBatches
 from emcl.data.split import open_training_split
-from emcl.data.steps import StepLoader
 from emcl.doctor.checks import Check
-from emcl.doctor.trainers import Bench, settings
+from emcl.doctor.trainers import Bench, batches_of, settings
 
 BATCHES = 24
 WARM = 4
@@ -24,15 +22,13 @@ def feeding(bench: Bench) -> Iterator[Check]:
     for workers in sorted({1, max(1, cores - 1)}):
         config = settings(bench, "data.size=224", "data.frames=12", f"data.workers={workers}")
         training = open_training_split(config.data, config.seed)
-        assert training.order is not None
-        batches = RankBatches(training.order, rank=0, world_size=1, accumulation=1, start=0, stop=WARM + BATCHES)
-        steps = StepLoader(training, config.data, batches, {}).steps(0)
+        steps = batches_of(training, config, WARM + BATCHES, {})
         for _ in range(WARM):
             next(steps)
         began, frames = time.perf_counter(), 0
         for _ in range(BATCHES):
             (batch,) = next(steps)
             frames += batch.frame_count
-        steps.close()  # type: ignore[attr-defined]
+        steps.close()
         rate = frames / (time.perf_counter() - began)
         yield Check(f"{workers} loader process{'es' if workers > 1 else ''}", f"{rate:,.0f} frames/s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,10 @@ import torch
 from emcl import distributed
 from emcl.config import Config, resolve
 from emcl.data.batch import Batch
+from emcl.data.loader import Collator
+from emcl.data.order import RankBatches
+from emcl.data.split import Split
+from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.prepare.sample import generate
@@ -80,6 +84,15 @@ def trainer(bench: Bench, config: Config, name: str, *, resuming: bool = False) 
         made.engine.destroy()
         del made
         free(bench.device)
+
+
+def batches_of(
+    training: Split, config: Config, steps: int, parts: Mapping[str, Collator]
+) -> Generator[list[Batch], None, None]:
+    """The micro-batches of the first so many steps, of one rank alone, without a model."""
+    assert training.order is not None
+    batches = RankBatches(training.order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
+    yield from StepLoader(training, config.data, batches, parts).steps(0)
 
 
 def free(device: torch.device) -> None:

@@ -175,7 +175,7 @@ def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguag
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
     check_limits(config)
-    check_components(config)
+    check_components(config, training=training)
     backbone = backbone_class(config.model)
     backbone.check(config)
     kinds = check_tasks(config)

@@ -12,6 +12,7 @@ from torch import nn
 
 from emcl.config import Config
 from emcl.data.split import Split, open_split, open_training_split
+from emcl.data.text import Tokens
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.registry import task_class
@@ -30,9 +31,10 @@ def open_splits(config: Config, init: Path | None = None) -> tuple[Config, Split
     Raises:
         UserError: shards that are missing or damaged, a task without a sample.
     """
-    tokenizer = tokenizer_of(config)
-    training = open_training_split(config.data, config.seed, tokenizer)
+    training = open_training_split(config.data, config.seed)
     config = learn_settings(config, training, init)
+    tokenizer = tokenizer_of(config)  # of the completed settings, by which the tasks' collators find the same one
+    training = dataclasses.replace(training, tokens=Tokens(tokenizer))
     return config, training, open_split(config.data.val, tokenizer) if config.data.val else None
 
 
