@@ -1,8 +1,9 @@
-"""What EMCL gives, measured: `make ablation`.
+"""Measures the effect of EMCL: `make ablation`.
 
-Frozen towers, whose outputs are computed once; the same steps and data order for every variant; several seeds. Settings
-are swept on validation videos, the table is of the test set. What is trained stays in benchmarks/results/ablation, so a
-call that was stopped goes on where it was. Writes tables (Markdown, JSON), plots, and an MLflow experiment a data set.
+The towers are frozen and their outputs computed once; every variant has the same steps and data order; several seeds.
+Settings are swept on validation videos; the table is for the test set. Trained models stay in
+benchmarks/results/ablation, so an interrupted call can be resumed. Writes tables (Markdown, JSON), plots, and one
+MLflow experiment per data set.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs at once are faster than one on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two runs in parallel are faster than one run on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
@@ -48,11 +49,11 @@ from emcl.tracking import open_tracker
 from emcl.train.export import open_export
 
 REFERENCE_INFERENCE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
-"""The published inference module's."""
+"""Settings of the published inference module."""
 COMPACT_INFERENCE: dict[str, Any] = {"bases": 64, "balance": 0.0, "beta": 0.5}
-"""Chosen on the validation videos: see the sweeps."""
+"""Chosen on the validation videos (see the sweeps)."""
 SWEPT_INFERENCE: dict[str, Any] = {"bases": 128, "balance": 0.0, "beta": 0.5}
-"""What the sweeps vary one setting of."""
+"""Base settings of the inference sweeps, which vary one at a time."""
 JOINT = {
     "none": ("emcl.enabled=false",),
     "reference": ("emcl.variant=reference",),
@@ -60,10 +61,10 @@ JOINT = {
 }
 """Settings of each kind of training; compact's were chosen on the validation videos."""
 SWEPT = {**JOINT, "compact": (*JOINT["compact"], "emcl.beta=1")}
-"""What the sweeps vary one setting of."""
+"""Base settings of the training sweeps, which vary one at a time."""
 SWEEP_SEEDS = 2
 SWEEPS: dict[str, tuple[tuple[str, str, tuple[float, ...]], ...]] = {
-    "K": (("compact", "emcl.k", (4, 16, 32, 64, 128, 256)),),
+    "K": (("compact", "emcl.bases", (4, 16, 32, 64, 128, 256)),),
     "T": (("compact", "emcl.iterations", (1, 2, 8)), ("reference", "emcl.iterations", (1, 9))),
     "lambda": (("reference", "emcl.temperature", (0.1, 1.0, 10.0)),),
     "beta": (("compact", "emcl.beta", (0.5, 1.0, 2.0, 4.0, 8.0)), ("reference", "emcl.beta", (1.0, 3.0, 9.0))),
@@ -96,12 +97,12 @@ def jobs_of(data: DataSet, seeds: Iterable[int], *, training: str, folder: Path)
 def job(data: DataSet, name: str, seed: int, settings: Sequence[str], *, training: str, folder: Path) -> Job:
     own: tuple[str, ...] = (f"data.train={training}", f"seed={seed}")
     if "emcl.variant=compact" in settings:
-        own = (*own, f"emcl.k={data.bases}")
+        own = (*own, f"emcl.bases={data.bases}")
     return Job(name, data.recipe, (*data.settings, *own, *settings), folder)
 
 
 def train_all(jobs: Sequence[Job], processes: int, what: str) -> None:
-    """Those that are not there yet, several at once."""
+    """Trains the missing models, several in parallel."""
     missing = list({job.name: job for job in jobs if not job.export.is_dir()}.values())
     if not missing:
         return
@@ -113,28 +114,28 @@ def train_all(jobs: Sequence[Job], processes: int, what: str) -> None:
 
 
 def measure_seed(data: DataSet, folder: Path, seed: int) -> dict[str, dict[str, Measured]]:
-    """Every row of the table for one seed: number of sentences -> row -> what was measured."""
+    """Every row of the table for one seed: `one` or `all` sentences -> row -> measurement."""
     torch.set_num_threads(1)
     jobs = jobs_of(data, [seed], training=data.train, folder=folder)
-    found: dict[str, dict[str, Measured]] = {"one": {}, "all": {}}
+    measured: dict[str, dict[str, Measured]] = {"one": {}, "all": {}}
     for kind in JOINT:
         model, config = open_export(jobs[kind, seed].export)
         every = embed(model, config, data.test)
         one = embed(model, config, data.test_pairs) if data.test_pairs else every.one_sentence()
         layer = fitted(embed(model, config, data.train, 4), **COMPACT_INFERENCE) if kind == "none" else None
-        found["one"].update(measure_model(kind, model, one, layer))
-        found["all"].update(measure_model(kind, model, every, layer))
-    return found
+        measured["one"].update(measure_model(kind, model, one, layer))
+        measured["all"].update(measure_model(kind, model, every, layer))
+    return measured
 
 
 def measure_model(kind: str, model: Any, split: Embeddings, inference: EMCLLayer | None) -> dict[str, Measured]:
     own = model.heads["retrieval"].emcl
     if kind != "none":
         scores = with_own_layer(model, split)
-        found = {f"{kind}, joint": measure(scores, split, own, dsl=False)}
+        measured = {f"{kind}, joint": measure(scores, split, own, dsl=False)}
         if kind == "compact":
-            found["compact, joint, DSL"] = measure(scores, split, own, dsl=True)
-        return found
+            measured["compact, joint, DSL"] = measure(scores, split, own, dsl=True)
+        return measured
     assert inference is not None
     reference = EMCL(**REFERENCE_INFERENCE).eval()
     scores = plain(model, split)
@@ -153,7 +154,7 @@ def _nothing(*rows: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def _on_unit_rows(layer: EMCL) -> Callable[..., Sequence[torch.Tensor]]:
-    return lambda *rows: layer(*(torch.nn.functional.normalize(part, dim=1) for part in rows))
+    return lambda *rows: layer(*(torch.nn.functional.normalize(matrix, dim=1) for matrix in rows))
 
 
 @dataclass(frozen=True)
@@ -165,20 +166,20 @@ class Line:
     difference: dict[str, float] | None
 
 
-def line(name: str, found: Sequence[dict[str, Measured]]) -> Line:
-    mine = [seed[name] for seed in found]
+def line(name: str, seeds: Sequence[dict[str, Measured]]) -> Line:
+    measured = [seed[name] for seed in seeds]
     values = {
-        "t2v R@1": [100 * float((one.text_to_video == 1).mean()) for one in mine],
-        "v2t R@1": [100 * float((one.video_to_text == 1).mean()) for one in mine],
-        "mean R@1": [one.recall for one in mine],
-        "t2v MdR": [float(np.median(one.text_to_video)) for one in mine],
-        "v2t MdR": [float(np.median(one.video_to_text)) for one in mine],
-        "gap": [one.gap for one in mine],
-        "effective rank": [one.effective_rank for one in mine],
+        "t2v R@1": [100 * float((one.text_to_video == 1).mean()) for one in measured],
+        "v2t R@1": [100 * float((one.video_to_text == 1).mean()) for one in measured],
+        "mean R@1": [one.recall for one in measured],
+        "t2v MdR": [float(np.median(one.text_to_video)) for one in measured],
+        "v2t MdR": [float(np.median(one.video_to_text)) for one in measured],
+        "gap": [one.gap for one in measured],
+        "effective rank": [one.effective_rank for one in measured],
     }
     against = None
     if name != ROWS[0]:
-        against = vars(paired_bootstrap(mine, [seed[ROWS[0]] for seed in found]))
+        against = vars(paired_bootstrap(measured, [seed[ROWS[0]] for seed in seeds]))
     spread = {
         key: (float(np.mean(all_)), float(np.std(all_, ddof=min(1, len(all_) - 1)))) for key, all_ in values.items()
     }
@@ -201,14 +202,14 @@ def markdown(lines: Sequence[Line], title: str) -> str:
     return "\n".join(rows)
 
 
-def track(data: DataSet, jobs: dict[tuple[str, int], Job], seed: int, found: dict[str, dict[str, Measured]]) -> None:
+def track(data: DataSet, jobs: dict[tuple[str, int], Job], seed: int, measured: dict[str, dict[str, Measured]]) -> None:
     """One MLflow run for each row and seed."""
     for name in ROWS:
         kind = "none" if "no EMCL" in name or "at inference" in name else name.split(",")[0]
         config = resolved(jobs[kind, seed], f"ablation-{data.name}")
         tracker = open_tracker(config, f"{name}, seed {seed}", first_rank=True)
         tracker.tag("variant", name)
-        for sentences, rows in found.items():
+        for sentences, rows in measured.items():
             values = line(name, [rows]).values
             tracker.metrics({f"{sentences}/{key.replace(' ', '_')}": mean for key, (mean, _) in values.items()}, 0)
         tracker.finish()
@@ -229,14 +230,14 @@ def table(data: DataSet, seeds: int, processes: int) -> None:
     train_all(list(jobs.values()), processes, f"{data.name}, table")
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(measure_seed, data, folder, seed) for seed in range(seeds)]
-        found = [one.result() for one in tqdm(waiting, desc=f"{data.name}, scoring", unit="seed")]
-    for seed, one in enumerate(found):
+        measured = [one.result() for one in tqdm(waiting, desc=f"{data.name}, scoring", unit="seed")]
+    for seed, one in enumerate(measured):
         track(data, jobs, seed, one)
     texts = []
     result = {}
     for sentences in ("one", "all"):
-        lines = [line(name, [one[sentences] for one in found]) for name in ROWS]
-        counted = found[0][sentences][ROWS[0]]
+        lines = [line(name, [one[sentences] for one in measured]) for name in ROWS]
+        counted = measured[0][sentences][ROWS[0]]
         title = f"{data.title}: {len(counted.owner)} texts x {len(counted.video_to_text)} videos, {seeds} seeds"
         texts.append(markdown(lines, title))
         result[sentences] = {one.name: {**one.values, "against no EMCL": one.difference} for one in lines}
@@ -262,14 +263,14 @@ def sweeps(data: DataSet, processes: int) -> None:
                     name = f"{kind}-{key.rpartition('.')[2]}-{value:g}-{seed}"
                     made = job(data, name, seed, settings, training=data.sweep_train, folder=folder)
                     usual = job(data, f"{kind}-{seed}", seed, SWEPT[kind], training=data.sweep_train, folder=folder)
-                    if made.config().emcl == usual.config().emcl:  # one training serves every axis
+                    if made.config().emcl == usual.config().emcl:  # the base training is shared by all axes
                         made = usual
                     points.setdefault(axis, []).append((f"{kind}, joint", value, seed, made))
     bases = {
         seed: job(data, f"none-{seed}", seed, SWEPT["none"], training=data.sweep_train, folder=folder)
         for seed in range(SWEEP_SEEDS)
     }
-    every = [made for found in points.values() for *_, made in found]
+    every = [made for axis_points in points.values() for *_, made in axis_points]
     train_all([*bases.values(), *every], processes, f"{data.name}, sweeps")
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         of_job = {}
@@ -277,8 +278,8 @@ def sweeps(data: DataSet, processes: int) -> None:
             of_job[made.name] = pool.submit(score_joint, made, data.val)
         of_base = {seed: pool.submit(score_inference, base, data.sweep_train, data.val) for seed, base in bases.items()}
         result: dict[str, Any] = {"no EMCL": [one.result()["plain"] for one in of_base.values()]}
-        for axis, found in points.items():
-            for label, value, _, made in found:
+        for axis, axis_points in points.items():
+            for label, value, _, made in axis_points:
                 result.setdefault(axis, {}).setdefault(label, {}).setdefault(f"{value:g}", []).append(
                     of_job[made.name].result()
                 )
@@ -294,7 +295,7 @@ def sweeps(data: DataSet, processes: int) -> None:
 
 
 def score_joint(made: Job, val: str) -> float:
-    """R@1 on validation, kept beside the model."""
+    """R@1 on validation, cached next to the model."""
     kept = made.folder / made.name / "validation.json"
     if not kept.is_file():
         kept.write_text(json.dumps(_score_joint(made, val)))
@@ -312,13 +313,13 @@ def score_inference(made: Job, training: str, val: str) -> dict[str, float]:
     torch.set_num_threads(1)
     model, config = open_export(made.export)
     split, fit_on = embed(model, config, val), embed(model, config, training, 4)
-    found = {"plain": measure(plain(model, split), split, _nothing, dsl=False).recall}
+    recalls = {"plain": measure(plain(model, split), split, _nothing, dsl=False).recall}
     for axis, (key, values) in INFERENCE_SWEEPS.items():
         for value in values:
             settings = {**SWEPT_INFERENCE, key: int(value) if key == "bases" else value}
             scores = with_fitted(model, split, fitted(fit_on, **settings))
-            found[f"{axis}={value:g}"] = measure(scores, split, _nothing, dsl=False).recall
-    return found
+            recalls[f"{axis}={value:g}"] = measure(scores, split, _nothing, dsl=False).recall
+    return recalls
 
 
 def main() -> None:

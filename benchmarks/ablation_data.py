@@ -1,4 +1,4 @@
-"""The data sets of the ablation: how their shards and frozen towers come to be."""
+"""The data sets of the ablation, and how their shards and frozen towers are made."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class DataSet:
     """K of the joint compact layer: two thirds of the width."""
     train: str
     test: str
-    """With every sentence."""
+    """Test shards with all sentences."""
     test_pairs: str | None
-    """The same videos with the one sentence that the benchmark pairs each with; their first where there is none."""
+    """The same videos, each with the benchmark's one sentence; None means that the first sentence is used."""
     sweep_train: str
     val: str
-    """Videos that neither `sweep_train` nor the test holds."""
+    """Videos that are in neither `sweep_train` nor the test set."""
     make: Callable[[Path | None, Path | None], None]
-    """Makes shards and towers where they are missing."""
+    """Makes missing shards and towers."""
 
 
 def make_msrvtt(annotations: Path | None, frames: Path | None) -> None:
-    """Raises UserError: shards are missing, and so is what they are made of."""
+    """Raises UserError if shards are missing and their source files are not given."""
     from emcl.prepare.benchmarks import read_benchmark
-    from emcl.prepare.shards import Encoding, Options, prepare_shards
-    from emcl.prepare.towers import write_towers
+    from emcl.prepare.pretrained_towers import write_towers
+    from emcl.prepare.sharding import Encoding, Options, prepare_shards
     from emcl.prepare.videos import Videos
 
     if not Path("weights/towers").is_dir():
@@ -56,14 +56,14 @@ def make_msrvtt(annotations: Path | None, frames: Path | None) -> None:
                 f"{folder} is not there: make ablation MSRVTT=FOLDER FRAMES=TAR (docs/emcl.md), or --sets sample"
             )
         clips, _ = read_benchmark("msrvtt", protocol, annotations)
-        if protocol == "1k-A-all":  # its training videos are the other folder's
+        if protocol == "1k-A-all":  # its training videos are in the other folder
             clips = [clip for clip in clips if clip.split == "test"]
         options = Options(encoding=Encoding(keep=True), allow_missing=True)
         prepare_shards(clips, Videos(frames), Path(folder), options, source="msrvtt", protocol=protocol)
 
 
 def train_to_the_end(folder: RunFolder, recipe: str, settings: Sequence[str]) -> None:
-    """A retrieval run; one that was cut short goes on."""
+    """Trains a retrieval run, or resumes it if it was interrupted."""
     from emcl.train.run import run
 
     if folder.whole_checkpoints():
@@ -73,7 +73,7 @@ def train_to_the_end(folder: RunFolder, recipe: str, settings: Sequence[str]) ->
 
 
 def make_sample(_: Path | None, __: Path | None) -> None:
-    """Trains 5 epochs of the sample recipe once without EMCL; its towers, frozen, serve every variant."""
+    """Trains the sample recipe for 5 epochs without EMCL; every variant uses its towers, frozen."""
     if SAMPLE_TOWERS.is_file():
         return
     folder = RunFolder(Path(RUNS) / "ablation-towers")

@@ -1,4 +1,4 @@
-"""Pictures of the ablation: the sweeps, and both modalities in the plane of their first two principal components."""
+"""Plots of the ablation: the sweeps, and both modalities projected on their first two principal components."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from emcl.train.export import open_export
 
 COLOURS = {"compact, joint": "tab:blue", "reference, joint": "tab:orange", "compact, at inference": "tab:green"}
 SHOWN = 476
-"""Pairs in the picture of the space."""
+"""Pairs in the plot of the embedding space."""
 
 
 def draw_sweeps(path: Path, result: Mapping[str, Any], title: str) -> None:
-    """R@1 over each setting, mean and range of the seeds; the line without EMCL across."""
+    """R@1 over each setting (mean and range of the seeds), with a line for no EMCL."""
     axes_of = [axis for axis in result if axis != "no EMCL"]
     figure, axes = _figure(len(axes_of))
     base = result["no EMCL"]
-    for place, (axis, name) in enumerate(zip(axes, axes_of, strict=True)):
+    for number, (axis, name) in enumerate(zip(axes, axes_of, strict=True)):
         axis.axhspan(min(base), max(base), color="0.85", linewidth=0)
         axis.axhline(np.mean(base), color="0.4", linestyle="--", label="no EMCL")
         ticks: set[float] = set()
@@ -38,7 +38,7 @@ def draw_sweeps(path: Path, result: Mapping[str, Any], title: str) -> None:
         axis.set(xscale="log", xlabel=name)
         axis.set_xticks(sorted(ticks), [f"{value:g}" for value in sorted(ticks)], minor=False)
         axis.minorticks_off()
-        if not place:
+        if not number:
             axis.set_ylabel("R@1, mean of both directions, validation")
         axis.legend(fontsize=7)
     figure.suptitle(title)
@@ -49,7 +49,7 @@ def draw_sweeps(path: Path, result: Mapping[str, Any], title: str) -> None:
 def draw_space(
     path: Path, model_paths: Mapping[str, Job], shards: str, inference: Mapping[str, Any], train: str
 ) -> None:
-    """Test videos and texts of the model without EMCL before and after the fitted bases, and of the compact model."""
+    """Test videos and texts: without EMCL, with bases fitted afterwards, and of the jointly trained compact model."""
     model, config = open_export(model_paths["none"].export)
     split = embed(model, config, shards).one_sentence()
     layer = fitted(embed(model, config, train, 4), **inference)

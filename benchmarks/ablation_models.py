@@ -1,4 +1,4 @@
-"""Training and scoring one model of the ablation, in a process of its own."""
+"""Trains and scores one model of the ablation, in a separate process."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ from torch import Tensor
 from ablation_data import train_to_the_end
 from emcl.config import Config, resolve
 from emcl.data.batch import videos_of
-from emcl.data.captions import every_caption
-from emcl.data.order import Draw
+from emcl.data.captions import Caption, every_caption
+from emcl.data.sampler import Draw
 from emcl.data.split import open_split
-from emcl.data.text import Caption
 from emcl.distributed import ALONE
 from emcl.metrics.rescoring import DualSoftmax
-from emcl.metrics.retrieval import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
+from emcl.metrics.retrieval_metrics import Rescore, text_to_video_ranks, unchanged, video_to_text_ranks
 from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import EMCLLayer
+from emcl.model.feature_cache import with_features
 from emcl.model.similarity import similarity
 from emcl.multitask import VideoLanguageModel
 from emcl.report.options import reference_module
 from emcl.run_folder import WEIGHTS, RunFolder
-from emcl.train.features import with_features
 
 TILE = 32
-"""Texts x videos that the reference's EM sees together, as published."""
+"""Side of the text x video tiles that the reference EM uses, as published."""
 ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train, where it is not there yet."""
+    """One model to train, if it does not exist yet."""
 
     name: str
     recipe: str
@@ -62,7 +61,7 @@ class Job:
 
 
 def train(job: Job) -> Path:
-    """Trains through the platform's own loop and returns the export; what it prints goes to the run's `log.txt`."""
+    """Trains with the platform's own loop and returns the export; output goes to the run's `log.txt`."""
     if not (job.export / WEIGHTS).is_file():
         (job.folder / job.name).mkdir(parents=True, exist_ok=True)
         with _output_to(job.folder / job.name / "log.txt"):
@@ -88,7 +87,7 @@ def _output_to(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int | None = None) -> Embeddings:
-    """Of the shards' remembered features, with so many captions a video, or all."""
+    """Embeddings of the shards' cached features, with at most `captions` captions per video."""
     split = open_split(shards, tokenizer_of(config))
     split = with_features(split, config, model.backbone, ALONE, torch.device("cpu"))
     frames, mask, text = [], [], []
@@ -100,9 +99,11 @@ def embed(model: VideoLanguageModel, config: Config, shards: str, captions: int 
         videos = videos_of(clips, config.data.frames)
         frames.append(model.backbone.encode_video(videos))
         mask.append(videos.mask_BT)
-        found = [caption for row in rows for caption in every_caption(split.sample(row), Draw(row, None, 0))[:captions]]
-        text.append(model.backbone.encode_text(split.text(found)))
-        every += found
+        block_captions = [
+            caption for row in rows for caption in every_caption(split.sample(row), Draw(row, None, 0))[:captions]
+        ]
+        text.append(model.backbone.encode_text(split.text(block_captions)))
+        every += block_captions
     return Embeddings(
         torch.cat(text), torch.cat(frames), torch.cat(mask), np.array([caption.row for caption in every]),
         [caption.text for caption in every], [row.sample.id for row in split.shards.rows],
@@ -120,14 +121,14 @@ def plain(model: Any, split: Embeddings) -> NDArray[np.float32]:
 
 @torch.no_grad()
 def with_own_layer(model: Any, split: Embeddings) -> NDArray[np.float32]:
-    """As the model was trained: the reference in tiles, the compact variant on anything at once."""
+    """With the layer the model was trained with: the reference in tiles, the compact variant on any size."""
     task = model.heads["retrieval"]
     return task.similarity_in_tiles(split.text, split.frames, split.mask, TILE, ALONE, task.emcl)
 
 
 @torch.no_grad()
 def with_fitted(model: Any, split: Embeddings, layer: EMCLLayer) -> NDArray[np.float32]:
-    """With a compact layer that was fitted on training features, as an inference module."""
+    """With a compact layer fitted on training features, used only at inference."""
     return _similarity(model, split, layer)
 
 
@@ -142,7 +143,7 @@ def with_reference(
 
 
 def fitted(split: Embeddings, **settings: Any) -> EMCLLayer:
-    """A compact layer on a training split's videos (means of frames) and texts."""
+    """Fits a compact layer on a training split's videos (means of frames) and texts."""
     return EMCLLayer(variant="compact", **settings).fit(split.video_means, split.text).eval()
 
 
@@ -156,7 +157,7 @@ def _similarity(model: Any, split: Embeddings, layer: EMCLLayer | None) -> NDArr
 
 @dataclass(frozen=True)
 class Measured:
-    """One way to score one model on one split."""
+    """Result of one scoring method for one model and split."""
 
     text_to_video: NDArray[np.int64]
     """Rank of each text's video."""

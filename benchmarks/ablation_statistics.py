@@ -15,26 +15,26 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Difference:
-    """Of R@1, the mean of both directions, in points."""
+    """Difference in R@1 (mean of both directions), in percentage points."""
 
     mean: float
     low: float
     high: float
-    """Bounds of 95%."""
+    """Upper bound; `low` and `high` enclose 95%."""
     p: float
-    """Two-sided."""
+    """Two-sided p-value."""
 
 
 def hits(measured: Measured) -> NDArray[np.float64]:
-    """(videos,) R@1 in points of each video: the mean of its texts' hits and of its own as a query."""
-    found = (measured.text_to_video == 1).astype(float)
+    """(videos,) R@1 of each video in points: mean of both directions, each averaged over its queries."""
+    text_hits = (measured.text_to_video == 1).astype(float)
     texts = np.bincount(measured.owner)
-    by_text = np.bincount(measured.owner, found)[texts > 0] / texts[texts > 0]
+    by_text = np.bincount(measured.owner, text_hits)[texts > 0] / texts[texts > 0]
     return 50 * (by_text + (measured.video_to_text == 1))
 
 
 def paired_bootstrap(ours: Sequence[Measured], theirs: Sequence[Measured], *, seed: int = 0) -> Difference:
-    """Draws seeds and videos (with all their texts) anew; both sides keep the same ones."""
+    """Resamples seeds and videos (with all their texts), the same ones for both sides."""
     difference = np.stack([hits(a) - hits(b) for a, b in zip(ours, theirs, strict=True)])  # (seeds, videos)
     seeds, videos = difference.shape
     rng = np.random.default_rng(seed)

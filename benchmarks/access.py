@@ -1,7 +1,7 @@
-"""What taking 12 frames out of a video costs, against its length: `python benchmarks/access.py`.
+"""The cost of reading 12 frames from a video, against its length: `python benchmarks/access.py`.
 
-Frames spread over the whole video, and frames of four seconds at three quarters of it, beside decoding everything. One
-clip is repeated, with a key frame every two seconds; one thread; the median of several.
+Compares 12 frames spread over the whole video, and 12 frames from four seconds at three quarters of it, with decoding
+everything. One clip is repeated, with a key frame every two seconds; one thread; median of several repeats.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/access.png"))
     options = parser.parse_args()
-    found: dict[str, list[float]] = {"everything": [], "12 frames over the whole": [], "12 frames of 4 s in it": []}
+    times: dict[str, list[float]] = {"everything": [], "12 frames over the whole": [], "12 frames of 4 s in it": []}
     with tempfile.TemporaryDirectory() as folder:
         for seconds in LENGTHS:
             video = repeated(options.video, seconds, Path(folder) / f"{seconds}.mp4").read_bytes()
@@ -59,21 +59,21 @@ def main() -> None:
                 ),
             }
             for name, work in sides.items():
-                found[name].append(milliseconds(work, options.repeats))
+                times[name].append(milliseconds(work, options.repeats))
     print("seconds of video" + "".join(f"{seconds:>8}" for seconds in LENGTHS))
-    for name, values in found.items():
+    for name, values in times.items():
         print(f"{name:<26}" + "".join(f"{value:>8.0f}" for value in values) + "  ms")
-    draw(found, options.out)
+    draw(times, options.out)
 
 
-def draw(found: dict[str, list[float]], out: Path) -> None:
+def draw(seconds: dict[str, list[float]], out: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, values in found.items():
+    for name, values in seconds.items():
         axes.plot(LENGTHS, values, marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="seconds of video", ylabel="ms a clip")
     axes.set_xticks(LENGTHS, [str(seconds) for seconds in LENGTHS])

@@ -1,9 +1,9 @@
-"""Every benchmark beside its baseline, as one table: `make bench`.
+"""Runs every benchmark with its baseline and prints one table: `make bench`.
 
     make bench ARGS='--only loading step'
 
-Each item runs in processes of its own (`python benchmarks/ITEM.py` runs one alone). The table goes to
-benchmarks/results/bench.md and .json, and to MLflow (experiment `benchmarks`), ratios as metrics.
+Each item runs in a separate process (`python benchmarks/ITEM.py` runs one item). The table goes to
+benchmarks/results/bench.md and .json, and figures and ratios to MLflow (experiment `benchmarks`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from pathlib import Path
 from sample_clips import GIVEN, sample_clips
 from timing import RESULTS, Row, table
 
-ITEMS = ("loading", "step", "layer_and_similarity", "captions", "preparing", "evaluation", "scaling", "startup", "gpu")
+ITEMS = (
+    "loading",
+    "step",
+    "layer_and_similarity",
+    "caption_speed",
+    "preparing",
+    "evaluation",
+    "scaling",
+    "startup",
+    "gpu",
+)
 SAMPLE = {"loading", "step", "scaling", "startup", "gpu"}
-"""Those that take clips of the sample set."""
+"""Items that use clips of the sample set."""
 
 
 def main() -> int:
@@ -56,7 +66,7 @@ def main() -> int:
 
 
 def items() -> list[str]:
-    """Those that this machine has a row for."""
+    """The items that this machine can run."""
     import torch
 
     return [item for item in ITEMS if item != "gpu" or torch.cuda.is_available()]
@@ -70,7 +80,7 @@ def machine() -> str:
 
 
 def track(rows: list[Row]) -> None:
-    """One MLflow run: every figure, and every ratio."""
+    """Logs one MLflow run with every figure and every ratio."""
     import re
 
     import mlflow
@@ -78,8 +88,8 @@ def track(rows: list[Row]) -> None:
     mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db"))
     mlflow.set_experiment("benchmarks")
 
-    def name(*parts: str) -> str:
-        return "/".join(re.sub(r"[^\w\-. ]", "_", part) for part in parts)
+    def name(*words: str) -> str:
+        return "/".join(re.sub(r"[^\w\-. ]", "_", word) for word in words)
 
     with mlflow.start_run():
         mlflow.set_tag("machine", machine())

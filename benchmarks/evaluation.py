@@ -1,9 +1,9 @@
-"""Scores and metrics of many texts and videos, beside the plain ways that hold whole matrices.
+"""Similarity and metrics of many texts and videos, compared with plain implementations on whole matrices.
 
-`EMCL-Net` is the similarity with the layer (text-conditioned pooling, 12 frames, width 512) and all metrics, beside the
-formulas as they stand. `metrics` are those of a similarity that is there: ranks of both directions, with DSL and with
-QB-Norm, in blocks, beside sorting and rescoring the whole matrix. Memory is the peak of a process of its own beyond its
-inputs.
+`EMCL-Net` measures the similarity with the layer (text-conditioned pooling, 12 frames, width 512) and all metrics,
+compared with a direct implementation of the formulas. `metrics` measures only the metrics of a given similarity: ranks
+of both directions, with DSL and with QB-Norm, in blocks, compared with sorting and rescoring the whole matrix. Memory
+is the peak beyond the inputs, in a separate process.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
-from emcl.metrics.retrieval import retrieval_metrics, text_to_video_ranks
+from emcl.metrics.retrieval_metrics import retrieval_metrics, text_to_video_ranks
 from timing import Row, in_process, script, seconds_and_memory
 
 WIDTH, FRAMES, BANK = 512, 12, 1000
 SIZES = ((1000, 1000), (10_000, 10_000))
 LARGEST = (100_000, 10_000)
-"""Ours alone."""
+"""Measured only for our implementation."""
 
 
 def plain_ranks(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """As published evaluation code does it: every row sorted whole."""
+    """Sorts every row completely, as published evaluation code does."""
     order = np.argsort(-scores, axis=1)
     return 1 + np.nonzero(order == owner[:, None])[1]
 
@@ -59,7 +59,7 @@ def metrics(side: str, texts: int, videos: int) -> dict[str, float]:
 
 
 def similarity(side: str, texts: int, videos: int) -> dict[str, float]:
-    import torch  # here, as those that measure metrics alone start sooner without it
+    import torch  # here, because processes that measure only metrics start faster without it
 
     from emcl.distributed import ALONE
     from emcl.model.emcl_layer import EMCLLayer

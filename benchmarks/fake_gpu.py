@@ -1,7 +1,7 @@
-"""What a training step takes on a GPU, planned on fake CUDA tensors: `python benchmarks/fake_gpu.py`, some 2 minutes.
+"""Plans a training step on a GPU with fake CUDA tensors: `python benchmarks/fake_gpu.py`, about 2 minutes.
 
-Memory beside the estimate that was printed before, operators of a forward pass and of a step by variant of EMCL, and
-what goes to other ranks. Needs no GPU, and nothing of it was measured on one.
+Prints memory compared with an earlier, simpler estimate, the operators of a forward pass and of a step by EMCL variant,
+and the bytes sent to other ranks. Needs no GPU; nothing here is measured on one.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ MEMORY: tuple[tuple[str, list[str], int, int], ...] = (
     ("ViT-L-14, 64 frames, recomputed", [LARGE, RECOMPUTED, "data.frames=64"], 512, 8),
     ("ViT-L-14, 12 frames", [LARGE], 8, 16),
 )
-"""Name, settings over those of msrvtt_retrieval, GPUs, videos of each."""
+"""Name, settings on top of msrvtt_retrieval, number of GPUs, videos per GPU."""
 LAYERS = {"off": ["emcl.enabled=false"], "reference": [], "compact": ["emcl.variant=compact"]}
 
 
 def main() -> None:
     print("| retrieval, bf16 | GPUs x videos | estimate from the towers | planned | of it |\n|---|---|---|---|---|")
     for name, settings, gpus, videos in MEMORY:
-        found, config, step = planned(settings, gpus, videos)
-        parts = memory_parts(found, step, config, 0, gpus)
-        del parts["optimiser"]
+        step_plan, config, step = planned(settings, gpus, videos)
+        memory = memory_parts(step_plan, step, config, 0, gpus)
+        del memory["optimiser"]
         number = DTYPES[config.precision].itemsize
-        estimate = number * (found.parameters + found.trained) + videos * found.activations
-        named = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items() if size >= 0.05 * GIB)
-        total = sum(parts.values())
+        estimate = number * (step_plan.parameters + step_plan.trained) + videos * step_plan.activations
+        named = ", ".join(f"{item} {size / GIB:.2f}" for item, size in memory.items() if size >= 0.05 * GIB)
+        total = sum(memory.values())
         print(f"| {name} | {gpus} x {videos} | {estimate / GIB:.2f} | {total / GIB:.2f} | {named} |")
     print("\n| EMCL | operators forward | in all | messages of a rank, MiB |\n|---|---|---|---|")
     for layer, settings in LAYERS.items():
@@ -43,8 +43,8 @@ def main() -> None:
 
 def planned(settings: list[str], gpus: int, videos: int) -> tuple[Plan, Config, FakeStep]:
     chosen = ["model.pretrained=null", f"data.batch_size={gpus * videos}", *settings]
-    found, config = plan(resolve(["retrieval"], "msrvtt_retrieval", chosen))
-    return found, config, planned_steps(found, config, [gpus])[gpus]
+    step_plan, config = plan(resolve(["retrieval"], "msrvtt_retrieval", chosen))
+    return step_plan, config, planned_steps(step_plan, config, [gpus])[gpus]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a loader process can feed a GPU: clips as `emcl prepare --store` keeps them, with and without augmentation.
+"""Throughput of a loader process: clips stored with `emcl prepare --store`, with and without augmentation.
 
-Figures are frames per second of a core's time: of one loader process on a core of its own. `augmented by PIL` is how
-loaders did it before, timm's RandAugment on each frame; ours draws, and the training device changes the pixels.
+Figures are frames per second of CPU time, for one loader process on its own core. `augmented by PIL` runs timm's
+RandAugment on each frame in the loader; ours only draws there, and the training device changes the pixels.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from emcl.data.augment import Augmentation
+from emcl.data.data_settings import DataConfig
 from emcl.data.image_ops import augment
 from emcl.data.loader import Clips, Collate, Loaded
-from emcl.data.order import Draw
-from emcl.data.settings import DataConfig
+from emcl.data.sampler import Draw
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.split import Split
 from emcl.prepare.clips import Clip
-from emcl.prepare.shards import STORES, Encoding, Options, prepare_shards
+from emcl.prepare.sharding import STORES, Encoding, Options, prepare_shards
 from emcl.prepare.videos import Videos
-from emcl.train.memory import keep_freed_memory
+from emcl.train.malloc import keep_freed_memory
 from timing import Row, alternate, compared
 
 FRAMES, SIZE, BATCH, TIMES = 12, 224, 4, 6
-"""Clips are gone through TIMES times, so that a process's start is a small part."""
+"""All clips are loaded TIMES times, so that process start-up is a small share."""
 AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 PLAIN, BY_PIL = "without augmentation", "augmented by PIL"
 
@@ -67,7 +67,7 @@ class ClipsByPIL(Clips):
 
 
 def frames_per_core_second(shards: ShardSet, side: str) -> float:
-    data = DataConfig(frames=FRAMES, size=SIZE, workers=1)
+    data = DataConfig(frames=FRAMES, image_size=SIZE, workers=1)
     clips = (ClipsByPIL if side == BY_PIL else Clips)(Split(shards), data, training=True)
     draws = [Draw(row, None, number) for number, row in enumerate(list(range(len(shards))) * TIMES)]
     batches: Any = [draws[first : first + BATCH] for first in range(0, len(draws), BATCH)]
@@ -79,14 +79,14 @@ def frames_per_core_second(shards: ShardSet, side: str) -> float:
 
 
 def _of_children() -> float:
-    """Seconds of a core that processes took which have ended."""
+    """CPU seconds of the child processes that have ended."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
-    """A CPU's cost of the augmentation itself, one thread."""
-    mine, theirs = Augmentation(AUGMENT), ByPIL()
+    """CPU cost of the augmentation alone, with one thread."""
+    augmentation, theirs = Augmentation(AUGMENT), ByPIL()
     frames, counts = torch.from_numpy(np.concatenate(clips)), [len(clip) for clip in clips]
     keep_freed_memory()  # as training does
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
 
     def ours() -> None:
         for first in range(0, len(seeds), len(clips)):
-            augment(frames, mine.plan(seeds[first : first + len(clips)], counts, SIZE, SIZE))
+            augment(frames, augmentation.plan(seeds[first : first + len(clips)], counts, SIZE, SIZE))
 
     def pil() -> None:
         for seed in seeds:
@@ -105,12 +105,12 @@ def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
         work()
         return 1000 * (time.process_time() - began) / len(seeds)
 
-    found = alternate({"ours": partial(milliseconds, ours), "PIL": partial(milliseconds, pil)}, repeats)
-    return compared("loading", "augmenting a clip on a CPU", "ms", found)
+    costs = alternate({"ours": partial(milliseconds, ours), "PIL": partial(milliseconds, pil)}, repeats)
+    return compared("loading", "augmenting a clip on a CPU", "ms", costs)
 
 
 def rows(files: list[Path], folder: Path, repeats: int) -> list[Row]:
-    """A row for each way of storing the videos, and one for the augmentation itself."""
+    """One row per storage format, and one for the augmentation alone."""
     made = []
     for store in STORES:
         clips = [Clip(id=path.stem, file=path.name, split="train", captions=["x"]) for path in files]
@@ -118,9 +118,9 @@ def rows(files: list[Path], folder: Path, repeats: int) -> list[Row]:
         prepare_shards(clips, Videos(files[0].parent), folder / store, options, source="bench")
         shards = open_shards(f"{folder / store}/train-*.tar")
         sides = {name: partial(frames_per_core_second, shards, name) for name in ("ours", PLAIN, BY_PIL)}
-        found = alternate(sides, repeats)
+        rates = alternate(sides, repeats)
         size = sum(row.size for row in shards.rows) / len(shards) / 1000
-        made.append(compared("loading", f"a core, --store {store}", "frames/s", found, note=f"{size:,.0f} kB a clip"))
-    decoded = Clips(Split(shards), DataConfig(frames=FRAMES, size=SIZE), training=False)
+        made.append(compared("loading", f"a core, --store {store}", "frames/s", rates, note=f"{size:,.0f} kB a clip"))
+    decoded = Clips(Split(shards), DataConfig(frames=FRAMES, image_size=SIZE), training=False)
     some = [decoded[Draw(row, None, 0)].frames for row in range(min(BATCH, len(shards)))]
     return [*made, augmentation_row([clip for clip in some if clip is not None], repeats)]

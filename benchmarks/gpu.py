@@ -1,9 +1,9 @@
-"""Rows for machines with a GPU: a training step of published towers, frames a second, MFU and memory.
+"""Rows for machines with a GPU: a training step of published towers, frames per second, MFU and memory.
 
-MFU is the model's arithmetic (counted by PyTorch's FLOP counter over forward and backward of one step, recomputation
-counted) over what a large bf16 matrix product reaches on the same device in the same run. Batches are in the host's
-memory already: loading has rows of its own. Without a GPU there are no rows; EMCL_BENCH_ANY=1 runs a small model on
-whatever there is, to see that the benchmark works.
+MFU is the model's FLOPs per second (counted by PyTorch's FLOP counter over forward and backward of one step, including
+recomputation) divided by the rate of a large bf16 matrix product on the same device in the same run. Batches are
+already in host memory: loading is measured separately. Without a GPU there are no rows; EMCL_BENCH_ANY=1 runs a small
+model on any device, to check that the benchmark works.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from step import synchronize, trainer_of
 from timing import Row, script, spread
 
 STEPS = 10
-"""A figure is the mean of so many."""
+"""A figure is the mean of this many steps."""
 CASES: dict[str, tuple[str, ...]] = {
     "ViT-B-32, 64 x 12 frames": ("model.name=ViT-B-32", "data.batch_size=64"),
     "ViT-L-14, 43 x 12 frames, recomputed": (
         "model.name=ViT-L-14", "data.batch_size=43", "model.activation_checkpointing=true",
     ),
 }  # fmt: skip
-SMALL = {"a small model": ("data.batch_size=8", "data.size=64", "precision=fp32")}
+SMALL = {"a small model": ("data.batch_size=8", "data.image_size=64", "precision=fp32")}
 
 
 def rows_of(case: str, settings: tuple[str, ...], folder: Path, clips: str, repeats: int) -> list[Row]:
-    frames = ("data.frames=12", "data.size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
+    frames = ("data.frames=12", "data.image_size=224", "precision=bf16", "optim.max_steps=100", "data.workers=4")
     trainer = trainer_of(folder, clips, *frames, *settings)
     batch, _ = next(trainer._steps(0))
     shown = batch[0].frame_count

@@ -1,8 +1,8 @@
-"""What a joint step of all tasks costs beside a step of each alone: `make joint-step`.
+"""Cost of a joint step of all tasks compared with a step of each task alone: `make joint-step`.
 
-ViT-B-32's shapes with random weights, 12 frames a video, one caption and one question each, forward, backward and AdamW
-in fp32. The four alternate in one process and medians are compared; peak memory is that of a process of its own. The
-captions hold 5,000 of CLIP's tokens, so the decoder's vocabulary has a real data set's size.
+ViT-B-32 with random weights, 12 frames, one caption and one question per video; forward, backward and AdamW in fp32.
+The four alternate in one process and medians are compared; peak memory is measured in separate processes. The captions
+use 5,000 of CLIP's tokens, so the decoder's vocabulary has the size of a real data set's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from emcl.config import resolve
+from emcl.data.captions import Tokens
 from emcl.data.loader import Collate, Loaded
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
-from emcl.data.text import Tokens
 from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.registry import task_class
@@ -53,19 +53,19 @@ def samples_of(count: int) -> list[Sample]:
 
 
 def stepper(tasks: tuple[str, ...], videos: int, device: torch.device) -> Callable[[], None]:
-    """A training step of these tasks on a batch that is there already."""
+    """Returns a training step of these tasks on a fixed batch."""
     known = samples_of(videos)
-    config = resolve(tasks, overrides=["model.name=ViT-B-32", "data.size=224", f"data.words={WORDS}"])
+    config = resolve(tasks, overrides=["model.name=ViT-B-32", "data.image_size=224", f"data.max_tokens={WORDS}"])
     learnt = {name: task_class(name).learn_settings(item, config, known) for name, item in config.tasks.items()}
     config = dataclasses.replace(config, tasks=learnt)
     texts = Tokens(tokenizer_of(config))
-    parts = collators(config, texts, training=True)
+    task_collators = collators(config, texts, training=True)
     rng = np.random.default_rng(0)
     items = [
         Loaded(Draw(row, None, row), known[row], rng.integers(0, 256, (FRAMES, 224, 224, 3), dtype=np.uint8))
         for row in range(videos)
     ]
-    batch = Collate(parts, frames=FRAMES)(items).to(device)
+    batch = Collate(task_collators, frames=FRAMES)(items).to(device)
     torch.manual_seed(0)
     model = VideoLanguageModel(config, load_weights=False).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
@@ -81,7 +81,7 @@ def stepper(tasks: tuple[str, ...], videos: int, device: torch.device) -> Callab
 
 
 def peak(tasks: tuple[str, ...], videos: int, device: torch.device) -> float:
-    """GiB, after two steps."""
+    """Peak memory in GiB after two steps."""
     step = stepper(tasks, videos, device)
     step()
     step()

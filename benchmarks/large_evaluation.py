@@ -1,4 +1,4 @@
-"""An evaluation of many texts and videos by itself: seconds, and peak memory beyond the features.
+"""Evaluates many texts and videos: seconds, and peak memory beyond the features.
 
 python benchmarks/large_evaluation.py --texts 10000 --videos 10000
 """
@@ -19,7 +19,7 @@ from emcl.tasks.retrieval import RetrievalTask
 from emcl.config import resolve
 from emcl.distributed import ALONE
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
-from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
+from emcl.metrics.retrieval_metrics import protocol_metrics, retrieval_metrics
 from emcl.model.emcl_layer import EMCLLayer
 
 WIDTH = 512
@@ -52,9 +52,9 @@ def main() -> None:
 
     def timed(name: str, call: Any) -> Any:
         began = time.perf_counter()
-        found = call()
+        result = call()
         seconds[name] = round(time.perf_counter() - began, 1)
-        return found
+        return result
 
     scores = timed("similarity", lambda: task.similarity_in_tiles(text, frames, mask, 32, ALONE, layer))
     owner = np.arange(options.texts) % options.videos

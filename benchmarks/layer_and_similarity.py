@@ -1,9 +1,9 @@
-"""EMCL beside its formulas written as they stand: the layer alone, and the similarity by global batch.
+"""EMCL compared with a direct implementation of its formulas: the layer alone, and the similarity by global batch.
 
-Each figure comes from a process of its own, so that its peak memory is its own. D = 512, T = 12 frames, K = 32, 9
-iterations, fp32. The layer forward, fitting included but for `compact, fitted` (in evaluation); the similarity forward
-and backward. `the formulas` hold A x B x D numbers: where they do not fit, ours stands alone. `copying the rows` is the
-layer's floor.
+Each figure comes from a separate process, so that peak memory is measured per figure. D = 512, T = 12 frames, K = 32, 9
+iterations, fp32. The layer is timed forward, including fitting except for `compact, fitted` (evaluation mode); the
+similarity forward and backward. `the formulas` store A x B x D numbers; if they do not fit, only ours is measured.
+`copying the rows` is a lower bound for the layer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from timing import Row, in_process, script, seconds_and_memory
 D, T, K, ITERATIONS = 512, 12, 32, 9
 BATCHES = (128, 512, 2048)
 COMPACT = bool(os.environ.get("EMCL_BENCH_COMPACT"))
-"""Whether the compact variant is measured as well."""
+"""Whether to measure the compact variant as well."""
 ROWS = 16_512
-"""Of EMCL-Net's training step: 128 x 128 pooled rows and 128 texts."""
+"""Rows in EMCL-Net's training step: 128 x 128 pooled rows and 128 texts."""
 PLAIN_COPIES = 8
-"""A x B x D tensors that the plain formulas hold at their peak, about."""
+"""Approximate number of A x B x D tensors that the plain formulas store at their peak."""
 PLAIN, FITTED, COPY = "the formulas", "compact, fitted", "copying the rows"
 
 
 def one(side: str, item: str, size: int) -> dict[str, float]:
-    """One process's work: seconds, and the peak of memory above what it had before (MiB)."""
+    """Runs in a separate process: seconds, and peak memory above the level before (MiB)."""
     import torch
 
     from emcl.model.emcl_layer import EMCLLayer
@@ -42,8 +42,8 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
     if item == "layer":
         x = 10 * torch.nn.functional.normalize(torch.randn(size, D) + torch.randn(D), dim=-1)
         layer.fit(x[:2000]).eval() if side == FITTED else layer.train()
-        there = torch.zeros_like(x) if side == COPY else x
-        works = {PLAIN: lambda: x + 3 * reference_em(x, layer.mu), COPY: lambda: there.copy_(x)}
+        target = torch.zeros_like(x) if side == COPY else x
+        works = {PLAIN: lambda: x + 3 * reference_em(x, layer.mu), COPY: lambda: target.copy_(x)}
         work = torch.no_grad()(works.get(side, lambda: layer(x)[0]))
     else:
         text = torch.randn(size, D, requires_grad=True)
@@ -64,7 +64,7 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
     work()
     first = time.perf_counter() - began
     times = []
-    for _ in range(min(5, int(5 / first))):  # of what takes long, the first is the figure
+    for _ in range(min(5, int(5 / first))):  # if one call takes long, the first is the figure
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
@@ -73,7 +73,7 @@ def one(side: str, item: str, size: int) -> dict[str, float]:
 
 
 def rows_of(item: str, size: int, repeats: int) -> list[Row]:
-    """Time and memory of ours, of the formulas where they fit, and of the compact variant where it is asked for."""
+    """Time and memory of ours, of the formulas if they fit, and of the compact variant if requested."""
     import psutil
 
     fits = item == "layer" or PLAIN_COPIES * size * size * D * 4 < psutil.virtual_memory().available

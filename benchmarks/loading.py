@@ -1,13 +1,14 @@
-"""Frames a second of the whole loader, beside decoding alone and beside a loader as the field writes it.
+"""Frames per second of the whole loader, compared with decoding alone and with a commonly used loader.
 
-Ours: tar, decode 12 frames a clip, resize, crop, collate, hand over, two workers. `bare PyAV`: the floor; as many
-processes decode up to the last of the same frames, and nothing else. `the field's`: a Dataset of single files that
-OpenCV seeks frame by frame, PIL and torchvision transforms, normalised float32, PyTorch's DataLoader, two workers.
+Ours: read the tar, decode 12 frames per clip, resize, crop, collate, send; two workers. `bare PyAV` is the floor: as
+many processes decode up to the last of the same frames, and do nothing else. `the field's` is the common approach: a
+Dataset of single files, read with OpenCV by seeking to each frame, PIL and torchvision transforms, normalised float32,
+PyTorch's DataLoader, two workers.
 
-Tars hold the files as they are, but for `as emcl prepare stores them` (short side 256, 3 frames a second): the same
-videos after that command, beside the field's loader on the files that they were made from, and on what they became.
+Tars have the original files, except in `as emcl prepare stores them` (short side 256, 3 frames per second): the same
+videos after that command, compared with the common loader on the original files and on the prepared ones.
 
-Last, what a loader process can feed a GPU by how videos are stored and augmented (`feeding.py`).
+The last rows are the throughput of a loader process by storage format and augmentation (`feeding.py`).
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import feeding
+from emcl.data.data_settings import DataConfig
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
-from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.split import Split
 from emcl.prepare.clips import Clip
-from emcl.prepare.shards import Options, prepare_shards
+from emcl.prepare.sharding import Options, prepare_shards
 from emcl.prepare.videos import Videos
 from emcl.prepare.writer import write_shard
 from sample_clips import sample_clips
@@ -45,7 +46,7 @@ from timing import Row, alternate, compared, script
 
 FRAMES, WORKERS = 12, 2
 REAL = Path(os.environ.get("EMCL_VIDEOS", "../shared/data/videos"))
-"""A folder of real clips; without it those rows are left out."""
+"""A folder of real clips; without it their rows are skipped."""
 LONG = 60.0
 """Seconds of a long clip, made by repeating a short one."""
 FIELD, FIELD_AFTER = "the field's", "the field's on these too"
@@ -53,7 +54,7 @@ KEY_FRAMES, PREPARED = "data.keyframes", "as emcl prepare stores them"
 
 
 class FieldClips(Dataset[Any]):
-    """As CLIP4Clip and its descendants read videos."""
+    """Reads videos like CLIP4Clip and code derived from it."""
 
     def __init__(self, files: list[Path], size: int) -> None:
         from torchvision import transforms
@@ -77,8 +78,8 @@ class FieldClips(Dataset[Any]):
         frames = []
         for number in np.linspace(0, total - 1, FRAMES).astype(int):
             video.set(cv2.CAP_PROP_POS_FRAMES, int(number))
-            there, frame = video.read()
-            if there:
+            decoded, frame = video.read()
+            if decoded:
                 frames.append(self.transform(Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))))
         frames += [frames[-1]] * (FRAMES - len(frames))
         return torch.stack(frames)
@@ -88,7 +89,7 @@ class FieldClips(Dataset[Any]):
 
 
 def bare(file: str) -> int:
-    """Decodes up to the last frame that is wanted, and keeps nothing."""
+    """Decodes up to the last wanted frame and discards everything."""
     with av.open(file) as container:
         stream = container.streams.video[0]
         stream.thread_type = "SLICE"
@@ -102,21 +103,21 @@ def bare(file: str) -> int:
 
 
 def kept(files: list[Path], folder: Path) -> ShardSet:
-    """The files as they are, as a shard in `folder`."""
+    """Writes the unchanged files to a shard in `folder`."""
     samples = ((Sample(id=path.stem, captions=["x"]), path.suffix.lstrip("."), path.read_bytes()) for path in files)
     write_shard(folder / "clips.tar", samples)
     return open_shards(str(folder / "clips.tar"))
 
 
 def prepared(files: list[Path], folder: Path) -> ShardSet:
-    """What `emcl prepare folder` makes of the files, in `folder`."""
+    """Runs `emcl prepare folder` on the files, with output in `folder`."""
     clips = [Clip(id=path.stem, file=path.name, split="train", captions=["x"]) for path in files]
     prepare_shards(clips, Videos(files[0].parent), folder, Options(progress=False), source="bench")
     return open_shards(f"{folder}/train-*.tar")
 
 
 def unpacked(shards: ShardSet, folder: Path) -> list[Path]:
-    """Each sample's video as a file."""
+    """Writes each sample's video to a file."""
     folder.mkdir(parents=True)
     files = [folder / f"{row.sample.id}.mp4" for row in shards.rows]
     for path, row in zip(files, shards.rows, strict=True):
@@ -125,7 +126,7 @@ def unpacked(shards: ShardSet, folder: Path) -> list[Path]:
 
 
 def repeated(file: Path, seconds: float, out: Path) -> Path:
-    """A clip again and again, encoded anew with a key frame every two seconds at the least."""
+    """Repeats a clip and re-encodes it, with a key frame at least every two seconds."""
     with av.open(str(out), "w") as made:
         target: Any = None
         written = 0
@@ -156,7 +157,7 @@ def timed(work: Callable[[], int]) -> float:
 
 @dataclass(frozen=True)
 class Case:
-    """Videos that all sides read, and how often: enough that starting is a small part and workers share alike."""
+    """Videos that all sides read, and how often: enough that start-up is a small share and workers are balanced."""
 
     name: str
     files: list[Path]
@@ -164,10 +165,10 @@ class Case:
     times: int
     batch: int
     field_times: int
-    """Of the field's loader, which takes longest."""
+    """Repetitions for the field's loader, which is the slowest."""
 
     def ours(self, shards: ShardSet, *, keyframes: bool = False) -> int:
-        data = DataConfig(frames=FRAMES, size=self.size, workers=WORKERS, keyframes=keyframes)
+        data = DataConfig(frames=FRAMES, image_size=self.size, workers=WORKERS, keyframes=keyframes)
         rows = list(range(len(shards))) * self.times
         loader = evaluation_loader(Split(shards), data, {}, batch_size=self.batch, rank=0, world_size=1, rows=rows)
         return sum(len(batch.ids) for batch in loader)
@@ -182,7 +183,7 @@ class Case:
 
 
 def rows_of(case: Case, folder: Path, repeats: int, *, others: tuple[str, ...] = ()) -> list[Row]:
-    """The files as they are; with `others`, by KEY_FRAMES, and after `emcl prepare` (PREPARED)."""
+    """Rows for the unchanged files; with `others`, also with KEY_FRAMES and after `emcl prepare` (PREPARED)."""
     whole = kept(case.files, folder / "kept")
     work: dict[str, Callable[[], int]] = {
         "ours": partial(case.ours, whole),
@@ -195,13 +196,13 @@ def rows_of(case: Case, folder: Path, repeats: int, *, others: tuple[str, ...] =
         made = prepared(case.files, folder / "prepared")
         work[PREPARED] = partial(case.ours, made)
         work[FIELD_AFTER] = partial(case.field, unpacked(made, folder / "files"))
-    case.ours(whole)  # files into the page cache, libraries into memory
-    found = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
-    sides = {"bare PyAV": found["bare PyAV"], FIELD: found[FIELD]}
-    rows = [_row(case.name, found["ours"], sides)]
+    case.ours(whole)  # warm-up: page cache and libraries
+    rates = alternate({name: partial(timed, side) for name, side in work.items()}, repeats)
+    sides = {"bare PyAV": rates["bare PyAV"], FIELD: rates[FIELD]}
+    rows = [_row(case.name, rates["ours"], sides)]
     for other in others:
-        beside = {name: found[name] for name in (FIELD, *([FIELD_AFTER] if other == PREPARED else []))}
-        rows.append(_row(f"{case.name}, {other}", found[other], beside))
+        beside = {name: rates[name] for name in (FIELD, *([FIELD_AFTER] if other == PREPARED else []))}
+        rows.append(_row(f"{case.name}, {other}", rates[other], beside))
     return rows
 
 

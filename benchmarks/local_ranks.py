@@ -1,4 +1,4 @@
-"""Ranks on this machine without the `deepspeed` launcher, which takes as long to start as they do."""
+"""Starts ranks on this machine without the `deepspeed` launcher, whose start takes as long as theirs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def free_port() -> int:
 
 
 def environments(ranks: int) -> list[dict[str, str]]:
-    """By rank, the variables that the launcher would give it."""
+    """The environment variables that the launcher would set, by rank."""
     group = {"WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     every = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
     return [{name: str(value) for name, value in variables.items()} for variables in every]
@@ -25,7 +25,7 @@ def environments(ranks: int) -> list[dict[str, str]]:
 def start_ranks(
     command: Sequence[str], ranks: int, *, env: Mapping[str, str] = os.environ, **how: Any
 ) -> list[subprocess.Popen[bytes]]:
-    """A process a rank; `how` is for `Popen`."""
+    """Starts one process per rank; `how` is passed to `Popen`."""
     return [
         subprocess.Popen([*command, f"--local_rank={rank}"], env={**env, **own}, **how)
         for rank, own in enumerate(environments(ranks))

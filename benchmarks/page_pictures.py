@@ -1,8 +1,8 @@
-"""The pictures of the page in docs/search.md, from a server that runs (`make demo`).
+"""Takes the screenshots in docs/search.md from a running server (`make demo`).
 
     python benchmarks/page_pictures.py http://127.0.0.1:8000 --out docs/images
 
-Wants Playwright and a Chromium (`apt-get install chromium`).
+Needs Playwright and Chromium (`apt-get install chromium`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def look(page: Any, url: str, query: str) -> None:
-    """Searches, and opens the best moment in the middle."""
+    """Searches, opens the best moment and waits for its curve."""
     page.goto(url)
     page.fill("#query", query)
     page.press("#query", "Enter")

@@ -1,7 +1,7 @@
-"""Clips a second of `emcl prepare`, re-encoding to its default (short side 256, 3 frames a second).
+"""Clips per second of `emcl prepare`, re-encoding with its defaults (short side 256, 3 frames per second).
 
-Beside the floor: as many processes that decode, scale and encode the same frames with PyAV and write nothing; and two
-processes beside one. Each of them imports this file anew, so it imports no more than they need.
+Compared with the floor (as many processes that decode, scale and encode the same frames with PyAV and write nothing),
+and with one process instead of two. Each process imports this file again, so it imports only what they need.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from emcl.data.decode import resampled
-from emcl.prepare.shards import Options, prepare_shards
+from emcl.prepare.sharding import Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos
 from emcl.prepare.writer import encode_mp4
@@ -38,7 +38,7 @@ def measure(repeats: int) -> list[Row]:
         sources = sorted(REAL.glob("*.mp4")) if REAL.is_dir() else []
         if not sources:
             from emcl.data.shards import open_shards
-            from emcl.prepare.sample import generate
+            from emcl.prepare.sample_set import generate
 
             generate(root / "sample", counts={"train": 1, "val": 0, "test": 0}, seed=0, progress=False)
             shards = open_shards(f"{root}/sample/train-*.tar")
@@ -66,7 +66,7 @@ def measure(repeats: int) -> list[Row]:
             return CLIPS / (time.perf_counter() - began)
 
         sides = {"ours": lambda: prepare(2), "one process": lambda: prepare(1), "bare PyAV": lambda: floor(2)}
-        prepare(2)  # libraries into memory
+        prepare(2)  # warm-up: libraries
         targets = {"one process": ">= 1.8", "bare PyAV": ">= 0.9"}
         return [compared("prepare", "20 s clips, two processes", "clips/s", alternate(sides, repeats), targets=targets)]
 

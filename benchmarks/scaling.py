@@ -1,9 +1,9 @@
-"""Samples a second on one and two processes under each ZeRO stage, and the bytes that a step sends.
+"""Samples per second with one and two processes under each ZeRO stage, and the bytes sent per step.
 
-Real steps of the sample recipe (`scaling_rank.py`, started as the launcher starts ranks), one thread a process, the
-global batch fixed at 64; a repeat's figure is the median of four steps. What is counted are the bytes that each rank
-gives to collectives in one step; the fewest possible are one reduction of the gradients and one gathering of each
-rank's texts and frames, there and back.
+Real steps of the sample recipe (`scaling_rank.py`, started as the launcher starts ranks), one thread per process,
+global batch 64; a repeat's figure is the median of four steps. Bytes are those that each rank passes to collectives in
+one step. The minimum is one reduction of the gradients, and one gather of each rank's texts and frames in forward and
+backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STAGES = ("0", "1", "2", "3")
 
 
 def run(folder: Path, clips: str, ranks: int, stages: str) -> dict[str, Any]:
-    """Samples a second and bytes a step of rank 0, by stage."""
+    """Samples per second and bytes per step of rank 0, by stage."""
     out = folder / f"{ranks}.json"
     command = [sys.executable, str(HERE / "scaling_rank.py"), str(folder), clips, stages, str(out)]
     processes = start_ranks(

@@ -1,5 +1,5 @@
-"""One rank of `scaling.py`: some steps of the sample recipe under each ZeRO stage that is asked for, stage after stage
-in each round, timed, with the bytes given to collectives counted."""
+"""One rank of `scaling.py`: times steps of the sample recipe under the given ZeRO stages, which alternate step by step,
+and counts the bytes passed to collectives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, WARM = 4, 1
 
 
 def counted(name: str, bytes_of: Callable[..., int]) -> None:
-    """Wraps a collective of torch.distributed, before anyone has taken a reference."""
+    """Wraps a collective of torch.distributed; must run before other modules import it by name."""
     call = getattr(dist, name)
 
     def wrapper(*arguments: Any, **named: Any) -> Any:
@@ -34,9 +34,9 @@ def size(tensor: Any, *_: Any, **__: Any) -> int:
 
 
 def second(*tensors: Any, **named: Any) -> int:
-    """Of the input, which comes second, or by name."""
-    found = named.get("input_tensor", named.get("input", named.get("tensor")))
-    return size(tensors[1] if found is None else found)
+    """Size of the input tensor, which is the second argument or passed by name."""
+    tensor = named.get("input_tensor", named.get("input", named.get("tensor")))
+    return size(tensors[1] if tensor is None else tensor)
 
 
 def count_all() -> None:
@@ -55,8 +55,8 @@ def main() -> None:
     from emcl import distributed
     from emcl.config import resolve
     from emcl.run_folder import RunFolder
+    from emcl.train.initialization import open_splits
     from emcl.train.loop import Trainer
-    from emcl.train.start import open_splits
     from sample_clips import settings
 
     distributed.quiet_start()
@@ -74,12 +74,12 @@ def main() -> None:
     for batch in batches:
         for stage, trainer in trainers.items():
             SENT["bytes"], began = 0, time.perf_counter()
-            trainer._step(batch)  # whose collectives wait for the other rank
+            trainer._step(batch)  # its collectives wait for the other rank
             seconds[stage].append(time.perf_counter() - began)
             sent[stage] = SENT["bytes"]
     if ranks.first:
         width, videos = trainer.model.backbone.embed_dim, config.data.batch_size // ranks.world_size
-        rows = videos * config.data.frames * width + videos * width  # frames and texts of a rank, there and back
+        rows = videos * config.data.frames * width + videos * width  # frames and texts of a rank, forward and backward
         fewest = 4 * (trainer.parameters + 2 * rows) if ranks.world_size > 1 else 0
         rates = {stage: config.data.batch_size / statistics.median(times[WARM:]) for stage, times in seconds.items()}
         out.write_text(json.dumps({"samples_per_second": rates, "sent": sent, "fewest": fewest}))

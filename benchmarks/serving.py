@@ -1,10 +1,10 @@
-"""Many users of `emcl serve` at once: requests a second, latencies, errors, the server's memory.
+"""Load test of `emcl serve` with many clients: requests per second, latencies, errors, the server's memory.
 
     python benchmarks/serving.py INDEX --model RUN [--clients 50] [--seconds 60]
 
-Each client asks one thing after the other: a search by a sentence, its first thumbnail, a part of its first video, and
-now and then a caption, an answer, a curve, or a search by a video that it sends. The server is a process of its own on
-this machine, so clients and server share its cores.
+Each client sends requests one after another: a search by sentence, the first hit's thumbnail and video, and sometimes a
+caption, an answer, a curve, or a search by an uploaded video. The server is a separate process on this machine, so
+clients and server share its cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MOVES = ("moves left", "moves right", "moves up", "moves down", "grows", "shrink
 
 @dataclass
 class Seen:
-    """What all clients have seen; lists are appended to by many threads."""
+    """Results of all clients; many threads append to the lists."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     wrong: list[str] = field(default_factory=list)
@@ -109,7 +109,7 @@ def main() -> None:
 
 def load(server: subprocess.Popen[str], port: int, clients: int, seconds: float) -> dict[str, Any]:
     seen, process = Seen(), psutil.Process(server.pid)
-    Client(port, 0, seen).run(time.monotonic() + 1)  # libraries into memory
+    Client(port, 0, seen).run(time.monotonic() + 1)  # warm-up: libraries
     seen.seconds.clear()
     before, memory = process.memory_info().rss, []
     until = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """launch.py with one rank slowed down.
 
-SLOW_RANK says which, SLOW_SECONDS by how much, SLOW_BY at what: `compute` at each forward pass, `disk` at each video
-that is read, `clip` at every twentieth that is decoded.
+SLOW_RANK selects the rank, SLOW_SECONDS the delay, SLOW_BY the place: `compute` at each forward pass, `disk` at each
+video read, `clip` at every 20th decoded clip.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds from `deepspeed platform/launch.py` to the end of the first step, by cause, and of `--help` and errors."""
+"""Start-up time until the end of the first step, by phase, and the time of `--help` and of errors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from emcl import distributed
 from emcl.run_folder import RunFolder
 from emcl.train.loop import Trainer
-from emcl.train.start import open_splits
+from emcl.train.initialization import open_splits
 opened = open_splits(config.resolve(["retrieval"], "sample", sys.argv[3:]))
 mark("inputs")
 distributed.quiet_start()
@@ -55,16 +55,16 @@ def seconds(*command: str, env: dict[str, str] | None = None) -> float:
 
 
 def marks(folder: Path, clips: str) -> dict[str, float]:
-    """Seconds of each cause, in a process that does what launch.py does."""
+    """Seconds of each phase, in a process that does the same as launch.py."""
     command = [sys.executable, "-c", PROBE, str(time.time()), str(folder / "run"), *settings(clips)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found, before = {}, 0.0
+    durations, before = {}, 0.0
     for line in done.stdout.splitlines():
         if line.startswith("MARK "):
             name, _, at = line[5:].rpartition(" ")
-            found[name] = float(at) - before
+            durations[name] = float(at) - before
             before = float(at)
-    return found
+    return durations
 
 
 def measure(repeats: int) -> list[Row]:
@@ -79,10 +79,10 @@ def measure(repeats: int) -> list[Row]:
         "missing shards": lambda: seconds(python, LAUNCH, "--task", "retrieval", "data.train=nowhere/*.tar"),
         "emcl --help": lambda: seconds(str(Path(python).parent / "emcl"), "--help"),
     }
-    found = alternate(sides, repeats)
-    found["the launcher itself"] = [seconds(deepspeed, "--num_accelerators", "1", LAUNCH, "--help")]
+    timings = alternate(sides, repeats)
+    timings["the launcher itself"] = [seconds(deepspeed, "--num_accelerators", "1", LAUNCH, "--help")]
     rows = []
-    for item, values in found.items():
+    for item, values in timings.items():
         limit = {} if item == "the launcher itself" else {"limit": 2.0}
         target = {"limit": "<= 1"} if limit else {}
         rows.append(Row("start", item, "s", statistics.median(values), limit, spread(values), target))

@@ -1,8 +1,8 @@
-"""A training step of ours beside a bare PyTorch loop: the same model, batches, optimiser and precision.
+"""Our training step compared with a bare PyTorch loop: the same model, batches, optimiser and precision.
 
-Ours is `Trainer`'s step: DeepSpeed ZeRO-1 on one process, the check for skipped steps, the meter, a report to MLflow in
-ten steps. The bare loop: forward, backward, clipping, AdamW, schedule. Both take batches that are there already. Then a
-short run of the sample recipe: how much of its time it waits for data, and how much reporting and its marks take.
+Ours is `Trainer`'s step: DeepSpeed ZeRO-1 on one process, the check for skipped steps, the meter, a report to MLflow
+every ten steps. The bare loop: forward, backward, clipping, AdamW, schedule. Both use preloaded batches. Then a short
+run of the sample recipe: the share of time spent waiting for data, reporting, and timing the parts of a step.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from emcl.config import resolve
 from emcl.multitask import total_loss
 from emcl.run_folder import RunFolder
 from emcl.tracking import open_tracker
-from emcl.train.clock import PARTS, StepClock
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
 from emcl.train.optimizer import build_optimizer
 from emcl.train.schedule import build_schedule
-from emcl.train.start import open_splits
+from emcl.train.step_clock import PARTS, StepClock
 from sample_clips import sample_clips, settings
 from timing import Row, alternate, compared, script
 
 STEPS = 6
-"""So many a repeat; sides alternate step by step, since a machine's speed drifts."""
+"""Steps per repeat; sides alternate step by step, because a machine's speed drifts."""
 COLLECTIVES = 40
-"""Of a step on several ranks: DeepSpeed's buckets, the gathered frames and scores."""
+"""Collectives per step on several ranks: DeepSpeed's buckets, the gathered frames and scores."""
 
 
 def trainer_of(folder: Path, clips: str, *overrides: str) -> Trainer:
@@ -46,7 +46,7 @@ def trainer_of(folder: Path, clips: str, *overrides: str) -> Trainer:
 
 
 class Bar:
-    """In place of the progress bar."""
+    """Replaces the progress bar."""
 
     def set_postfix_str(self, text: str) -> None: ...
 
@@ -62,7 +62,9 @@ def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
     plain = copy.deepcopy(trainer.model)
     optimizer = build_optimizer(plain, config.optim, offload=False, fused=device.type == "cuda")
     schedule = build_schedule(optimizer, config.optim, trainer.total)
-    batches = [found for found, _ in zip((batch for batch, _ in trainer._steps(0)), range(STEPS), strict=False)]
+    batches = [
+        micro_batches for micro_batches, _ in zip((batch for batch, _ in trainer._steps(0)), range(STEPS), strict=False)
+    ]
 
     our_steps, bare_steps = count(), count()
 
@@ -92,15 +94,15 @@ def step_row(folder: Path, clips: str, stage: int, repeats: int) -> Row:
     for _ in range(2):
         ours()
         bare()
-    found = alternate({"ours": ours, "bare PyTorch": bare}, repeats * STEPS)
+    timings = alternate({"ours": ours, "bare PyTorch": bare}, repeats * STEPS)
     trainer.tracker.finish()
     return compared(
-        "step", f"sample recipe, ZeRO-{stage}, one process", "s", found, targets={"bare PyTorch": "<= 1.03"}
+        "step", f"sample recipe, ZeRO-{stage}, one process", "s", timings, targets={"bare PyTorch": "<= 1.03"}
     )
 
 
 def share_rows(folder: Path, clips: str) -> list[Row]:
-    """Of the time of a run's steps, without the first six."""
+    """Shares of the time of a run's steps, without the first STEPS."""
     trainer = trainer_of(folder, clips, "optim.max_steps=26")
     bar: Any = Bar()
     waited = reporting = 0.0
@@ -130,7 +132,7 @@ def share_rows(folder: Path, clips: str) -> list[Row]:
 
 
 def marks_of_a_step(device: torch.device) -> float:
-    """Seconds that a step pays for knowing where its time goes, were there other ranks to wait for."""
+    """Seconds per step that the step clock itself costs with several ranks."""
     clock, steps = StepClock(device), 200
     began = time.perf_counter()
     for step in range(steps):

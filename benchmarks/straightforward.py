@@ -1,4 +1,4 @@
-"""EMCL and its similarity written as the formulas stand: what tests compare with and benchmarks race against."""
+"""A direct implementation of EMCL's formulas and its similarity: the reference for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def reference_em(x_ND: Tensor, mu_K: Tensor, *, iterations: int = 9, temperature: float = 1.0) -> Tensor:
-    """X_hat (N, D) by the published iterations, row by row."""
+    """X_hat (N, D) by the published iterations."""
     codes = mu_K.expand(len(x_ND), -1)
     for _ in range(iterations):
         bases = torch.softmax(x_ND.T @ codes / temperature, dim=1)
@@ -19,7 +19,7 @@ def reference_em(x_ND: Tensor, mu_K: Tensor, *, iterations: int = 9, temperature
 
 
 def pooled_rows(text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
-    """Each video as each text sees it: (A, B, D)."""
+    """Text-conditioned pooling of each video for each text: (A, B, D)."""
     weights_ABT = torch.einsum("ad,btd->abt", text_AD, frames_BTD).div(temperature).softmax(-1)
     return torch.einsum("abt,btd->abd", weights_ABT * mask_BT.to(weights_ABT.dtype), frames_BTD)
 

@@ -1,4 +1,4 @@
-"""How all benchmarks measure: sides alternate, a repeat gives a figure, medians and spreads are compared."""
+"""Shared measuring code: sides alternate, each repeat gives a figure, medians and spreads are compared."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ RESULTS = Path("benchmarks/results")
 
 @dataclass(frozen=True)
 class Row:
-    """One item of the table: our median beside another's, in the same run."""
+    """One row of the table: our median and those of others from the same run."""
 
     item: str
     case: str
     unit: str
     ours: float
     others: dict[str, float]
-    """Medians of what it is compared with, by name."""
+    """Name -> median of what ours is compared with."""
     spread: float | None
-    """Of our repeats: (highest - lowest) / median; None for what was measured once."""
+    """(highest - lowest) / median of our repeats; None if measured once."""
     targets: dict[str, str] = field(default_factory=dict)
-    """What is wanted of the ratio to one of `others`, such as `{"bare PyAV": ">= 0.95"}`."""
+    """Targets for the ratio to one of `others`, such as `{"bare PyAV": ">= 0.95"}`."""
     note: str = ""
 
     def ratio(self, other: str) -> float:
         return self.ours / self.others[other]
 
     def met(self, other: str) -> bool | None:
-        """Whether the target is met; None where there is none."""
+        """Whether the target is met; None if there is none."""
         if other not in self.targets:
             return None
         sign, value = self.targets[other].split()
@@ -43,37 +43,37 @@ class Row:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """(highest - lowest) / median, or None of a single value."""
+    """(highest - lowest) / median, or None for a single value."""
     return (max(values) - min(values)) / statistics.median(values) if len(values) > 1 else None
 
 
 def alternate(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each side's figure, one after the other, so often; the caches' first round is left out of it."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    """Measures all sides in turn, `repeats` times; callers warm up caches before."""
+    figures: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, measure in sides.items():
-            found[name].append(measure())
-    return found
+            figures[name].append(measure())
+    return figures
 
 
 def compared(
     item: str,
     case: str,
     unit: str,
-    found: Mapping[str, Sequence[float]],
+    measured: Mapping[str, Sequence[float]],
     *,
     ours: str = "ours",
     targets: Mapping[str, str] | None = None,
     note: str = "",
 ) -> Row:
-    """A row of `alternate`'s figures."""
-    medians = {name: statistics.median(values) for name, values in found.items()}
+    """Makes a row from `alternate`'s figures."""
+    medians = {name: statistics.median(values) for name, values in measured.items()}
     others = {name: value for name, value in medians.items() if name != ours}
-    return Row(item, case, unit, medians[ours], others, spread(found[ours]), dict(targets or {}), note)
+    return Row(item, case, unit, medians[ours], others, spread(measured[ours]), dict(targets or {}), note)
 
 
 def in_process(file: str, *arguments: object) -> dict[str, float]:
-    """What `python FILE --one ARGUMENTS` measures, in a process of its own: its peak of memory is its own."""
+    """Runs `python FILE --one ARGUMENTS` in a separate process, so that its peak memory is measured alone."""
     command = [sys.executable, file, "--one", *map(str, arguments)]
     return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
@@ -88,15 +88,15 @@ def seconds_and_memory(
     without_memory: str | None = None,
     note: str = "",
 ) -> list[Row]:
-    """Two rows of what `measure` finds for each side by turns, `seconds` and `mib`."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    """Two rows, of the `seconds` and `mib` that `measure` returns for each side; sides alternate."""
+    measured: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
 
     def turn(side: str) -> float:
-        found[side].append(measure(side))
-        return found[side][-1]["seconds"]
+        measured[side].append(measure(side))
+        return measured[side][-1]["seconds"]
 
     seconds = alternate({side: partial(turn, side) for side in sides}, repeats)
-    memory = {side: [one["mib"] for one in values] for side, values in found.items() if side != without_memory}
+    memory = {side: [one["mib"] for one in values] for side, values in measured.items() if side != without_memory}
     return [
         compared(item, case, "s", seconds, note=note),
         compared(item, f"{case}, memory", "MiB", memory, note=note),
@@ -104,7 +104,7 @@ def seconds_and_memory(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line for each thing that a row is compared with."""
+    """A Markdown table with one line per comparison of each row."""
     heads = ("", "", "ours", "spread", "beside", "theirs", "ours / theirs", "wanted", "")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -125,7 +125,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def script(description: str | None, measure: Callable[[int], list[Row]], name: str) -> None:
-    """The main of a benchmark: measures, prints the table, keeps the rows for `make bench`."""
+    """The main function of a benchmark: measures, prints the table, and saves the rows for `make bench`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()

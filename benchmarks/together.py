@@ -1,8 +1,8 @@
-"""One model for three tasks beside three models of one task each, at equal steps: `make together`.
+"""One model for three tasks compared with three single-task models, at equal steps: `make together`.
 
-Every run sees the same videos in the same order; only the tasks differ. Besides, the controls that a caption and an
-answer must beat: the best single sentence for all videos, the videos dealt out anew, the question without its video.
-Runs that are there already are not repeated. Writes a table (Markdown, JSON) to benchmarks/results/together-RECIPE.
+Every run sees the same videos in the same order; only the tasks differ. The table also has controls for captions and
+answers: the best single sentence for all videos, shuffled videos, and questions without their video. Existing runs are
+not repeated. Writes a table (Markdown, JSON) to benchmarks/results/together-RECIPE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pycocoevalcap.cider.cider import Cider
 from emcl.config import resolve
 from emcl.data.mixture import open_training
 from emcl.data.shards import open_shards
-from emcl.metrics.captions import caption_metrics, plain_tokens
+from emcl.metrics.caption_metrics import caption_metrics, plain_tokens
 from emcl.run_folder import RUNS, RunFolder
 
 TASKS = ("retrieval", "captioning", "msrvtt_qa")
@@ -37,7 +37,7 @@ CANDIDATES, SHORT_LIST, SUBSET = 300, 10, 100
 
 
 def launch(tasks: str, name: str, *settings: str) -> None:
-    """Trains (or, with --evaluate among the settings, scores) by the user's own command."""
+    """Trains with the user's command line (or scores, with --evaluate among the settings)."""
     command = ["deepspeed", "--num_accelerators", "1", "platform/launch.py", "--task", tasks, f"name={name}", *settings]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -45,8 +45,8 @@ def launch(tasks: str, name: str, *settings: str) -> None:
 
 
 def scores(name: str, split: str = "test") -> dict[str, dict[str, float]]:
-    found = json.loads(RunFolder(Path(RUNS) / name).scores(split).read_text())["tasks"]
-    return {task: item["metrics"] for task, item in found.items()}
+    by_task = json.loads(RunFolder(Path(RUNS) / name).scores(split).read_text())["tasks"]
+    return {task: item["metrics"] for task, item in by_task.items()}
 
 
 def run_name(tasks: str, recipe: str, seed: int, label: str = "") -> str:
@@ -54,7 +54,7 @@ def run_name(tasks: str, recipe: str, seed: int, label: str = "") -> str:
 
 
 def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") -> tuple[dict[str, Any], float]:
-    """Test scores, and the minutes that it took where that is known."""
+    """Test scores, and the minutes of training if known, else NaN."""
     name = run_name(tasks, recipe, seed, label)
     folder = RunFolder(Path(RUNS) / name)
     taken = folder.path / "minutes"
@@ -68,7 +68,7 @@ def trained(tasks: str, recipe: str, seed: int, *extra: str, label: str = "") ->
 
 
 def swapped(tasks: str, recipe: str, seed: int) -> dict[str, dict[str, float]]:
-    """The joint model's scores with the videos dealt out anew."""
+    """The joint model's scores with shuffled videos."""
     name = run_name(tasks, recipe, seed)
     folder = RunFolder(Path(RUNS) / name)
     if not folder.scores("test-swapped").is_file():
@@ -77,7 +77,7 @@ def swapped(tasks: str, recipe: str, seed: int) -> dict[str, dict[str, float]]:
 
 
 def best_fixed_sentence(recipe: str) -> tuple[str, dict[str, float]]:
-    """The training sentence that scores best when every test video gets it; chosen on the test, to be hard to beat."""
+    """The training sentence that scores best as caption of every test video; chosen on the test set, to be strict."""
     config = resolve(["captioning"], recipe)
     training = open_training(config.data, config.seed)[0]
     counted = Counter(text for row in training.rows for text in row.sample.captions)
@@ -96,13 +96,13 @@ def best_fixed_sentence(recipe: str) -> tuple[str, dict[str, float]]:
     some = keys[:: max(1, len(keys) // SUBSET)]
     short = sorted(candidates, key=lambda text: -cider(text, some))[:SHORT_LIST]
     best = max(short, key=lambda text: cider(text, keys))
-    found = caption_metrics(dict.fromkeys(keys, best), references).metrics
-    return best, {name: 100 * value for name, value in found.items()}
+    metrics = caption_metrics(dict.fromkeys(keys, best), references).metrics
+    return best, {name: 100 * value for name, value in metrics.items()}
 
 
 def table(recipe: str, seeds: list[int], changes: list[str], at_once: int) -> tuple[str, dict[str, Any]]:
     together, no_video = ",".join(TASKS), "tasks.msrvtt_qa.use_video=false"
-    with ThreadPoolExecutor(at_once) as pool:  # each trains in a process of its own
+    with ThreadPoolExecutor(at_once) as pool:  # each run trains in a separate process
         started = {
             (kind, seed): pool.submit(trained, kind, recipe, seed, *changes)
             for seed in seeds
@@ -117,7 +117,7 @@ def table(recipe: str, seeds: list[int], changes: list[str], at_once: int) -> tu
     blind = [future.result()[0] for future in questions]
     other = swapped(together, recipe, seeds[0])
     sentence, fixed = best_fixed_sentence(recipe)
-    found: dict[str, Any] = {"joint": joint, "single": single, "questions": blind, "swapped": other, "fixed": fixed}
+    results: dict[str, Any] = {"joint": joint, "single": single, "questions": blind, "swapped": other, "fixed": fixed}
 
     def spread(values: list[float]) -> str:
         return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
@@ -137,7 +137,7 @@ def table(recipe: str, seeds: list[int], changes: list[str], at_once: int) -> tu
     minutes = {task: [taken for _, taken in runs] for task, runs in {"joint": joint, **single}.items()}
     took = ", ".join(f"{name} {np.mean(values):.1f}" for name, values in minutes.items())
     lines += ["", f"Minutes a run, tests included: {took}. The one sentence: {sentence!r}."]
-    return "\n".join(lines), found
+    return "\n".join(lines), results
 
 
 def main() -> None:
@@ -147,12 +147,12 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs beside each other (OMP_NUM_THREADS says how wide)")
     parser.add_argument("set", nargs="*", metavar="key=value", help="settings of every run, such as optim.epochs=6")
     options = parser.parse_args()
-    text, found = table(options.recipe, options.seeds, options.set, options.at_once)
+    text, results = table(options.recipe, options.seeds, options.set, options.at_once)
     print(text)
     folder = Path("benchmarks/results") / f"together-{Path(options.recipe).stem}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text + "\n")
-    (folder / "table.json").write_text(json.dumps(found, indent=1))
+    (folder / "table.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""From published files to a report, by the user's own commands: `make whole-way`.
+"""From published files to a report, with the user's commands: `make whole-way`.
 
-    python benchmarks/whole_way.py msrvtt --annotations DIR --videos videos.tar    the key frames at hand, 1k-A
+    python benchmarks/whole_way.py msrvtt --annotations DIR --videos videos.tar    key-frame videos, 1k-A
     python benchmarks/whole_way.py clips --annotations DIR --videos DIR            a folder of whole clips
 
-Prepare, verify, train, score every inference option, report. `clips` takes `annotations.json` (a table as `emcl prepare
-folder` reads it) in the folder of videos and, for the files `videoN.mp4`, MSR-VTT's sentences.
+Prepares, verifies, trains, scores every inference option, reports. `clips` uses `annotations.json` in the video folder
+(a table for `emcl prepare folder`) and, for files named `videoN.mp4`, MSR-VTT's sentences.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from emcl.run_folder import RunFolder
 
 CLIPS = (
     "data.generate=false", "data.val=null", "data.batch_size=16", "data.frames=12", "optim.epochs=60", "optim.lr=1e-3",
-    "optim.clip_lr=1e-3", "checkpoint.every_steps=1000",
+    "optim.backbone_lr=1e-3", "checkpoint.every_steps=1000",
 )  # fmt: skip
-"""Few clips are learnt by heart: nothing is said of other clips."""
+"""The few clips are overfitted: the result says nothing about other clips."""
 
 
 def say_and_do(*command: str) -> None:
@@ -34,7 +34,7 @@ def say_and_do(*command: str) -> None:
 
 
 def train(run: RunFolder, *arguments: str) -> None:
-    """One that is there already goes on."""
+    """Trains a run, or resumes an existing one."""
     new = ["--task", "retrieval", *arguments, f"runs={run.path.parent}", f"name={run.name}"]
     chosen = ["--resume", str(run)] if run.whole_checkpoints() else new
     say_and_do("deepspeed", "--num_accelerators", "1", "platform/launch.py", *chosen)
@@ -52,7 +52,7 @@ def msrvtt(options: argparse.Namespace) -> None:
 
 
 def clips(options: argparse.Namespace) -> None:
-    """All clips to train on and the same to test: what is shown is the way, not a figure."""
+    """Trains and tests on the same clips: this shows the workflow, the scores mean nothing."""
     options.out.mkdir(parents=True, exist_ok=True)
     table = options.out / "clips.json"
     table.write_text(json.dumps(table_of_clips(options.videos, options.annotations), indent=1))
@@ -66,14 +66,14 @@ def clips(options: argparse.Namespace) -> None:
 
 
 def table_of_clips(videos: Path, annotations: Path) -> list[dict[str, object]]:
-    """The folder's own annotations, and MSR-VTT's sentences of the videos that are MSR-VTT's."""
+    """The folder's own annotations, and MSR-VTT's sentences for the MSR-VTT videos in it."""
     rows: list[dict[str, object]] = json.loads((videos / "annotations.json").read_text())
     published, _ = read_benchmark("msrvtt", "official", annotations)
-    there = {path.name for path in videos.iterdir()}
+    present = {path.name for path in videos.iterdir()}
     rows += [
         {"id": clip.id, "file": f"{clip.id}.mp4", "captions": clip.captions}
         for clip in published
-        if f"{clip.id}.mp4" in there
+        if f"{clip.id}.mp4" in present
     ]
     return rows
 

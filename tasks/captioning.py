@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from emcl.tasks.captioning_report import CaptioningReport
 from emcl.tasks.captioning_scorer import CaptionScorer
 from emcl.tasks.captioning_tokens import IGNORED, DrawnReferences, References, open_vocabulary
-from emcl.tasks.settings import HEAD, CaptioningConfig
+from emcl.tasks.task_settings import HEAD, CaptioningConfig
 from torch import Tensor
 
 from emcl.config import Config
+from emcl.data.captions import TextSource
 from emcl.data.loader import Collator
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
-from emcl.data.text import TextSource
 from emcl.data.vocabulary import UsedTokens
 from emcl.distributed import ALONE, Ranks
 from emcl.errors import UserError
@@ -26,11 +26,11 @@ from emcl.metrics.java import find_java
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.caption_decoder import CaptionDecoder
 from emcl.model.emcl_layer import EMCLLayer
-from emcl.model.settings import Generation
+from emcl.model.model_settings import Generation
 from emcl.task import Offer, Prediction, Task
 
 LIKELY_TOKENS = 10_000
-"""Different tokens in a large data set's captions, for a vocabulary that is not known yet."""
+"""Number of different tokens in a large data set's captions, for a vocabulary that is not known yet."""
 
 
 class CaptioningTask(Task):
@@ -53,7 +53,7 @@ class CaptioningTask(Task):
             width=width,
             layers=settings.layers,
             heads=max(1, width // HEAD),
-            positions=settings.words + 1,
+            positions=settings.max_tokens + 1,
             dropout=settings.dropout,
             ends=(self.vocabulary.padding, self.vocabulary.start, self.vocabulary.end),
             pretrained=settings.pretrained,
@@ -63,9 +63,9 @@ class CaptioningTask(Task):
             self.emcl = EMCLLayer.create(
                 config,
                 backbone.embed_dim,
-                bases=min(config.emcl.k, backbone.embed_dim),
+                bases=min(config.emcl.bases, backbone.embed_dim),
                 beta=settings.emcl_beta,
-                iterations=1,  # each step goes on from the bases of the one before
+                iterations=1,  # each step continues from the bases of the one before
                 variant="compact",
             )
 
@@ -95,8 +95,8 @@ class CaptioningTask(Task):
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return DrawnReferences(settings) if training else _nothing
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        references: References = part
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
+        references: References = inputs
         frames_NTD = self.compacted(encoded, ranks)[references.video_N]
         mask_NT, labels_K = encoded.video_mask_BT[references.video_N], references.labels_K
         logits_KV = self.decoder(references.ids_NL, frames_NTD, mask_NT, references.learnt_K)
@@ -134,7 +134,7 @@ class CaptioningTask(Task):
     def predict(
         self, backbone: Backbone, encoded: Encoded, question: str | None = None, *, top: int = 1
     ) -> list[list[Prediction]]:
-        """One a video, as `generation` writes it."""
+        """One a video, by the settings of `generation`."""
         return [[Prediction(caption)] for caption in self.generate(encoded)]
 
 

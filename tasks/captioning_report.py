@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emcl.metrics.bootstrap import interval_of
-from emcl.metrics.captions import COUNTS, bleu
+from emcl.metrics.caption_metrics import COUNTS, bleu
 from emcl.pictures import FramesOf, blank_figure, strip
 from emcl.task import Case, Published, Result, Shown, TaskReport
 from emcl.task.task_report import Interval, PictureOf, best_and_worst
@@ -20,7 +20,7 @@ from emcl.task.task_report import Interval, PictureOf, best_and_worst
 DRAWN = 6
 """Captions in a run's picture."""
 REFERENCES = 3
-"""Of each video, beside what was generated."""
+"""References of each video, beside the generated caption."""
 
 
 def _bleu_in_per_cent(n: int, counts: NDArray[np.float64]) -> float:
@@ -43,7 +43,7 @@ class CaptioningReport(TaskReport):
     published = PUBLISHED
 
     def columns_of(self, metrics: Sequence[str]) -> list[str]:
-        """Scores of another tokenizer than PTB's have columns of their own."""
+        """Scores by another tokenizer than PTB's have separate columns."""
         return [*self.columns, *(name for name in metrics if name.endswith("_tokens"))]
 
     def intervals(self, result: Result) -> dict[str, Interval]:
@@ -59,16 +59,16 @@ class CaptioningReport(TaskReport):
         if name is None:
             return {}
 
-        def case(place: int) -> Case:
-            outcome = f"{name} {items[name][place]:.0f}; a person wrote: {items['reference'][place]}"
-            return Case(items["caption"][place], outcome, [Shown.of(items["id"][place], picture)])
+        def case(index: int) -> Case:
+            outcome = f"{name} {items[name][index]:.0f}; a person wrote: {items['reference'][index]}"
+            return Case(items["caption"][index], outcome, [Shown.of(items["id"][index], picture)])
 
         return best_and_worst(items[name], case)
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A video with what was written for it and what people wrote."""
+    """A video with its generated caption and its references."""
 
     row: int
     generated: str

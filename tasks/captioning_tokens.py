@@ -1,4 +1,4 @@
-"""References as the decoder's input: their vocabulary, and what a training step draws of them."""
+"""References as the decoder's input: their vocabulary, and those that a training step draws."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from emcl.tasks.settings import CaptioningConfig
+from emcl.tasks.task_settings import CaptioningConfig
 from torch import Tensor
 
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
 from emcl.data.vocabulary import UsedTokens, Vocabulary, WholeVocabulary
 from emcl.errors import UserError
@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 def open_vocabulary(settings: CaptioningConfig) -> Vocabulary:
-    """Raises UserError: it is still to be found, or its tokenizer is not there."""
+    """Raises UserError: it is not known yet, or its tokenizer is missing."""
     if settings.pretrained is not None:
         return WholeVocabulary(settings.tokenizer or settings.pretrained)
     if settings.vocabulary is None:
@@ -34,12 +34,12 @@ class References:
 
     ids_NL: Tensor
     video_N: Tensor
-    """Each one's video, as its place in the batch."""
+    """Each one's video, as its index in the batch."""
     learnt_K: Tensor
-    """The places in the flattened ids at which the next token is learnt. They are listed here, by the loader: a device
-    that has to list what a mask marks makes the host wait for their number."""
+    """The indices in the flattened ids at which the next token is learnt. The loader lists them: to extract indices
+    from a mask on a device, the host would wait for their number."""
     labels_K: Tensor
-    """What comes next there."""
+    """The next token at each of them."""
 
 
 class DrawnReferences:
@@ -50,23 +50,23 @@ class DrawnReferences:
         self.vocabulary = open_vocabulary(settings)
 
     def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> References:
-        found: list[tuple[int, list[int]]] = []
-        for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
+        drawn: list[tuple[int, list[int]]] = []
+        for video, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
             for caption in self._drawn(sample, draw):
-                found.append((place, self.vocabulary.encode(caption)[: self.settings.words]))
-        longest = max((len(ids) for _, ids in found), default=0)
-        count = max(1, len(found))  # a batch without captions has one line that nothing is learnt from
+                drawn.append((video, self.vocabulary.encode(caption)[: self.settings.max_tokens]))
+        longest = max((len(ids) for _, ids in drawn), default=0)
+        count = max(1, len(drawn))  # a batch without captions has one line that nothing is learnt from
         ids = torch.full((count, longest + 1), self.vocabulary.padding)
         ids[:, 0] = self.vocabulary.start
-        labels, places = [], []
-        for line, (_, tokens) in enumerate(found):
+        labels, learnt = [], []
+        for line, (_, tokens) in enumerate(drawn):
             ids[line, 1 : 1 + len(tokens)] = torch.tensor(tokens, dtype=torch.long)
             labels += [*tokens, self.vocabulary.end]
-            places += [line * (longest + 1) + place for place in range(len(tokens) + 1)]
+            learnt += [line * (longest + 1) + position for position in range(len(tokens) + 1)]
         return References(
             ids,
-            video_N=torch.tensor([place for place, _ in found] or [0]),
-            learnt_K=torch.tensor(places or [0]),
+            video_N=torch.tensor([video for video, _ in drawn] or [0]),
+            learnt_K=torch.tensor(learnt or [0]),
             labels_K=torch.tensor(labels or [IGNORED]),
         )
 

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from emcl.tasks.msrvtt_qa_questions import UNKNOWN, AskedQuestions, Questions, answer_of
 from emcl.tasks.msrvtt_qa_report import AnswersReport
 from emcl.tasks.msrvtt_qa_scorer import AnswerScorer
-from emcl.tasks.settings import QAConfig
+from emcl.tasks.task_settings import QAConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.captions import TextSource
 from emcl.data.loader import Collator
 from emcl.data.samples import Sample
-from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.answer_head import AnswerHead
@@ -65,8 +65,8 @@ class MsrvttQATask(Task):
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return AskedQuestions(settings, config, training=training)
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        questions: Questions = part
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
+        questions: Questions = inputs
         asked_ULW, asked_mask_UL = backbone.encode_tokens(questions.ids_UL)
         video_BE, question_NE, logits_NV = self.head_of_all(
             encoded, asked_ULW, asked_mask_UL, questions.video_N, questions.asked_N
@@ -88,8 +88,8 @@ class MsrvttQATask(Task):
 
         Args:
             asked_ULW: different questions, token by token.
-            place_N: each question's video in the batch.
-            asked_N: its text among the U.
+            place_N: index of each question's video in the batch.
+            asked_N: index of its text among the U.
         """
         frames_BTD = encoded.frames_BTD if self.settings.use_video else torch.zeros_like(encoded.frames_BTD)
         video_BE = self.head.video(frames_BTD, encoded.video_mask_BT)
@@ -102,7 +102,7 @@ class MsrvttQATask(Task):
         """The contrastive terms; a forward pass of this module, as ZeRO-3 gathers `logit_scale` around those only.
 
         Args:
-            video_B: which video each is, of all ranks.
+            video_B: which video each row is of, for all ranks.
         """
         video_BE, question_BE = (rows * present_B[:, None] for rows in (video_BE, question_BE))
         own = None
@@ -117,7 +117,7 @@ class MsrvttQATask(Task):
         return losses if own is None else {**losses, "regulariser": own}
 
     def answers_of(self, backbone: Backbone, encoded: Encoded, ids_NL: Tensor, place_N: Tensor) -> Tensor:
-        """Logits (N, V) of questions, each about the video at its place."""
+        """Logits (N, V) of questions, each about the video with its index `place_N`."""
         tokens_NLW, mask_NL = backbone.encode_tokens(ids_NL)
         each_N = torch.arange(len(ids_NL), device=ids_NL.device)
         return self.head_of_all(encoded, tokens_NLW, mask_NL, place_N, each_N)[2]

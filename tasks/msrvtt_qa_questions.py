@@ -1,4 +1,4 @@
-"""Questions as the head's input, and what a training step draws of them."""
+"""Questions as the head's input, and those that a training step draws."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from emcl.tasks.settings import QAConfig
+from emcl.tasks.task_settings import QAConfig
 from torch import Tensor
 
 from emcl.config import Config
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import QAPair, Sample
 from emcl.model.backbone import tokenizer_of
 
 UNKNOWN = -1
-"""The number of an answer that the vocabulary does not hold."""
+"""The index of an answer that is not in the vocabulary."""
 
 
 def answer_of(pair: QAPair) -> str:
@@ -37,17 +37,17 @@ class Questions:
     ids_UL: Tensor
     """Token ids; many videos are asked the same."""
     asked_N: Tensor
-    """Each question's text among the U."""
+    """The index of each question's text among the U."""
     video_N: Tensor
-    """Its video, as its place in the batch."""
+    """Its video, as its index in the batch."""
     answer_N: Tensor
-    """Its answer's number, or UNKNOWN."""
+    """Its answer's index, or UNKNOWN."""
     first_B: Tensor
-    """Of each video the number of one of its questions among the N; 0 where it has none (`present_B`)."""
+    """For each video the index of one of its questions among the N; 0 if it has none (`present_B`)."""
     present_B: Tensor
     """Which videos have any."""
     texts: list[str]
-    """The N, as they were asked; none where a single line stands for no question at all."""
+    """The N questions as they were asked; empty if there are none, when the tensors hold one filler."""
 
 
 class AskedQuestions:
@@ -61,16 +61,16 @@ class AskedQuestions:
     def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Questions:
         pairs: list[tuple[int, QAPair]] = []
         first, present = torch.zeros(len(samples), dtype=torch.long), torch.zeros(len(samples), dtype=torch.bool)
-        for place, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
-            first[place], present[place] = len(pairs) if sample.qa else 0, bool(sample.qa)
-            pairs += [(place, pair) for pair in self._drawn(sample, draw)]
+        for video, (sample, draw) in enumerate(zip(samples, draws, strict=True)):
+            first[video], present[video] = len(pairs) if sample.qa else 0, bool(sample.qa)
+            pairs += [(video, pair) for pair in self._drawn(sample, draw)]
         texts = [pair["question"] for _, pair in pairs] or [""]
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         answers = [self.numbers.get(answer_of(pair), UNKNOWN) for _, pair in pairs] or [UNKNOWN]
         return Questions(
             ids_UL=self.tokenize(list(numbers)),
             asked_N=torch.tensor([numbers[text] for text in texts]),
-            video_N=torch.tensor([place for place, _ in pairs] or [0]),
+            video_N=torch.tensor([video for video, _ in pairs] or [0]),
             answer_N=torch.tensor(answers),
             first_B=first,
             present_B=present,

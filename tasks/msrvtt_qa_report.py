@@ -15,7 +15,7 @@ from emcl.task import Case, Published, Result, Shown, TaskReport
 from emcl.task.task_report import EXAMPLES, PictureOf
 
 SHOWN = 12
-"""Answers in the picture of confusions."""
+"""Answers in the picture of the confusion matrix."""
 
 
 PUBLISHED = {("msrvtt-qa", "official"): [Published("EMCL", "EMCL, NeurIPS 2022", {"accuracy_in_vocabulary": 45.8})]}
@@ -33,14 +33,14 @@ class AnswersReport(TaskReport):
         if not items:
             return {}
 
-        def case(place: int) -> Case:
-            right = items["answer"][place] or "an answer that training had not"
-            outcome = f"given: {items['given'][place]}; right: {right}"
-            return Case(items["question"][place], outcome, [Shown.of(items["id"][place], picture)])
+        def case(index: int) -> Case:
+            right = items["answer"][index] or "an answer that training had not"
+            outcome = f"given: {items['given'][index]}; right: {right}"
+            return Case(items["question"][index], outcome, [Shown.of(items["id"][index], picture)])
 
-        def evenly(places: NDArray[np.intp]) -> list[Case]:
-            chosen = np.linspace(0, len(places) - 1, min(EXAMPLES, len(places))).astype(int)
-            return [case(int(place)) for place in places[chosen]]
+        def evenly(indices: NDArray[np.intp]) -> list[Case]:
+            chosen = np.linspace(0, len(indices) - 1, min(EXAMPLES, len(indices))).astype(int)
+            return [case(int(index)) for index in indices[chosen]]
 
         hit = np.array(items["accuracy"]) > 0
         return {"Best": evenly(np.flatnonzero(hit)), "Worst": evenly(np.flatnonzero(~hit))}
@@ -52,7 +52,7 @@ def confusion(
     """The most frequent right answers of this split: (lines, lines + 1), the last column any other answer."""
     asked = Counter(right_Q[right_Q != UNKNOWN].tolist())
     kept = [number for number, _ in asked.most_common(SHOWN)]
-    columns = {number: place for place, number in enumerate(kept)}
+    columns = {number: column for column, number in enumerate(kept)}
     counts = np.zeros((len(kept), len(kept) + 1), np.int64)
     for given, right in zip(given_Q.tolist(), right_Q.tolist(), strict=True):
         if right in columns:

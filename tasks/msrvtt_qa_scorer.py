@@ -1,4 +1,4 @@
-"""How answers are scored: over all questions of a split, those among them that training had no answer for."""
+"""How answers are scored: over all questions of a split, including those whose answer training did not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emcl.tasks.msrvtt_qa_report import confusion, draw_confusion
 from torch import Tensor
 
 from emcl.errors import UserError
-from emcl.metrics.answers import answer_metrics
+from emcl.metrics.answer_metrics import answer_metrics
 from emcl.model.backbone import Encoded
 from emcl.task import Record, Scorer, Scores
 
@@ -31,26 +31,26 @@ class Answered(NamedTuple):
 class AnswerScorer(Scorer):
     """Its records are questions; a video has any number of them."""
 
-    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
-        questions: Questions | None = part
+    def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
+        questions: Questions | None = inputs
         device, asked = encoded.frames_BTD.device, None
         if questions is not None and questions.texts:
             asked = questions.ids_UL[questions.asked_N], questions.video_N
         filler = self.evaluation.backbone.tokenize([""]), torch.zeros(1, dtype=torch.long, device=device)
 
-        def best(ids_NL: Tensor, place_N: Tensor) -> Tensor:
-            logits_NV = self.task.answers_of(self.evaluation.backbone, encoded, ids_NL, place_N)
+        def best(ids_NL: Tensor, video_N: Tensor) -> Tensor:
+            logits_NV = self.task.answers_of(self.evaluation.backbone, encoded, ids_NL, video_N)
             return logits_NV.topk(min(TOP, logits_NV.shape[1])).indices
 
         best_NK = self.evaluation.lockstep(best, asked, filler).tolist()
         if questions is not None and asked is not None:
             answered = map(Answered, questions.texts, best_NK, questions.answer_N.tolist())
-            self.records += zip((rows[place] for place in questions.video_N.tolist()), answered, strict=True)
+            self.records += zip((rows[video] for video in questions.video_N.tolist()), answered, strict=True)
 
     def compute(self, records: list[Record]) -> Scores:
         if not records:
             raise UserError("no video of this split has a question")
-        answered: list[Answered] = [found for _, found in records]
+        answered: list[Answered] = [answer for _, answer in records]
         questions = [one.question for one in answered]
         top_QK, right_Q = np.array([one.best for one in answered]), np.array([one.right for one in answered])
         settings = self.task.settings

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from emcl.tasks.retrieval_report import RetrievalReport
 from emcl.tasks.retrieval_scorer import RetrievalScorer
-from emcl.tasks.settings import RetrievalConfig
+from emcl.tasks.task_settings import RetrievalConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
-from emcl.data.captions import AllCaptions, Captions, DrawnCaptions
+from emcl.data.captions import AllCaptions, Captions, DrawnCaptions, TextSource
 from emcl.data.loader import Collator
 from emcl.data.samples import Sample
-from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
@@ -28,7 +27,7 @@ from emcl.task import Task
 
 
 class RetrievalTask(Task):
-    """Texts and videos, each of which is to find the other's."""
+    """Retrieval of videos by text and of texts by video."""
 
     config_class = RetrievalConfig
     scorer_class = RetrievalScorer
@@ -51,10 +50,10 @@ class RetrievalTask(Task):
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return DrawnCaptions(texts) if training else AllCaptions(texts)
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        captions: Captions = part
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
+        captions: Captions = inputs
         text_AD = backbone.encode_text(captions.text)
-        mask_BT = encoded.video_mask_BT & captions.present_B[:, None]  # a video without one is nobody's negative
+        mask_BT = encoded.video_mask_BT & captions.present_B[:, None]  # a video without a caption is not a negative
         video_B = encoded.videos_of_all_ranks(ranks)
         losses: dict[str, Tensor] = self(text_AD, encoded.frames_BTD, mask_BT, video_B, ranks)
         return {name: self.settings.weight * loss for name, loss in losses.items()}

@@ -1,4 +1,4 @@
-"""A retrieval result as plots: recall, ranks, similarity, and how far texts and videos lie apart."""
+"""A retrieval result as plots: recall, ranks, similarity, and the gap between texts and videos."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def embeddings_of(result: Result) -> Embeddings | None:
 
 
 def plots(result: Result) -> list[tuple[str, str]]:
-    """What can be drawn of what was kept: (caption, the picture as a data URL)."""
+    """The plots that the saved files allow: (caption, the picture as a data URL)."""
     pictures = []
     if result.items:
         ranks = {name: np.array(result.items[way]) for way, name in WAYS.items()}
@@ -96,13 +96,13 @@ def _matrix(figure: Figure, scores_QG: NDArray[np.float32], owner: NDArray[np.in
 def _gap(figure: Figure, kept: Embeddings) -> None:
     """Unit texts and mean frames on the plane of their two largest components (Liang et al., NeurIPS 2022)."""
     axis = figure.subplots()
-    rows = [torch.nn.functional.normalize(part.float(), dim=1) for part in (kept.text, kept.video_means)]
+    rows = [torch.nn.functional.normalize(features.float(), dim=1) for features in (kept.text, kept.video_means)]
     gap = float((rows[0].mean(0) - rows[1].mean(0)).norm())
-    rows = [part[torch.linspace(0, len(part) - 1, min(SHOWN, len(part))).long()] for part in rows]
+    rows = [features[torch.linspace(0, len(features) - 1, min(SHOWN, len(features))).long()] for features in rows]
     both = torch.cat(rows)
     both = both - both.mean(0)
     plane = both @ torch.linalg.svd(both, full_matrices=False)[2][:2].T
-    for part, name in zip(plane.split([len(part) for part in rows]), ("texts", "videos"), strict=True):
-        axis.scatter(part[:, 0].numpy(), part[:, 1].numpy(), s=8, alpha=0.6, label=name)
+    for points, name in zip(plane.split([len(features) for features in rows]), ("texts", "videos"), strict=True):
+        axis.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=8, alpha=0.6, label=name)
     axis.set(title=f"distance of the means {gap:.2f}", xticks=[], yticks=[])
     axis.legend()

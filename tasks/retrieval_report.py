@@ -1,4 +1,4 @@
-"""What a report shows of retrieval: recall in both directions beside published figures, and what was found."""
+"""What a report shows of retrieval: recall in both directions beside published figures, and examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from emcl.tasks.retrieval_plots import embeddings_of, plots, similarity_of
 
 from emcl.metrics.bootstrap import interval
-from emcl.metrics.retrieval import RECALLS
+from emcl.metrics.retrieval_metrics import RECALLS
 from emcl.pictures import FramesOf, blank_figure, strip
 from emcl.run_folder import OPTIONS
 from emcl.task import Case, Published, Result, Shown, Table, TaskReport, Variant
@@ -26,7 +26,7 @@ SHOWN = 3
 DRAWN, FIRST = 6, 5
 """Queries in a run's picture, and videos found for each."""
 DUAL = "_dsl_transductive"
-"""Ends the directions of the dual softmax."""
+"""Suffix of the directions of the dual softmax."""
 PAPER, README = "EMCL, NeurIPS 2022", "the reference's README"
 NET, NETPP = "EMCL-Net", "EMCL-Net++ (DSL)"
 
@@ -41,7 +41,7 @@ OPTION_COLUMNS = ["EMCL", "rescoring", "", *map(_short, COLUMNS)]
 
 @dataclass(frozen=True)
 class Option:
-    """One combination of inference options with what it gives (`emcl options`)."""
+    """One combination of inference options with its metrics (`emcl options`)."""
 
     emcl: str
     rescoring: str
@@ -50,19 +50,19 @@ class Option:
     metrics: dict[str, dict[str, float]]
 
     def cells(self) -> list[str]:
-        """Of a table's line, under `OPTION_COLUMNS`."""
+        """The cells of a table's line, under `OPTION_COLUMNS`."""
         kind = "transductive" if self.transductive else "inductive"
         return [self.emcl, self.rescoring, kind, *(f"{self.metrics[way][name]:.1f}" for way in WAYS for name in RANKED)]
 
 
 def _both(text_to_video: str, video_to_text: str = "") -> dict[str, float]:
-    """From `R@1 46.8, MdR 2` and the like."""
-    found = {}
+    """Metrics from text such as `R@1 46.8, MdR 2`."""
+    metrics = {}
     for direction, text in (("text_to_video", text_to_video), ("video_to_text", video_to_text)):
-        for part in filter(None, text.split(", ")):
-            name, value = part.split(" ")
-            found[f"{direction}/{name}"] = float(value)
-    return found
+        for entry in filter(None, text.split(", ")):
+            name, value = entry.split(" ")
+            metrics[f"{direction}/{name}"] = float(value)
+    return metrics
 
 
 PUBLISHED = {
@@ -133,7 +133,7 @@ class RetrievalReport(TaskReport):
     def cases(self, result: Result, picture: PictureOf) -> dict[str, list[Case]]:
         """By the rank of a text's own video, then by how far its score is from that of the nearest other."""
         scores_QG = similarity_of(result)
-        kept = embeddings_of(result) if scores_QG is not None else None  # large where the other was too large
+        kept = embeddings_of(result) if scores_QG is not None else None  # not needed alone, and large
         if scores_QG is None or kept is None or not result.items:
             return {}
         ranks, owner = np.array(result.items["text_to_video"]), kept.owner
@@ -147,9 +147,9 @@ class RetrievalReport(TaskReport):
 
         def case(query: int) -> Case:
             best = np.argsort(-scores_QG[query])[:SHOWN]
-            found = [video(g, f"found {place}", right=bool(g == owner[query])) for place, g in enumerate(best, 1)]
+            hits = [video(g, f"found {rank}", right=bool(g == owner[query])) for rank, g in enumerate(best, 1)]
             outcome = f"rank {ranks[query]}, {margin[query]:+.3f} before its rivals"
-            return Case(kept.sentences[query], outcome, [video(owner[query], "its own"), *found])
+            return Case(kept.sentences[query], outcome, [video(owner[query], "its own"), *hits])
 
         return {
             "Best": [case(query) for query in np.lexsort((-margin, ranks))[:EXAMPLES]],
@@ -164,24 +164,24 @@ class Found:
     query: str
     right: int
     """Row of the shards."""
-    found: list[int]
+    best: list[int]
     """Rows, best first."""
 
 
 def draw_found(examples: Sequence[Found], title: str, path: Path, frames_of: FramesOf) -> None:
     """One line an example: the query, its own video, the first that were found; the right one is framed in green."""
-    columns = 1 + max(len(example.found) for example in examples)
+    columns = 1 + max(len(example.best) for example in examples)
     figure = blank_figure(2.6 * columns + 2.4, 1.15 * len(examples) + 0.7)
     axes = figure.subplots(len(examples), columns + 1, squeeze=False)
-    heads = ["the query's own", *(f"found {place}" for place in range(1, columns))]
+    heads = ["the query's own", *(f"found {rank}" for rank in range(1, columns))]
     for axis, head in zip(axes[0][1:], heads, strict=True):
         axis.set_title(head, fontsize=9)
     for line, example in zip(axes, examples, strict=True):
         line[0].text(0, 0.5, textwrap.fill(example.query, 26), va="center", fontsize=9)
-        for place, row in enumerate([example.right, *example.found]):
-            axis = line[1 + place]
+        for column, row in enumerate([example.right, *example.best]):
+            axis = line[1 + column]
             axis.imshow(strip(frames_of(row)))
-            if place and row == example.right:
+            if column and row == example.right:
                 for spine in axis.spines.values():
                     spine.set(color="tab:green", linewidth=3)
         for axis in line:

@@ -18,7 +18,7 @@ from emcl.data.captions import EveryCaption
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.metrics.rescoring import DualSoftmax
-from emcl.metrics.retrieval import protocol_metrics, retrieval_metrics
+from emcl.metrics.retrieval_metrics import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Encoded
 from emcl.model.embeddings import Embeddings
 from emcl.model.regulariser import Regulariser
@@ -26,7 +26,7 @@ from emcl.run_folder import EMBEDDINGS, SIMILARITY
 from emcl.task import Evaluation, Scorer, Scores
 
 LARGEST_KEPT = 2**25
-"""Scores of a similarity that is kept for `emcl report`: 128 MiB."""
+"""Most scores of a similarity matrix that is saved for `emcl report`: 128 MiB."""
 Rows = tuple[Sequence[int], tuple[Tensor, ...]]
 """Rows of the shards, and tensors with a row for each."""
 
@@ -37,20 +37,20 @@ class Compared(NamedTuple):
     scores_QG: NDArray[np.float32]
     embeddings: Embeddings
     video_rows: list[int]
-    """Of the shards."""
+    """Rows of the shards."""
 
 
 class RetrievalScorer(Scorer):
-    """Keeps whole batches and no records: what is compared lies in few large tensors."""
+    """Keeps whole batches instead of records: what is compared is in few large tensors."""
 
     def __init__(self, task: Any, evaluation: Evaluation) -> None:
         super().__init__(task, evaluation)
         self.videos: list[Rows] = []
         self.texts: list[Rows] = []
 
-    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+    def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
         evaluation = self.evaluation
-        captions: EveryCaption | None = part
+        captions: EveryCaption | None = inputs
         text = captions.text if captions else None
         filler = evaluation.split.filler().to(evaluation.device)
         text_AD = evaluation.lockstep(evaluation.backbone.encode_text, None if text is None else (text,), (filler,))
@@ -78,7 +78,7 @@ class RetrievalScorer(Scorer):
         return Embeddings(text_QD, frames_GTD, mask_GT, owner_Q, sentences, ids), video_rows
 
     def gather(self) -> Compared:
-        """Compared by all ranks, counted on rank 0: a matrix of 100,000 x 10,000 has 4 GB."""
+        """Compared by all ranks, evaluated on rank 0: a matrix of 100,000 x 10,000 has 4 GB."""
         evaluation, device = self.evaluation, self.task.logit_scale.device
         kept, video_rows = self.embeddings()
         scores_QG = self.task.similarity_in_tiles(
@@ -90,13 +90,13 @@ class RetrievalScorer(Scorer):
     def compute(self, records: Compared) -> Scores:
         (scores_QG, kept, video_rows), config = records, self.evaluation.config
         plain, ranked = protocol_metrics(scores_QG, kept.owner)
-        found = {"": plain}
+        results = {"": plain}
         if config.evaluate.dsl:
             dsl = DualSoftmax(config.evaluate.dsl_temperature)
-            found["_dsl_transductive"] = retrieval_metrics(scores_QG, kept.owner, rescore=(dsl, dsl))
+            results["_dsl_transductive"] = retrieval_metrics(scores_QG, kept.owner, rescore=(dsl, dsl))
         metrics = {
             f"{direction}{suffix}/{name}": value
-            for suffix, both in found.items()
+            for suffix, both in results.items()
             for direction, values in both.items()
             for name, value in values.items()
         }
@@ -133,12 +133,12 @@ def _examples(compared: Compared) -> list[Found]:
 
 def _in_row_order(ranks: Ranks, batches: Sequence[Rows]) -> Any:
     """All ranks' rows and tensors, ordered by row: (rows, tensor, ...) on the CPU of every rank."""
-    mine = [
+    own_batches = [
         (rows, tuple(tensor.float().cpu() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors))
         for rows, tensors in batches
     ]
-    everyone = [item for batch in ranks.gather_objects(mine) for item in batch]
-    rows = [row for part, _ in everyone for row in part]
+    everyone = [item for batch in ranks.gather_objects(own_batches) for item in batch]
+    rows = [row for batch_rows, _ in everyone for row in batch_rows]
     order = sorted(range(len(rows)), key=rows.__getitem__)  # stable: a video's captions keep their order
-    columns = [torch.cat(parts)[order] for parts in zip(*(tensors for _, tensors in everyone), strict=True)]
+    columns = [torch.cat(blocks)[order] for blocks in zip(*(tensors for _, tensors in everyone), strict=True)]
     return [rows[index] for index in order], *columns

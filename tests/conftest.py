@@ -40,7 +40,7 @@ def shared(relative: str) -> Path:
 @pytest.fixture(scope="session")
 def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small sample set: 24 / 8 / 12 clips."""
-    from emcl.prepare.sample import generate
+    from emcl.prepare.sample_set import generate
 
     start_server()  # it imports meanwhile
     folder = tmp_path_factory.mktemp("shards") / "sample"
@@ -66,8 +66,9 @@ def small(shards: Path) -> list[str]:
     """Settings for a few steps of a tiny model on `sample_shards`, of which MLflow learns nothing."""
     return [
         "data.generate=false", f"data.train={shards}/train-*.tar", f"data.val={shards}/val-000000.tar",
-        f"data.test={shards}/test-000000.tar", f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16",
-        "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1", "tracking.enabled=false",
+        f"data.test={shards}/test-000000.tar", f"model.name={TINY}", "data.image_size=32", "data.frames=3",
+        "data.max_tokens=16", "data.batch_size=8", "optim.epochs=2", "evaluate.every_epochs=1",
+        "tracking.enabled=false",
     ]  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def short_run(shards: Path, folder: Path, *settings: str) -> Path:
     os.chdir(folder)
     try:
         quick = ["optim.max_steps=2", "name=one", "data.val=null", "data.test=null", "emcl.variant=compact"]
-        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.k=8", *settings])
+        run(["retrieval", "captioning", "msrvtt_qa"], overrides=[*small(shards), *quick, "emcl.bases=8", *settings])
     finally:
         os.chdir(before)
     return folder / "runs" / "one"
@@ -124,9 +125,9 @@ def write_clips(shards: Path, folder: Path) -> None:
     from emcl.data.shards import open_shards
 
     folder.mkdir(parents=True)
-    found = open_shards(f"{shards}/test-000000.tar")
-    for row in found.rows:
-        (folder / f"{row.sample.id}.mp4").write_bytes(found.read(row))
+    clips = open_shards(f"{shards}/test-000000.tar")
+    for row in clips.rows:
+        (folder / f"{row.sample.id}.mp4").write_bytes(clips.read(row))
 
 
 def launch_environment(env: Mapping[str, str] | None = None) -> dict[str, str]:

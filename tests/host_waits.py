@@ -23,8 +23,8 @@ from emcl import distributed
 from emcl.config import resolve
 from emcl.run_folder import RunFolder
 from emcl.tracking import open_tracker
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
-from emcl.train.start import open_splits
 
 WAITS = {
     "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount",
@@ -57,7 +57,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def note(self, name: str) -> None:
-        key = name, *place()
+        key = name, *calling_lines()
         self.found[key] = self.found.get(key, 0) + 1
 
     @contextmanager
@@ -81,7 +81,7 @@ class Waits(TorchDispatchMode):
                 setattr(torch.Tensor, name, method)
 
 
-def place() -> tuple[str, str]:
+def calling_lines() -> tuple[str, str]:
     """The innermost line outside torch's own Python (but for its optimisers), and the next of another file."""
     frames = [frame for frame in traceback.extract_stack() if counts(frame.filename)]
     names = [f"{short(frame.filename)}:{frame.name}" for frame in reversed(frames)]

@@ -16,10 +16,10 @@ losses = RetrievalTask.losses
 def broken(self: Any, *arguments: Any) -> Any:
     global taken
     taken += 1
-    found = losses(self, *arguments)
+    own_losses = losses(self, *arguments)
     if taken in BAD and os.environ["RANK"] == "1":
-        return {name: value * float("nan") for name, value in found.items()}
-    return found
+        return {name: value * float("nan") for name, value in own_losses.items()}
+    return own_losses
 
 
 RetrievalTask.losses = broken  # type: ignore[method-assign]

@@ -30,9 +30,9 @@ def test_a_gain_of_the_same_queries_everywhere_is_found() -> None:
     before = draws(0.1)
     gain = np.zeros(400, bool)
     gain[:20] = True
-    found = paired_bootstrap([measured(right | gain) for right in before], [measured(right) for right in before])
-    assert found.mean == pytest.approx(100 * np.mean([(right | gain).mean() - right.mean() for right in before]))
-    assert found.p < 0.001 and 0 < found.low < found.mean < found.high
+    comparison = paired_bootstrap([measured(right | gain) for right in before], [measured(right) for right in before])
+    assert comparison.mean == pytest.approx(100 * np.mean([(right | gain).mean() - right.mean() for right in before]))
+    assert comparison.p < 0.001 and 0 < comparison.low < comparison.mean < comparison.high
 
 
 def test_no_difference_has_none() -> None:

@@ -55,8 +55,8 @@ def test_a_number_out_of_its_range_is_refused_with_the_range(
 def test_defaults_and_ordinary_values_are_taken() -> None:
     parser = build_parser()
     assert parser.parse_args([*FOLDER, "--fps", "2.5", "--processes", "3"]).fps == 2.5
-    found = parser.parse_args([*INDEX, "--window", "6", "--overlap", "0"])
-    assert (found.window, found.overlap) == (6.0, 0.0)
+    arguments = parser.parse_args([*INDEX, "--window", "6", "--overlap", "0"])
+    assert (arguments.window, arguments.overlap) == (6.0, 0.0)
 
 
 def test_windows_that_never_advance_are_refused(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,15 +32,15 @@ HEIGHT, WIDTH = 96, 128
 def frames() -> np.ndarray:
     """Of real clips where they are at hand, and of noise and flat colours, whose borders and histograms are extreme."""
     rng = np.random.default_rng(0)
-    found = [
+    clips = [
         rng.integers(0, 256, (2, HEIGHT, WIDTH, 3), np.uint8),
         rng.integers(100, 140, (1, HEIGHT, WIDTH, 3), np.uint8),
         np.full((1, HEIGHT, WIDTH, 3), 77, np.uint8),
         np.broadcast_to((np.arange(WIDTH) * 2).astype(np.uint8)[None, None, :, None], (1, HEIGHT, WIDTH, 3)),
     ]
     for path in sorted((SHARED / "data/videos").glob("*.mp4"))[:3]:
-        found.append(decode(path.read_bytes(), frames=3, size=WIDTH)[:, :HEIGHT])
-    return np.concatenate(found)
+        clips.append(decode(path.read_bytes(), frames=3, size=WIDTH)[:, :HEIGHT])
+    return np.concatenate(clips)
 
 
 def by_pil(frames: np.ndarray, op: Drawn) -> np.ndarray:
@@ -93,20 +93,20 @@ def test_resampled_ones_are_pils_but_for_1_in_few_pixels(kind: str, cubic: bool,
 @pytest.mark.parametrize("name", STRINGS)
 def test_a_whole_draw_is_what_timm_itself_does_for_that_seed(name: str, frames: np.ndarray) -> None:
     transform = rand_augment_transform(name, {"translate_const": 100})
-    mine = Augmentation(name)
+    augmentation = Augmentation(name)
     seeds = range(40)
     theirs = []
     for seed in seeds:
         random.seed(seed)
         np.random.seed(seed)
         theirs.append(np.asarray(transform(Image.fromarray(frames[-1]))))
-    plan = mine.plan(seeds, [1] * len(seeds), HEIGHT, WIDTH)
-    found = augment(torch.from_numpy(frames[-1:]).expand(len(seeds), -1, -1, -1), plan).numpy()
-    exact = [bool((one == other).all()) for one, other in zip(found, theirs, strict=True)]
-    resampled = [any(op.kind in GEOMETRIC for op in mine.draw(seed)) for seed in seeds]
+    plan = augmentation.plan(seeds, [1] * len(seeds), HEIGHT, WIDTH)
+    augmented = augment(torch.from_numpy(frames[-1:]).expand(len(seeds), -1, -1, -1), plan).numpy()
+    exact = [bool((one == other).all()) for one, other in zip(augmented, theirs, strict=True)]
+    resampled = [any(op.kind in GEOMETRIC for op in augmentation.draw(seed)) for seed in seeds]
     assert all(same or moved for same, moved in zip(exact, resampled, strict=True))
     # a later operation may make more of a difference of 1, in few pixels
-    apart = np.abs(found.astype(int) - np.stack(theirs))
+    apart = np.abs(augmented.astype(int) - np.stack(theirs))
     assert apart.mean() < 0.05
 
 
@@ -117,13 +117,13 @@ def test_drawing_leaves_the_global_generators_as_they_were() -> None:
 
 
 def test_a_clip_gets_the_same_pixels_in_any_company(frames: np.ndarray) -> None:
-    mine = Augmentation(STRINGS[0])
+    augmentation = Augmentation(STRINGS[0])
     clips = [frames[:3], frames[1:4], frames[-5:], frames[-4:]]
     counts = [len(clip) for clip in clips]
-    plan = mine.plan(range(4), counts, HEIGHT, WIDTH)
+    plan = augmentation.plan(range(4), counts, HEIGHT, WIDTH)
     together = augment(torch.from_numpy(np.concatenate(clips)), plan).split(counts)
     for seed, clip in enumerate(clips):
-        alone = augment(torch.from_numpy(clip.copy()), mine.plan([seed], [len(clip)], HEIGHT, WIDTH))
+        alone = augment(torch.from_numpy(clip.copy()), augmentation.plan([seed], [len(clip)], HEIGHT, WIDTH))
         assert torch.equal(alone, together[seed])
 
 
@@ -147,5 +147,5 @@ def test_no_value_is_read_back_from_the_device(device: str) -> None:
         for plan in plans:
             numbers = torch.empty(plan["numbers"].shape, dtype=torch.float64, device=device)
             frames = torch.empty((95, HEIGHT, WIDTH, 3), dtype=torch.uint8, device=device)
-            found = augment(frames, {**plan, "numbers": numbers})
-            assert (found.shape, found.dtype, found.device.type) == (frames.shape, torch.uint8, device)
+            augmented = augment(frames, {**plan, "numbers": numbers})
+            assert (augmented.shape, augmented.dtype, augmented.device.type) == (frames.shape, torch.uint8, device)

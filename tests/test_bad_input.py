@@ -53,11 +53,11 @@ CASES = {
     "no shard": (["data.train=nowhere/train-{000000..000003}.tar"], ["nowhere/train-", "emcl prepare"]),
     "remote shard": (["data.train=pipe:cat x.tar"], ["pipe:"]),
     "unknown model": (["model.name=ViT-B-33"], ["ViT-B-33", "did you mean"]),
-    "no weights": (["model.name=ViT-B-32", "data.size=224", "model.pretrained=nowhere.pt"], ["nowhere.pt"]),
+    "no weights": (["model.name=ViT-B-32", "data.image_size=224", "model.pretrained=nowhere.pt"], ["nowhere.pt"]),
     "unknown DeepSpeed file": (["deepspeed=zero9"], ["zero9"]),
     "too few samples": (["data.batch_size=4096"], ["4096", "data.batch_size"]),
-    "too many words": (["data.words=200"], ["data.words=200"]),
-    "more bases than the width": (["emcl.variant=compact", "emcl.k=5000"], ["emcl", "5000"]),
+    "too many tokens": (["data.max_tokens=200"], ["data.max_tokens=200"]),
+    "more bases than the width": (["emcl.variant=compact", "emcl.bases=5000"], ["emcl", "5000"]),
     "unknown part frozen": (["model.frozen=[imagination]"], ["imagination"]),
 }
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import emcl_command, short_run
 from emcl import inference, launch
 from emcl.cli import main
-from emcl.prepare import shards
+from emcl.prepare import sharding
 from emcl.report.options import every_option
 from emcl.search import index
 from emcl.search.windows import Windows
@@ -33,8 +33,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> None:
         pytest.fail("the work has begun")
 
-    for place, name in ((inference, "load"), (shards, "prepare_shards")):
-        monkeypatch.setattr(place, name, reached)
+    for module, name in ((inference, "load"), (sharding, "prepare_shards")):
+        monkeypatch.setattr(module, name, reached)
 
 
 @pytest.mark.usefixtures("no_work")

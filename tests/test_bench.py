@@ -19,9 +19,9 @@ def test_sides_alternate_and_medians_are_compared() -> None:
         return figures.pop(0)
 
     ours, theirs = [1.0, 3.0, 2.0], [10.0, 4.0, 5.0]
-    found = alternate({"ours": lambda: side("ours", ours), "theirs": lambda: side("theirs", theirs)}, 3)
+    timings = alternate({"ours": lambda: side("ours", ours), "theirs": lambda: side("theirs", theirs)}, 3)
     assert calls == ["ours", "theirs"] * 3
-    row = compared("item", "case", "s", found, targets={"theirs": "<= 0.5"})
+    row = compared("item", "case", "s", timings, targets={"theirs": "<= 0.5"})
     assert (row.ours, row.others["theirs"], row.spread, row.ratio("theirs")) == (2.0, 5.0, 1.0, 0.4)
     assert row.met("theirs") is True
 

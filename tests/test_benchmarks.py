@@ -47,8 +47,8 @@ def counts(clips: list[Clip], *, of: str = "captions") -> dict[str, tuple[int, i
     ],
 )
 def test_the_real_files_hold_what_is_published(name: str, folder: str, protocol: str) -> None:
-    found = counts(read(name, shared(f"data/{folder}"), protocol))
-    assert found == BENCHMARKS[name].protocols[protocol]
+    counted = counts(read(name, shared(f"data/{folder}"), protocol))
+    assert counted == BENCHMARKS[name].protocols[protocol]
 
 
 def test_the_real_questions_of_msvd() -> None:
@@ -65,8 +65,10 @@ def test_the_real_part_of_didemo() -> None:
     # 1,094 and 1,037 by the names in the descriptions, some of which are one video under two
     videos = {split: {clip.file for clip in moments if clip.split == split} for split in ("val", "test")}
     assert {split: len(names) for split, names in videos.items()} == {"val": 1065, "test": 1004}
-    names = {part: {clip.id.rpartition("_")[0] for clip in moments if clip.split == part} for part in ("val", "test")}
-    assert {part: len(found) for part, found in names.items()} == {"val": 1094, "test": 1037}
+    names = {
+        split: {clip.id.rpartition("_")[0] for clip in moments if clip.split == split} for split in ("val", "test")
+    }
+    assert {split: len(ids) for split, ids in names.items()} == {"val": 1094, "test": 1037}
     assert all(0 <= clip.start < clip.end <= 30 for clip in moments if clip.start is not None and clip.end is not None)
 
 
@@ -77,11 +79,11 @@ def test_the_real_questions_of_msrvtt() -> None:
     answers = answers_known(folder)
     assert len(answers) == 1500
     assert share_outside(clips, answers) == pytest.approx(0.072, abs=5e-4)
-    parts = read("msrvtt-qa", folder, "by-video")
-    by_split = {split: {clip.id for clip in parts if clip.split == split} for split in ("train", "test")}
+    split_clips = read("msrvtt-qa", folder, "by-video")
+    by_split = {split: {clip.id for clip in split_clips if clip.split == split} for split in ("train", "test")}
     assert not by_split["train"] & by_split["test"]
     assert len(by_split["train"]) / 248 == pytest.approx(0.8, abs=0.05)
-    assert all(bool(clip.captions) == (clip.split == "train") for clip in parts)
+    assert all(bool(clip.captions) == (clip.split == "train") for clip in split_clips)
 
 
 def test_1ka_pairs_the_sentences_of_its_list_most_of_which_are_official() -> None:

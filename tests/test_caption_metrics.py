@@ -15,7 +15,7 @@ import pytest
 
 from conftest import ends, launch, shared, small
 from emcl.metrics import java
-from emcl.metrics.captions import caption_metrics, plain_tokens
+from emcl.metrics.caption_metrics import caption_metrics, plain_tokens
 
 HYPOTHESES = {"a": "A man's dog runs, in the park!", "b": "two people are cooking food"}
 REFERENCES = {"a": ["The dog is running in a park.", "a dog runs"], "b": ["People cook.", "two cooks, cooking a meal"]}
@@ -42,8 +42,8 @@ def test_the_published_scores() -> None:
     golden = json.loads(shared("golden/captions_nlgeval.json").read_text())
     hypotheses = {str(number): text for number, text in enumerate(golden["hypotheses"])}
     references = {str(number): texts for number, texts in enumerate(golden["references"])}
-    found = caption_metrics(hypotheses, references, tokenizer="given")
-    assert found.metrics == pytest.approx(golden["scores"], abs=1e-5)
+    scores = caption_metrics(hypotheses, references, tokenizer="given")
+    assert scores.metrics == pytest.approx(golden["scores"], abs=1e-5)
 
 
 @needs_java
@@ -68,9 +68,9 @@ def test_pycocoevalcaps_own_scores_of_real_captions() -> None:
     wanted = {f"BLEU-{n}": score for n, score in enumerate(bleu, 1)}
     for name, metric in (("METEOR", Meteor()), ("ROUGE-L", Rouge()), ("CIDEr", Cider())):
         wanted[name] = metric.compute_score(theirs, ours)[0]
-    found = caption_metrics(hypotheses, references)
-    assert found.tokenizer == "ptb"
-    assert found.metrics == pytest.approx(wanted, abs=1e-9)
+    scores = caption_metrics(hypotheses, references)
+    assert scores.tokenizer == "ptb"
+    assert scores.metrics == pytest.approx(wanted, abs=1e-9)
 
 
 @needs_java
@@ -82,11 +82,11 @@ def test_line_breaks_within_a_caption_shift_no_other() -> None:
 def test_without_java_a_plain_tokenizer_serves_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     java.find_java.cache_clear()
-    found = caption_metrics(HYPOTHESES, REFERENCES)
+    scores = caption_metrics(HYPOTHESES, REFERENCES)
     java.find_java.cache_clear()
-    assert found.tokenizer == "plain"
-    assert set(found.metrics) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
-    assert found.missing is not None and "apt-get install" in found.missing
+    assert scores.tokenizer == "plain"
+    assert set(scores.metrics) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
+    assert scores.missing is not None and "apt-get install" in scores.missing
 
 
 def test_too_old_a_java_is_named(fake_java: Path) -> None:
@@ -96,9 +96,9 @@ def test_too_old_a_java_is_named(fake_java: Path) -> None:
 
 def test_a_java_that_dies_costs_the_scores_that_need_it_alone(fake_java: Path) -> None:
     write(fake_java, 'case "$*" in -version) echo \'openjdk version "17.0.1"\' >&2;; *) exit 3;; esac')
-    found = caption_metrics(HYPOTHESES, REFERENCES)
-    assert found.tokenizer == "plain" and "METEOR" not in found.metrics
-    assert found.missing is not None and "failed" in found.missing
+    scores = caption_metrics(HYPOTHESES, REFERENCES)
+    assert scores.tokenizer == "plain" and "METEOR" not in scores.metrics
+    assert scores.missing is not None and "failed" in scores.missing
 
 
 def test_a_java_that_hangs_is_ended_with_its_children(fake_java: Path, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_bleu_of_summed_counts_is_that_of_the_corpus_and_has_an_interval() -> No
     import numpy as np
 
     from emcl.metrics.bootstrap import interval_of
-    from emcl.metrics.captions import bleu
+    from emcl.metrics.caption_metrics import bleu
 
     words = ["a", "man", "dog", "woman", "runs", "cooks", "in", "the", "park", "kitchen", "slowly"]
     rng = np.random.default_rng(0)
@@ -147,9 +147,9 @@ def test_bleu_of_summed_counts_is_that_of_the_corpus_and_has_an_interval() -> No
 
     references = {str(video): [sentence() for _ in range(5)] for video in range(60)}
     hypotheses = {key: texts[0] if int(key) % 3 else sentence() for key, texts in references.items()}
-    found = caption_metrics(hypotheses, references, tokenizer="given")
-    total = np.array(found.counts, np.float64).sum(0)
+    scores = caption_metrics(hypotheses, references, tokenizer="given")
+    total = np.array(scores.counts, np.float64).sum(0)
     for n in (1, 2, 3, 4):
-        assert bleu(total, n) == pytest.approx(found.metrics[f"BLEU-{n}"], rel=1e-9)
-    low, high = interval_of(found.counts, lambda counts: bleu(counts, 4))
-    assert low < found.metrics["BLEU-4"] < high and high - low > 0.05
+        assert bleu(total, n) == pytest.approx(scores.metrics[f"BLEU-{n}"], rel=1e-9)
+    low, high = interval_of(scores.counts, lambda counts: bleu(counts, 4))
+    assert low < scores.metrics["BLEU-4"] < high and high - low > 0.05

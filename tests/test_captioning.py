@@ -10,13 +10,13 @@ import torch
 
 from conftest import TINY
 from emcl.config import Config, resolve
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
 from emcl.data.vocabulary import END, PADDING, START, UsedTokens
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded, build_backbone
-from emcl.model.settings import Generation
+from emcl.model.model_settings import Generation
 from emcl.registry import task_class
 
 CAPTIONS = ["A red circle moves left.", "a man's dog runs, then sits", "two squares — one small"]
@@ -24,7 +24,7 @@ SAMPLES = [Sample(id=str(number), captions=CAPTIONS[: number + 1]) for number in
 
 
 def settings(*more: str) -> Config:
-    few = ["data.size=32", "data.frames=3", "tasks.captioning.captions_per_video=1"]
+    few = ["data.image_size=32", "data.frames=3", "tasks.captioning.captions_per_video=1"]
     return resolve(["captioning"], overrides=[f"model.name={TINY}", *few, *more])
 
 
@@ -60,20 +60,20 @@ def test_captions_are_drawn_from_all_references() -> None:
     collate = type(task).collator(task.settings, config, None, training=True)
     seen = set()
     for seed in range(40):
-        part = collate(SAMPLES, [Draw(row, None, seed) for row in range(3)])
-        assert part.video_N.tolist() == [0, 1, 1, 2, 2]
-        seen |= {task.vocabulary.decode(row) for row in part.ids_NL.tolist()}
+        inputs = collate(SAMPLES, [Draw(row, None, seed) for row in range(3)])
+        assert inputs.video_N.tolist() == [0, 1, 1, 2, 2]
+        seen |= {task.vocabulary.decode(row) for row in inputs.ids_NL.tolist()}
     assert len(seen) == 3
-    part = collate(SAMPLES[2:], [Draw(2, 1, 7)])
-    assert task.vocabulary.decode(part.ids_NL[0].tolist()).startswith("a man")  # a pair's own caption comes first
+    inputs = collate(SAMPLES[2:], [Draw(2, 1, 7)])
+    assert task.vocabulary.decode(inputs.ids_NL[0].tolist()).startswith("a man")  # a pair's own caption comes first
 
 
 def test_the_loss_is_the_mean_over_all_tokens_and_padding_is_none() -> None:
     task, config = task_of(settings("tasks.captioning.label_smoothing=0", "tasks.captioning.dropout=0"))
     collate = type(task).collator(task.settings, config, None, training=True)
     videos = encoded(task.decoder.frames[0].normalized_shape[0], 3, 2, 1)
-    part = collate(SAMPLES, [Draw(row, row, 0) for row in range(3)])
-    loss = float(task.losses(None, videos, part, ALONE)["cross_entropy"].detach())
+    inputs = collate(SAMPLES, [Draw(row, row, 0) for row in range(3)])
+    loss = float(task.losses(None, videos, inputs, ALONE)["cross_entropy"].detach())
     total, count = 0.0, 0
     for row, sample in enumerate(SAMPLES):
         ids = task.vocabulary.encode(sample.captions[row])
@@ -90,9 +90,9 @@ def test_the_loss_is_the_mean_over_all_tokens_and_padding_is_none() -> None:
 def test_a_batch_without_captions_adds_exactly_nothing() -> None:
     task, config = task_of(settings())
     collate = type(task).collator(task.settings, config, None, training=True)
-    part = collate([Sample(id="x")] * 2, [Draw(0, None, 0)] * 2)
+    inputs = collate([Sample(id="x")] * 2, [Draw(0, None, 0)] * 2)
     videos = encoded(task.decoder.frames[0].normalized_shape[0], 3, 2)
-    loss = task.losses(None, videos, part, ALONE)["cross_entropy"]
+    loss = task.losses(None, videos, inputs, ALONE)["cross_entropy"]
     assert float(loss) == 0
     loss.backward()
     assert all(float(weight.grad.abs().sum()) == 0 for weight in task.parameters() if weight.grad is not None)
@@ -140,7 +140,7 @@ def test_a_local_gpt2_and_its_tokenizer_are_started_from(tmp_path: Path) -> None
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     words = ["<|endoftext|>", *["a", "red", "circle", "moves", "left", "the", "dog", "runs"]]
-    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<|endoftext|>"))
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<|endoftext|>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>").save_pretrained(tmp_path)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(words), n_positions=49, n_embd=32, n_layer=2, n_head=2))
@@ -149,8 +149,8 @@ def test_a_local_gpt2_and_its_tokenizer_are_started_from(tmp_path: Path) -> None
     torch.testing.assert_close(task.decoder.decoder.transformer.wte.weight, gpt2.transformer.wte.weight)
     assert task.vocabulary.decode(task.vocabulary.encode("the red dog runs")) == "the red dog runs"
     assert len(task.generate(encoded(task.decoder.frames[0].normalized_shape[0], 3, 2))) == 2
-    with pytest.raises(UserError, match=r"words=49 is not a whole number of tokens from 2 to 48, the pos"):
-        task_of(settings(f"tasks.captioning.pretrained={tmp_path}", "tasks.captioning.words=49"))
+    with pytest.raises(UserError, match=r"max_tokens=49 is not a whole number of tokens from 2 to 48, the pos"):
+        task_of(settings(f"tasks.captioning.pretrained={tmp_path}", "tasks.captioning.max_tokens=49"))
 
 
 @pytest.mark.parametrize("key", ["pretrained", "tokenizer"])

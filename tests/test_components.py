@@ -35,7 +35,7 @@ from emcl.train.flops import flops_where_known
 from emcl.train.optimizer import OptimizerKind, build_optimizer
 from emcl.train.plan import plan
 from emcl.train.schedule import build_schedule
-from emcl.train.settings import OptimConfig
+from emcl.train.train_settings import OptimConfig
 from ranks import run_on_ranks
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -73,18 +73,18 @@ def trained(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Two tasks on two ranks with nothing but their components."""
-    place = tmp_path_factory.mktemp("components")
+    folder = tmp_path_factory.mktemp("components")
     settings = [
-        *small(sample_shards), *recorded(place),
+        *small(sample_shards), *recorded(folder),
         "model.backbone=hf_clip", f"model.name={clip_folder}", f"model.pretrained={clip_folder}",
         "model.regulariser=mean_removed", "model.regulariser_options.strength=0.5",
         "model.regulariser_options.hubness=0.25", "optim.optimizer=lion", "optim.optimizer_options.beta1=0.8",
-        "optim.schedule=root", "data.size=32", "data.words=24", "optim.max_steps=4", "name=run", "data.val=null",
-        "tracking.every_steps=1", "optim.lr=1e-3",
+        "optim.schedule=root", "data.image_size=32", "data.max_tokens=24", "optim.max_steps=4", "name=run",
+        "data.val=null", "tracking.every_steps=1", "optim.lr=1e-3",
     ]  # fmt: skip
-    done = launch("--task", "retrieval,msrvtt_qa", *settings, ranks=2, cwd=place, env=installed)
+    done = launch("--task", "retrieval,msrvtt_qa", *settings, ranks=2, cwd=folder, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
-    return place / "runs/run"
+    return folder / "runs/run"
 
 
 def test_a_run_of_theirs_alone_trains_is_scored_and_says_so(trained: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_evaluation_does_without_the_package_of_an_optimiser() -> None:
 def test_its_checkpoint_goes_on_with_its_ranks_and_optimiser_alone(
     trained: Path, theirs: Path, installed: dict[str, str]
 ) -> None:
-    place, config = trained.parent.parent, saved_config(trained / "best")
+    folder, config = trained.parent.parent, saved_config(trained / "best")
     for changes, says in (
         ({}, "with optim.optimizer=lion it goes on with 2 ranks and deepspeed=deepspeed/zero1.json alone"),
         ({"optimizer": "adamw"}, "was begun with optim.optimizer=lion and does not go on with adamw: --init takes"),
@@ -142,7 +142,7 @@ def test_its_checkpoint_goes_on_with_its_ranks_and_optimiser_alone(
         optim = replace(config.optim, **changes)
         with pytest.raises(UserError, match=says.replace("{", r"\{")):
             find(trained / "checkpoints", ALONE, 1, replace(config, optim=optim))
-    more = launch("--resume", "runs/run", "optim.max_steps=5", "data.test=null", ranks=2, cwd=place, env=installed)
+    more = launch("--resume", "runs/run", "optim.max_steps=5", "data.test=null", ranks=2, cwd=folder, env=installed)
     assert more.returncode == 0 and "goes on from step 4 of 5" in more.stdout
 
 
@@ -150,7 +150,9 @@ def test_a_backbone_of_transformers_gives_its_own_features(theirs: Path, clip_fo
     from transformers import CLIPModel
 
     names = [f"model.name={clip_folder}", f"model.pretrained={clip_folder}"]
-    config = resolve(["retrieval"], overrides=["model.backbone=hf_clip", *names, "data.size=32", "data.words=24"])
+    config = resolve(
+        ["retrieval"], overrides=["model.backbone=hf_clip", *names, "data.image_size=32", "data.max_tokens=24"]
+    )
     backbone, clip = build_backbone(config).eval(), CLIPModel.from_pretrained(clip_folder).eval()
     frames = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     ids = tokenizer_of(config)(["a dog runs", "two people cook"])
@@ -225,7 +227,7 @@ def test_a_backbone_that_looks_at_values_trains_without_mfu_and_is_planned_by_an
 
     plain = hf_clip.TextTrunk.forward
     monkeypatch.setattr(hf_clip.TextTrunk, "forward", lambda self, ids: plain(self, ids) * float(ids.float().sum() > 0))
-    names = ["model.backbone=hf_clip", f"model.name={clip_folder}", "data.size=32", "data.words=24"]
+    names = ["model.backbone=hf_clip", f"model.name={clip_folder}", "data.image_size=32", "data.max_tokens=24"]
     config = resolve(["retrieval"], overrides=[*names, "data.train=none", "data.generate=false"])
     assert flops_where_known(config) is None
     assert isnan(plan(config)[0].activations)
@@ -234,14 +236,20 @@ def test_a_backbone_that_looks_at_values_trains_without_mfu_and_is_planned_by_an
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("data.size=64", "data.size=64 is not the 32 of the model"),
+        ("data.image_size=64", "data.image_size=64 is not the 32 of the model"),
         ("optim.optimizer_options.x=1", "optim.optimizer_options.x: adamw has no settings"),
     ],
 )
 def test_what_would_fail_later_is_found_before_the_work_and_in_a_plan(
     theirs: Path, clip_folder: Path, override: str, says: str
 ) -> None:
-    names = ["model.backbone=hf_clip", f"model.name={clip_folder}", "data.size=32", "data.words=24", "data.train=none"]
+    names = [
+        "model.backbone=hf_clip",
+        f"model.name={clip_folder}",
+        "data.image_size=32",
+        "data.max_tokens=24",
+        "data.train=none",
+    ]
     config = resolve(["retrieval"], overrides=[*names, "data.generate=false", override])
     for find_it in (plan, lambda config: run_module._check(config, ALONE, training=True)):
         with pytest.raises(UserError, match=says):
@@ -267,8 +275,8 @@ def _with_regulariser(ranks: Ranks, folder: str) -> tuple[Tensor, Tensor, Tensor
 def test_their_regulariser_gives_the_same_on_two_ranks(theirs: Path, tmp_path: Path) -> None:
     (wanted,) = run_on_ranks(_with_regulariser, 1, tmp_path, str(theirs))
     assert float(wanted[1]) > 0 and float(wanted[2].norm()) > 0
-    for found in run_on_ranks(_with_regulariser, 2, tmp_path, str(theirs)):
-        for one, other in zip(found, wanted, strict=True):
+    for results in run_on_ranks(_with_regulariser, 2, tmp_path, str(theirs)):
+        for one, other in zip(results, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
@@ -314,7 +322,7 @@ class Centred(Regulariser):
     fits_directions = True
 
     def correction(self, measure, *, all_reduce=None):  # type: ignore[no-untyped-def]
-        self.seen = [float(part.count) for part in measure()]
+        self.seen = [float(moments.count) for moments in measure()]
 
 
 def test_evaluations_take_a_transductive_one_tile_by_tile_and_directions_a_modality_apart() -> None:
@@ -337,12 +345,12 @@ def test_optimisers_and_schedules_of_our_own(tmp_path: Path) -> None:
         optimizer = build_optimizer(model, config, offload=False, fused=False)
         assert isinstance(optimizer, torch.optim.SGD)
         assert [group["momentum"] for group in optimizer.param_groups] == [0.5, 0.5]
-        steps, found = build_schedule(optimizer, config, 20), []
+        steps, values = build_schedule(optimizer, config, 20), []
         for _ in range(20):
-            found.append(optimizer.param_groups[0]["lr"])
+            values.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             steps.step()
-        return found
+        return values
 
     assert rates("constant") == [0.0, 0.5, *[1.0] * 18]
     assert rates("linear")[2:] == pytest.approx([1 - step / 18 for step in range(18)])

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from conftest import short_run
-from emcl.train.cores import place, too_few_cores
+from emcl.train.cores import host_and_cores, too_few_cores
 
 
 def test_ranks_with_enough_cores_of_their_own_are_not_named() -> None:
-    places = [("a", [0, 1, 2, 3]), ("a", [4, 5, 6, 7]), ("b", [0, 1, 2, 3])]
-    assert too_few_cores(places, 4) is None
-    assert too_few_cores(places, 0) is None
+    of_ranks = [("a", [0, 1, 2, 3]), ("a", [4, 5, 6, 7]), ("b", [0, 1, 2, 3])]
+    assert too_few_cores(of_ranks, 4) is None
+    assert too_few_cores(of_ranks, 0) is None
 
 
 def test_the_rank_with_the_fewest_cores_is_named_with_a_way_out() -> None:
@@ -40,8 +40,8 @@ def test_a_process_bound_to_one_core_has_one() -> None:
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})
-        assert place()[1] == [min(before)]
-        assert too_few_cores([place()], 2) is not None
+        assert host_and_cores()[1] == [min(before)]
+        assert too_few_cores([host_and_cores()], 2) is not None
     finally:
         os.sched_setaffinity(0, before)
 

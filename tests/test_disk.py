@@ -71,8 +71,8 @@ def test_where_there_are_no_locks_it_is_an_error_unless_it_may_be_done_without(
 def test_a_folder_takes_the_place_of_another_which_waits_aside_until_it_stands(
     cut_short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, new = tmp_path / "best", tmp_path / "new"
-    for folder, text in ((place, "old"), (new, "new")):
+    best, new = tmp_path / "best", tmp_path / "new"
+    for folder, text in ((best, "old"), (new, "new")):
         folder.mkdir()
         (folder / "text").write_text(text)
     rename: Callable[[Path, Path], Path] = Path.rename
@@ -85,11 +85,11 @@ def test_a_folder_takes_the_place_of_another_which_waits_aside_until_it_stands(
     monkeypatch.setattr(Path, "rename", killed)
     if cut_short:
         with pytest.raises(KeyboardInterrupt):
-            replace_folder(new, place)
-        assert (aside(place) / "text").read_text() == "old" and not place.exists()
+            replace_folder(new, best)
+        assert (aside(best) / "text").read_text() == "old" and not best.exists()
     else:
-        replace_folder(new, place)
-        assert (place / "text").read_text() == "new" and list(tmp_path.iterdir()) == [place]
+        replace_folder(new, best)
+        assert (best / "text").read_text() == "new" and list(tmp_path.iterdir()) == [best]
 
 
 def test_room_and_permission_are_those_of_what_is_there(tmp_path: Path) -> None:

@@ -34,13 +34,13 @@ def test_it_trains_resumes_and_measures_here_and_leaves_a_report(sample_shards: 
     groups = ("GPU beside CPU", "resuming", "augmentation", "comparing", "deterministic", "speed")
     done = emcl_command("doctor", "--shards", str(sample_shards), "--only", *groups, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "doctor.json").read_text())
-    assert [check["figure"].partition(" of ")[0] for check in found["checks"]["resuming"]] == ["0", "0"]
-    assert found["checks"]["GPU beside CPU"][0]["figure"] == "no GPU here"
-    assert [check["figure"].endswith(" s") for check in found["checks"]["comparing"]] == [True, True]
-    assert " of one without (spread " in found["checks"]["deterministic"][0]["figure"]
-    assert not [check for checks in found["checks"].values() for check in checks if check["passed"] is False]
-    assert found["machine"]["torch"] == torch.__version__.partition("+")[0]
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert [check["figure"].partition(" of ")[0] for check in report["checks"]["resuming"]] == ["0", "0"]
+    assert report["checks"]["GPU beside CPU"][0]["figure"] == "no GPU here"
+    assert [check["figure"].endswith(" s") for check in report["checks"]["comparing"]] == [True, True]
+    assert " of one without (spread " in report["checks"]["deterministic"][0]["figure"]
+    assert not [check for checks in report["checks"].values() for check in checks if check["passed"] is False]
+    assert report["machine"]["torch"] == torch.__version__.partition("+")[0]
     assert "| speed | a bf16 product of this device |" in done.stdout and "% of this device's product" in done.stdout
     assert "step/s" not in done.stderr  # no bars
     assert [path.name for path in tmp_path.iterdir()] == ["doctor.json"]
@@ -60,9 +60,9 @@ def test_what_it_cannot_do_is_refused_before_the_first_check(
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     assert main(["doctor", *options]) == 2
-    found = capsys.readouterr()
-    assert found.err.splitlines()[-1].startswith(f"error: {said}") and "Traceback" not in found.err
-    assert "failed" not in found.out
+    output = capsys.readouterr()
+    assert output.err.splitlines()[-1].startswith(f"error: {said}") and "Traceback" not in output.err
+    assert "failed" not in output.out
 
 
 def test_cublas_workspace_is_set_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,8 +129,8 @@ def test_two_devices_are_compared_by_features_similarity_loss_and_gradients(
     """The second device is this one with weights that are a thousandth off, or none."""
     bench = open_bench(tmp_path, sample_shards)
     config = settings(
-        bench, *NO_CHANCE, f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16", "data.batch_size=6",
-        "emcl.k=8", tasks=ALL_TASKS,
+        bench, *NO_CHANCE, f"model.name={TINY}", "data.image_size=32", "data.frames=3", "data.max_tokens=16",
+        "data.batch_size=6", "emcl.bases=8", tasks=ALL_TASKS,
     )  # fmt: skip
     passes, calls = exactness._pass, []
 
@@ -143,17 +143,19 @@ def test_two_devices_are_compared_by_features_similarity_loss_and_gradients(
 
     monkeypatch.setattr(exactness, "_pass", second_is_off)
     checks = list(compare(bench, config, "tiny", CPU, CPU))
-    parts = ("features", "similarity", "loss", "gradients")
-    assert [check.name for check in checks] == [f"tiny: {part}" for part in parts]
+    quantities = ("features", "similarity", "loss", "gradients")
+    assert [check.name for check in checks] == [f"tiny: {quantity}" for quantity in quantities]
     assert [check.passed for check in checks] == [off == 0] * 4, checks
 
 
 def test_flops_grow_with_frames_and_words_and_fall_with_a_frozen_tower(sample_shards: Path, tmp_path: Path) -> None:
     bench = open_bench(tmp_path, sample_shards)
-    vit = Flops.of(settings(bench, "model.name=ViT-B-32", "data.size=224", "data.frames=1", "model.temporal=mean"))
+    vit = Flops.of(
+        settings(bench, "model.name=ViT-B-32", "data.image_size=224", "data.frames=1", "model.temporal=mean")
+    )
     assert vit.video == pytest.approx(3 * 2 * 4.4e9, rel=0.05)  # 4.4 G multiplications an image (Dosovitskiy et al.)
     frozen = Flops.of(
-        settings(bench, "model.name=ViT-B-32", "data.size=224", "data.frames=1", "model.temporal=mean",
+        settings(bench, "model.name=ViT-B-32", "data.image_size=224", "data.frames=1", "model.temporal=mean",
                  "model.frozen=[image]")
     )  # fmt: skip
     assert frozen.video == pytest.approx(vit.video / 3)

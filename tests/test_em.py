@@ -98,8 +98,8 @@ def test_training_moves_the_state_which_is_in_the_state_dict() -> None:
 def _own_rows(ranks: Ranks, x: torch.Tensor, bounds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     emcl = EMCL(bases=16)
     emcl.mu.copy_(torch.linspace(-1, 1, 16))
-    mine = x[bounds[ranks.rank] : bounds[ranks.rank + 1]]
-    (corrected,) = emcl(mine, all_reduce=ranks.sum)
+    own = x[bounds[ranks.rank] : bounds[ranks.rank + 1]]
+    (corrected,) = emcl(own, all_reduce=ranks.sum)
     return corrected, emcl.mu
 
 
@@ -107,11 +107,11 @@ def _own_rows(ranks: Ranks, x: torch.Tensor, bounds: list[int]) -> tuple[torch.T
 def test_ranks_with_unequal_rows_get_what_one_process_gets(bounds: list[int], tmp_path: Path) -> None:
     x = torch.randn(97, 32, generator=torch.Generator().manual_seed(0)) + 0.5
     ((whole, state),) = run_on_ranks(_own_rows, 1, tmp_path, x, [0, 97])
-    parts = run_on_ranks(_own_rows, len(bounds) - 1, tmp_path, x, bounds)
-    torch.testing.assert_close(torch.cat([corrected for corrected, _ in parts]), whole, atol=1e-5, rtol=0)
-    for _, mu in parts:
+    results = run_on_ranks(_own_rows, len(bounds) - 1, tmp_path, x, bounds)
+    torch.testing.assert_close(torch.cat([corrected for corrected, _ in results]), whole, atol=1e-5, rtol=0)
+    for _, mu in results:
         torch.testing.assert_close(mu, state, atol=1e-6, rtol=0)
-        assert torch.equal(mu, parts[0][1])  # the same bits on every rank
+        assert torch.equal(mu, results[0][1])  # the same bits on every rank
 
 
 def test_the_file_needs_torch_alone(tmp_path: Path) -> None:

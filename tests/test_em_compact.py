@@ -175,10 +175,10 @@ def _own_rows(ranks: Ranks, x: torch.Tensor, bounds: list[int]) -> tuple[torch.T
 def test_ranks_with_unequal_rows_get_what_one_process_gets(bounds: list[int], tmp_path: Path) -> None:
     x = torch.nn.functional.normalize(random_rows(97)[:, :64], dim=-1)
     ((whole, _),) = run_on_ranks(_own_rows, 1, tmp_path, x, [0, 97])
-    parts = run_on_ranks(_own_rows, len(bounds) - 1, tmp_path, x, bounds)
-    torch.testing.assert_close(torch.cat([corrected for corrected, _ in parts]), whole, atol=1e-5, rtol=0)
-    for _, bases in parts:
-        assert torch.equal(bases, parts[0][1])  # the same bits on every rank
+    results = run_on_ranks(_own_rows, len(bounds) - 1, tmp_path, x, bounds)
+    torch.testing.assert_close(torch.cat([corrected for corrected, _ in results]), whole, atol=1e-5, rtol=0)
+    for _, bases in results:
+        assert torch.equal(bases, results[0][1])  # the same bits on every rank
 
 
 def test_gradients_are_those_of_the_map() -> None:

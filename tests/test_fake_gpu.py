@@ -44,7 +44,7 @@ LAYERS = {
     "compact": ["emcl.variant=compact"],
     "off": ["emcl.enabled=false", "tasks.captioning.emcl=false"],
 }
-SMALL = [f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=16", "emcl.k=8"]
+SMALL = [f"model.name={TINY}", "data.image_size=32", "data.frames=3", "data.max_tokens=16", "emcl.bases=8"]
 VIDEOS = 2
 CASES = [(TOGETHER, layer, precision, ranks) for layer in LAYERS for precision, ranks in (("fp32", 8), ("bf16", 512))]
 """Tasks together run the lines of each alone; alone, each goes once through every layer, type and number of ranks."""
@@ -125,18 +125,18 @@ def peak_by_hand(config: Config, ranks: int, videos: int) -> int:
         batch = batch_of(config, videos)
         with mode:
             batch = with_whole_frames(each_tensor(batch, mode.from_tensor), config, model)
-            with _Bytes(iter([*model.parameters(), *model.buffers()])) as found:
+            with _Bytes(iter([*model.parameters(), *model.buffers()])) as memory:
                 total_loss(model(batch=batch.to(GPU))).backward()
-    return found.most
+    return memory.most
 
 
 def run_case(config: Config, ranks: int) -> tuple[FakeStep, float, int, int]:
     """The step; the plan's peak for ZeRO 0, without the optimiser, which a step by hand has not; that peak; a width."""
-    found, config = plan(config)
+    run_plan, config = plan(config)
     videos = config.data.batch_size // ranks
     step = fake_step(config, ranks, videos)
-    parts = memory_parts(found, step, config, 0, ranks)
-    planned = sum(size for name, size in parts.items() if name != "optimiser")
+    sizes = memory_parts(run_plan, step, config, 0, ranks)
+    planned = sum(size for name, size in sizes.items() if name != "optimiser")
     return step, planned, peak_by_hand(config, ranks, videos), build_on_meta(config).backbone.embed_dim
 
 
@@ -216,7 +216,7 @@ def test_the_plan_is_what_an_h100_took(model: str, videos: int, recomputed: str,
     """`emcl doctor` there: PyTorch 2.11, retrieval in bf16 with 12 frames of 224 pixels, ZeRO 1."""
     settings = [
         f"model.name={model}", f"data.batch_size={videos}", f"model.activation_checkpointing={recomputed}",
-        "data.size=224", "data.frames=12", "precision=bf16", "data.generate=false", "data.train=none",
+        "data.image_size=224", "data.frames=12", "precision=bf16", "data.generate=false", "data.train=none",
     ]  # fmt: skip
     planned = planned_peak(resolve(["retrieval"], "sample", settings), gpus=1)
     if planned is None:
@@ -255,9 +255,9 @@ def test_a_torch_on_which_it_does_not_work_is_named(monkeypatch: pytest.MonkeyPa
 
 def test_the_host_waits_at_known_lines_alone(sample_shards: Path, tmp_path: Path) -> None:
     """Ours have none: a step's losses, for instance, are read every `tracking.every_steps` steps."""
-    settings = [*small(sample_shards), "emcl.k=8", "precision=bf16"]
+    settings = [*small(sample_shards), "emcl.bases=8", "precision=bf16"]
     done = run_program(ROOT / "tests" / "host_waits.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["operators"] > 1000
-    assert [wait for wait in found["waits"] if (wait["where"], wait["by"]) not in KNOWN_WAITS] == []
+    output = json.loads(done.stdout.splitlines()[-1])
+    assert output["operators"] > 1000
+    assert [wait for wait in output["waits"] if (wait["where"], wait["by"]) not in KNOWN_WAITS] == []

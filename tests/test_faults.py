@@ -20,15 +20,15 @@ import psutil
 import pytest
 
 from conftest import LAUNCH, ROOT, deepspeed_command, ends, launch, launch_environment, mlflow_run, recorded, small
+from emcl.data.data_settings import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.mixture import open_training
-from emcl.data.settings import DataConfig
 from emcl.data.shards import open_shards
 from emcl.errors import UserError
 from emcl.prepare.writer import encode_mp4
 from forked import start_ranks
 
-DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
+DATA = DataConfig(frames=4, image_size=32, batch_size=6, workers=2)
 Change = Callable[[str, bytes], "bytes | None"]
 BLOCKING = ROOT / "tests" / "blocking.py"
 
@@ -123,8 +123,8 @@ def test_a_duration_that_cannot_be_is_an_error_of_the_clip(sample_shards: Path) 
     shards = open_shards(f"{sample_shards}/train-000000.tar")
     whole = shards.read(shards.rows[0])
     none = bytearray(whole)
-    for box, place in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
-        at = none.index(box) + place
+    for box, offset in ((b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24)):
+        at = none.index(box) + offset
         none[at : at + 4] = bytes(4)
     with pytest.raises(DecodeError, match="no duration"):
         decode(bytes(none), frames=4, size=32)

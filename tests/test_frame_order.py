@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import launch
-from emcl.prepare.sample import generate
+from emcl.prepare.sample_set import generate
 
 
 @pytest.mark.nightly
@@ -18,12 +18,12 @@ def test_shuffled_test_frames_score_clearly_lower(tmp_path: Path) -> None:
     generate(tmp_path / "shards" / "sample", progress=False)
     trained = ["data.val=null", "tracking.enabled=false", "name=order"]
     scored = ["--evaluate", "runs/order", "evaluate.shuffle_frames=true"]
-    found = {}
+    recalls = {}
     for order, options, split in (("kept", trained, "test"), ("shuffled", scored, "test-shuffled")):
         threads = {"OMP_NUM_THREADS": "2"}
         done = launch("--task", "retrieval", *options, cwd=tmp_path, env=threads, timeout=3000)
         assert done.returncode == 0, done.stdout + done.stderr
         scores = json.loads((tmp_path / f"runs/order/scores-{split}.json").read_text())
-        found[order] = scores["tasks"]["retrieval"]["metrics"]["text_to_video/R@1"]
-    assert found["kept"] > 35
-    assert found["shuffled"] < 0.8 * found["kept"], found
+        recalls[order] = scores["tasks"]["retrieval"]["metrics"]["text_to_video/R@1"]
+    assert recalls["kept"] > 35
+    assert recalls["shuffled"] < 0.8 * recalls["kept"], recalls

@@ -15,8 +15,8 @@ from emcl import distributed
 from emcl.config import resolve
 from emcl.distributed import Ranks
 from emcl.run_folder import RunFolder
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
-from emcl.train.start import open_splits
 from ranks import run_on_ranks
 
 
@@ -30,8 +30,8 @@ class Operators(TorchDispatchMode):
 
 def counted(call: Any) -> tuple[Any, int]:
     with Operators() as operators:
-        found = call()
-    return found, operators.count
+        result = call()
+    return result, operators.count
 
 
 def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, stage: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, st
     trainer.engine.backward(sum(trainer.engine(batch=batch.to(device)).values()))
     optimizer, theirs = trainer.engine.optimizer, DeepSpeedZeroOptimizer
     groups = [(optimizer.averaged_gradients[i], optimizer.params_in_partition[i]) for i in optimizer.averaged_gradients]
-    found: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     for state in ("finite", "infinite", "not a number"):
         if state != "finite" and ranks.rank == 0:
             groups[0][0][0].view(-1)[0] = float("inf") if state == "infinite" else float("nan")
@@ -54,22 +54,22 @@ def asked_both_ways(ranks: Ranks, shards: Path, folder: Path, precision: str, st
         their_norms = [counted(lambda pair=pair: theirs.get_grad_norm_direct(optimizer, *pair)) for pair in groups]
         bad, few = counted(optimizer.has_overflow_partitioned_grads_serial)
         they, many = counted(lambda: theirs.has_overflow_partitioned_grads_serial(optimizer))
-        found[state] = {
+        answers[state] = {
             "norms": [float(norm) for norm, _ in norms], "theirs": [float(norm) for norm, _ in their_norms],
             "bad": bool(bad), "their bad": bool(they), "shape": (bad.shape, they.shape),
             "operators": few + sum(count for _, count in norms),
             "their operators": many + sum(count for _, count in their_norms),
         }  # fmt: skip
-    return found
+    return answers
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 1), ("bf16", 1), ("bf16", 2)])
 def test_they_are_deepspeeds(precision: str, stage: int, sample_shards: Path, tmp_path: Path) -> None:
     everyone = run_on_ranks(asked_both_ways, 2, tmp_path, sample_shards, tmp_path, precision, stage)
-    for rank, found in enumerate(everyone):
-        for state, one in found.items():
+    for rank, answers in enumerate(everyone):
+        for state, one in answers.items():
             assert one["norms"] == one["theirs"], state  # to the bit: other ones would train another model
             assert one["bad"] == one["their bad"] == (state != "finite" and rank == 0)
             assert one["shape"][0] == one["shape"][1]
             assert one["norms"][0] == -1 if state != "finite" else one["norms"][0] > 0  # on all ranks: they summed it
-    assert found["finite"]["operators"] * 4 < found["finite"]["their operators"]
+    assert answers["finite"]["operators"] * 4 < answers["finite"]["their operators"]

@@ -11,12 +11,12 @@ from conftest import small
 from emcl import distributed
 from emcl.config import resolve
 from emcl.model.batch_norm import keep_statistics_in_full_precision
+from emcl.model.model_settings import ModelConfig
 from emcl.model.open_clip_backbone import OpenClipBackbone
-from emcl.model.settings import ModelConfig
-from emcl.prepare.towers import write_towers
+from emcl.prepare.pretrained_towers import write_towers
 from emcl.run_folder import RunFolder
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
-from emcl.train.start import open_splits
 
 ARCHITECTURES = {
     "tiny": (64, []),
@@ -34,8 +34,8 @@ def test_a_step_of_every_shipped_architecture_in_bf16(
     size, settings = ARCHITECTURES[name]
     tasks = ["retrieval", "captioning", "msrvtt_qa"]
     config = resolve(tasks, "sample", [
-        *small(sample_shards), f"model.name={name}", f"data.size={size}", "precision=bf16", "data.frames=2",
-        "data.batch_size=2", "emcl.k=8", "data.workers=0", *settings,
+        *small(sample_shards), f"model.name={name}", f"data.image_size={size}", "precision=bf16", "data.frames=2",
+        "data.batch_size=2", "emcl.bases=8", "data.workers=0", *settings,
     ])  # fmt: skip
     ranks = distributed.start()
     trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
@@ -66,5 +66,5 @@ def test_statistics_of_batch_norms_move_in_full_precision() -> None:
 
 
 def test_a_tower_with_batch_norms_keeps_the_names_of_its_weights() -> None:
-    backbone = OpenClipBackbone(ModelConfig(name="RN50", temporal="mean"), words=16, load_weights=False)
+    backbone = OpenClipBackbone(ModelConfig(name="RN50", temporal="mean"), max_tokens=16, load_weights=False)
     assert "image.trunk.bn1.running_mean" in backbone.state_dict()

@@ -19,10 +19,10 @@ from emcl.recipe import as_written
 from emcl.registry import early_settings_of, task_entries
 from emcl.report.page import compare
 from emcl.run_folder import CAPTIONS, EMBEDDINGS, OPTIONS, SIMILARITY, RunFolder
-from emcl.task.result import open_results
+from emcl.task.task_result import open_results
 from emcl.train.export import save_export
+from emcl.train.initialization import start_from
 from emcl.train.run_config import config_of_run, find_run
-from emcl.train.start import start_from
 
 pytestmark = pytest.mark.xdist_group("kinds")
 KINDS = ["kinds.short=captioning", "kinds.sharp=retrieval", "kinds.brief=msrvtt_qa"]
@@ -41,19 +41,19 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def run(quick: dict[str, str], sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of each kind with different settings, a few steps, scored on 12 clips, which lie in `videos`."""
-    place = tmp_path_factory.mktemp("kinds")
+    folder = tmp_path_factory.mktemp("kinds")
     captions = [f"tasks.{name}.{one}" for name in ("captioning", "short") for one in ("width=64", "layers=1")]
     settings = [
-        *small(sample_shards), *KINDS, *captions, "data.val=null", "name=one", "emcl.variant=compact", "emcl.k=8",
+        *small(sample_shards), *KINDS, *captions, "data.val=null", "name=one", "emcl.variant=compact", "emcl.bases=8",
         "tasks.captioning.generation.max_new_tokens=8", "tasks.short.generation.max_new_tokens=2",
-        "tasks.short.words=6",
+        "tasks.short.max_tokens=6",
         "tasks.sharp.pooling_temperature=0.01", "tasks.brief.answers_kept=2", "optim.max_steps=4",
         "checkpoint.every_steps=2",
     ]  # fmt: skip
-    done = launch("--task", ",".join(NAMES), *settings, cwd=place, env=quick)
+    done = launch("--task", ",".join(NAMES), *settings, cwd=folder, env=quick)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    write_clips(sample_shards, place / "videos")
-    return place / "runs" / "one"
+    write_clips(sample_shards, folder / "videos")
+    return folder / "runs" / "one"
 
 
 def test_each_has_settings_and_scores_of_its_own(run: Path) -> None:
@@ -111,11 +111,11 @@ def test_the_one_that_is_meant_is_named(run: Path) -> None:
 def test_a_search_is_by_the_task_that_is_named(run: Path, tmp_path: Path) -> None:
     videos = run.parent.parent / "videos"
     assert emcl_command("index", str(videos), "--model", str(run), "--out", "index", cwd=tmp_path).returncode == 0
-    found = {}
+    outputs = {}
     for task in ("retrieval", "sharp"):
         options = ("--model", str(run), "--task", task, "--top", "12", "--json")
-        found[task] = emcl_command("search", "index", "a red circle moves left", *options, cwd=tmp_path).stdout
-    assert len(found["retrieval"].splitlines()) == 12 and found["retrieval"] != found["sharp"]
+        outputs[task] = emcl_command("search", "index", "a red circle moves left", *options, cwd=tmp_path).stdout
+    assert len(outputs["retrieval"].splitlines()) == 12 and outputs["retrieval"] != outputs["sharp"]
     done = emcl_command("search", "index", "a circle", "--model", str(run), cwd=tmp_path)
     assert done.returncode == 2 and "name one of retrieval, sharp (--task" in done.stderr.splitlines()[-1]
     done = emcl_command("serve", "index", "--model", str(run), "--port", "0", cwd=tmp_path)
@@ -138,20 +138,20 @@ def _tables(result):  # type: ignore[no-untyped-def]
 
 
 def test_one_is_scored_alone_and_the_run_goes_on(run: Path, quick: dict[str, str]) -> None:
-    place = run.parent.parent
+    folder = run.parent.parent
     before = json.loads((run / "scores-test.json").read_text())["tasks"]
-    done = launch("--evaluate", "runs/one", "--task", "short", cwd=place, env=quick)
+    done = launch("--evaluate", "runs/one", "--task", "short", cwd=folder, env=quick)
     assert done.returncode == 0 and "short on test" in done.stdout and "captioning on test" not in done.stdout
     after = json.loads((run / "scores-test.json").read_text())["tasks"]
     assert set(after) == set(NAMES) and after["short"]["metrics"] == pytest.approx(before["short"]["metrics"])
-    done = launch("--resume", "runs/one", "optim.max_steps=6", "data.test=null", cwd=place)
+    done = launch("--resume", "runs/one", "optim.max_steps=6", "data.test=null", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert (run / "checkpoints/step-00000006").is_dir()
 
 
 def test_names_are_read_from_files_and_from_the_command_line_and_come_back() -> None:
     for kind_of in ({}, {"kind_of": early_settings_of}):
-        config = resolve(["short"], overrides=["kinds.short=captioning", "tasks.short.words=40"], **kind_of)  # type: ignore[arg-type]
+        config = resolve(["short"], overrides=["kinds.short=captioning", "tasks.short.max_tokens=40"], **kind_of)  # type: ignore[arg-type]
         assert config.tasks["short"].words == 40 and config.kind_of("short") == "captioning"
         layers = [
             {"kinds": {"short": "captioning"}, "tasks": {"short": {"words": "40"}}},
@@ -179,9 +179,9 @@ def test_names_are_read_from_files_and_from_the_command_line_and_come_back() -> 
         (["retrieval"], ["kinds.a/b=captioning"], "'a/b' is no name for a task"),
         (["retrieval"], ["kinds.a.b=captioning"], r"'a.b' is no name for a task"),
         (["retrieval"], ["kinds=captioning"], r"kinds=captioning is not a table \{name: value\}"),
-        (["retrieval"], ["kinds={a: captioning}", "tasks.a.words=3"], "a is none of this run's tasks"),
+        (["retrieval"], ["kinds={a: captioning}", "tasks.a.max_tokens=3"], "a is none of this run's tasks"),
         (["short"], ["kinds.short=captioning", "tasks.short.wrods=3"], "unknown configuration key .*wrods"),
-        (["short"], ["kinds.short=captioning", "tasks.short.words=1"], r"tasks.short.words=1 is not a whole number"),
+        (["short"], ["kinds.short=captioning", "tasks.short.max_tokens=1"], r"tasks.short.max_tokens=1 is not"),
     ],
 )  # fmt: skip
 def test_a_name_that_cannot_be_is_refused(tasks: list[str], overrides: list[str], says: str) -> None:
@@ -237,7 +237,7 @@ def test_a_run_goes_on_and_is_scored_under_its_own_names(run: Path) -> None:
     for again in ([], KINDS, ["kinds={short: captioning}"], ["kinds={}"]):  # as they were typed for the training
         assert list(config_of_run(None, None, again, evaluate=None, resumed=RunFolder(run)).tasks) == NAMES
         assert list(config_of_run(["short"], None, again, evaluate=run, resumed=None).tasks) == ["short"]
-    scored = config_of_run(["short"], "sample", ["tasks.short.words=40"], evaluate=run, resumed=None)
+    scored = config_of_run(["short"], "sample", ["tasks.short.max_tokens=40"], evaluate=run, resumed=None)
     assert scored.kind_of("short") == "captioning" and list(scored.tasks) == ["short"]
 
 
@@ -275,7 +275,13 @@ def test_an_empty_table_has_no_names(empty: object) -> None:
 def test_learned_weights_of_losses_go_by_the_tasks_names(tmp_path: Path) -> None:
     def model(*names: str) -> tuple[VideoLanguageModel, Config]:
         kinds = [f"kinds.{name}=retrieval" for name in names if name != "retrieval"]
-        more = [f"model.name={TINY}", "data.size=32", "data.words=12", "emcl.k=4", "uncertainty_weights=true"]
+        more = [
+            f"model.name={TINY}",
+            "data.image_size=32",
+            "data.max_tokens=12",
+            "emcl.bases=4",
+            "uncertainty_weights=true",
+        ]
         config = resolve(names, overrides=[*kinds, *more])
         return VideoLanguageModel(config), config
 
@@ -293,7 +299,14 @@ def test_learned_weights_of_losses_go_by_the_tasks_names(tmp_path: Path) -> None
 def test_a_name_of_another_kind_in_an_earlier_run_gives_no_weights(
     run: Path, sample_shards: Path, tmp_path: Path
 ) -> None:
-    settings = [*small(sample_shards), "data.val=null", "data.test=null", "optim.max_steps=1", "name=two", "emcl.k=8"]
+    settings = [
+        *small(sample_shards),
+        "data.val=null",
+        "data.test=null",
+        "optim.max_steps=1",
+        "name=two",
+        "emcl.bases=8",
+    ]
     tasks = ["kinds.brief=retrieval", "kinds.sharp=retrieval", "emcl.variant=compact"]
     done = launch("--task", "brief,sharp", "--init", str(run), *settings, *tasks, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

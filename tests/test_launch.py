@@ -54,17 +54,17 @@ def test_the_bar_shows_loss_speed_and_waiting(run: Run) -> None:
 
 
 def test_mlflow_holds_parameters_metrics_commit_table_and_picture(run: Run) -> None:
-    client, found = mlflow_run(run.cwd)
-    assert found.info.run_name == "first"
-    assert found.data.params["emcl.k"] == "32"
-    assert found.data.params["data.batch_size"] == "8"
-    assert len(found.data.tags["commit"]) >= 7
-    assert found.data.tags["benchmark"] == "sample"
-    assert "ties count against" in found.data.tags["test.retrieval.protocol"]
+    client, logged = mlflow_run(run.cwd)
+    assert logged.info.run_name == "first"
+    assert logged.data.params["emcl.bases"] == "32"
+    assert logged.data.params["data.batch_size"] == "8"
+    assert len(logged.data.tags["commit"]) >= 7
+    assert logged.data.tags["benchmark"] == "sample"
+    assert "ties count against" in logged.data.tags["test.retrieval.protocol"]
     assert list(losses(run.cwd)) == [1, 2, 3, 4, 5, 6]
-    assert "val/retrieval/text_to_video/R1" in found.data.metrics
-    assert "test/retrieval/text_to_video/R1" in found.data.metrics
-    files = {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert "val/retrieval/text_to_video/R1" in logged.data.metrics
+    assert "test/retrieval/text_to_video/R1" in logged.data.metrics
+    files = {item.path for item in client.list_artifacts(logged.info.run_id)}
     assert {"config.yaml", "retrieval-test.png", "retrieval-test.txt", "scores-test.json"} <= files
 
 

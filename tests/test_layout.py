@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "platform" / "emcl"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 FLOORS = (
-    {"disk", "errors", "version", "secrets", "outbox", "ahead", "nearest"},
+    {"disk", "errors", "version", "secrets", "async_sender", "prefetch", "suggestions"},
+    {"inline_values"},
     {"settings", "components"},
-    {"em", "registry", "shipped", "recipe", "kinds", "metrics"},
+    {"em", "registry", "resources", "recipe", "kinds", "metrics"},
     {"config", "distributed"},
     {"run_lock", "run_folder"},
     {"data"},
@@ -25,14 +29,14 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "placement", "describe", "arguments", "report", "doctor"},
+    {"inference", "devices", "config_docs", "arguments", "report", "doctor"},
     {"search"},
     {"serve"},
     {"launch", "cli", "cli_search"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class.
 
-Each part's `settings` stand with the `settings` that they are made of, on which all else is built."""
+Each part's `*_settings` stand with the `settings` that they are made of, on which all else is built."""
 
 
 def test_platform_is_no_package_and_holds_nothing_beside_the_package() -> None:
@@ -53,16 +57,16 @@ def test_an_init_file_there_is_what_breaks(tmp_path: Path) -> None:
 
 
 def floor_of(module: str) -> int:
-    top = "settings" if module.endswith(".settings") else module.split(".")[1]
+    top = "settings" if module.endswith("settings") else module.split(".")[1]
     return next(number for number, names in enumerate(FLOORS) if top in names)
 
 
 def modules() -> list[tuple[str, Path]]:
-    found = [
+    named = [
         (f"emcl.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}", path) for path in PACKAGE.rglob("*.py")
     ]
-    found += [(f"emcl.tasks.{path.stem}", path) for path in (ROOT / "tasks").glob("*.py")]
-    return [(name, path) for name, path in found if name != "emcl.__init__"]
+    named += [(f"emcl.tasks.{path.stem}", path) for path in (ROOT / "tasks").glob("*.py")]
+    return [(name, path) for name, path in named if name != "emcl.__init__"]
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value) if isinstance(value, str) else "")
@@ -85,13 +89,31 @@ def test_every_subpackage_is_in_the_wheel() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     listed = set(setup["options"]["packages"].split())
-    there = {"emcl", "emcl.tasks", "emcl.configs"}
-    there |= {f"emcl.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
-    assert listed == there
+    existing = {"emcl", "emcl.tasks", "emcl.configs"}
+    existing |= {f"emcl.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py")}
+    assert listed == existing
+
+
+def test_no_two_files_have_one_name() -> None:
+    """A name says which file is meant. `platform/launch.py` is the command, which calls `emcl/launch.py`."""
+    listed = ["git", "ls-files", "platform/*.py", "tasks/*.py", "benchmarks/*.py"]
+    paths = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = Counter(Path(path).name for path in paths)
+    assert {name for name, count in names.items() if count > 1} == {"__init__.py", "launch.py"}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in DOCS)])
+def test_a_page_names_files_that_there_are(page: str) -> None:
+    """As paths from the checkout's top, or from within the package."""
+    named = re.findall(
+        r"`((?:\w+/)*[a-z]\w*\.py)[`:]|^    ((?:\w+/)+\w+\.py)\b", (ROOT / page).read_text(), re.MULTILINE
+    )
+    missing = [path for path in map("".join, named) if not any((top / path).exists() for top in (ROOT, PACKAGE))]
+    assert not missing
 
 
 def test_the_page_of_settings_is_what_the_code_says() -> None:
-    from emcl.describe import describe
+    from emcl.config_docs import describe
 
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert page == describe(), "run: emcl config --describe > docs/configuration.md"

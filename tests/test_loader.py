@@ -15,18 +15,18 @@ import torch
 
 from conftest import SHARED
 from emcl.data.batch import Batch
+from emcl.data.data_settings import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.image_ops import augmented
 from emcl.data.loader import evaluation_loader, training_loader
-from emcl.data.order import Order, RankBatches
-from emcl.data.settings import DataConfig
+from emcl.data.resilient_loader import ResilientLoader
+from emcl.data.sampler import RankBatchSampler, ShardSampler
 from emcl.data.shards import find_shards, open_shards
 from emcl.data.split import Split, open_split
-from emcl.data.steps import StepLoader
 from emcl.errors import OneRankError, UserError
 from emcl.prepare.writer import encode_mp4
 
-DATA = DataConfig(frames=4, size=32, batch_size=6, workers=0)
+DATA = DataConfig(frames=4, image_size=32, batch_size=6, workers=0)
 
 
 def ids(samples: Any, draws: Any) -> list[str]:
@@ -34,9 +34,9 @@ def ids(samples: Any, draws: Any) -> list[str]:
 
 
 def batches(split: Split, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
-    mine = RankBatches(order, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
-    return [augmented(batch) for batch in training_loader(split, data, mine, {"ids": ids})]
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    rank_sampler = RankBatchSampler(sampler, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
+    return [augmented(batch) for batch in training_loader(split, data, rank_sampler, {"ids": ids})]
 
 
 @pytest.mark.parametrize("settings", [{}, {"jitter": True}, {"augment": "rand-m7-n4-mstd0.5-inc1"}])
@@ -58,11 +58,11 @@ def test_workers_and_ranks_do_not_change_a_batch(settings: dict[str, Any], sampl
 
 def test_jitter_and_augmentation_change_from_epoch_to_epoch(sample_shards: Path) -> None:
     split = open_split(f"{sample_shards}/train-000000.tar")  # 12 clips: two steps an epoch
-    found = {}
+    frames_of = {}
     for batch in batches(split, replace(DATA, jitter=True), steps=4):
         for name, frames in zip(batch.ids, batch.videos.frames.split(4), strict=True):
-            found.setdefault(name, []).append(frames)
-    assert all(not torch.equal(*twice) for twice in found.values())
+            frames_of.setdefault(name, []).append(frames)
+    assert all(not torch.equal(*twice) for twice in frames_of.values())
 
 
 def test_training_frames_are_augmented_by_their_clips_seeds_and_evaluations_never(sample_shards: Path) -> None:
@@ -115,17 +115,17 @@ def test_a_broken_clip_is_replaced_and_named(sample_shards: Path, tmp_path: Path
 
 def test_a_batch_for_which_no_clip_is_left_ends_the_run_with_names(sample_shards: Path, tmp_path: Path) -> None:
     split = broken(sample_shards, tmp_path, 1)
-    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
-    mine = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=1)
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    rank_sampler = RankBatchSampler(sampler, rank=0, world_size=1, accumulation=1, start=0, stop=1)
     with pytest.raises(OneRankError, match=r"rank 0, step 1: no clip decodes among .* after it: train\w+ in"):
-        next(StepLoader(split, DATA, mine, {}).steps(0))
+        next(ResilientLoader(split, DATA, rank_sampler, {}).steps(0))
 
 
 def test_evaluation_leaves_a_broken_clip_out_and_names_it(sample_shards: Path, tmp_path: Path) -> None:
     split = broken(sample_shards, tmp_path, 6)
-    found = list(evaluation_loader(split, DATA, {}, batch_size=4, rank=0, world_size=1))
-    assert sum(len(batch.ids) for batch in found) == 10
-    assert sum(len(batch.bad) for batch in found) == 2
+    loaded = list(evaluation_loader(split, DATA, {}, batch_size=4, rank=0, world_size=1))
+    assert sum(len(batch.ids) for batch in loaded) == 10
+    assert sum(len(batch.bad) for batch in loaded) == 2
 
 
 def test_frames_are_those_shown_at_the_middle_of_equal_slices(tmp_path: Path) -> None:
@@ -134,10 +134,10 @@ def test_frames_are_those_shown_at_the_middle_of_equal_slices(tmp_path: Path) ->
     levels = np.repeat(np.arange(10, 250, 20, dtype=np.uint8), 10)  # twelve levels of one second each
     video = np.broadcast_to(levels[:, None, None, None], (120, 64, 64, 3))
     encoded = encode_mp4(np.ascontiguousarray(video), 10, crf=1)
-    found = decode(encoded, frames=6, size=32)[:, 16, 16, 0].astype(int)
-    np.testing.assert_allclose(found, [30, 70, 110, 150, 190, 230], atol=6)  # seconds 1, 3, 5, ...
-    part = decode(encoded, frames=2, size=32, start=6.0, end=10.0)[:, 16, 16, 0].astype(int)
-    np.testing.assert_allclose(part, [150, 190], atol=6)  # seconds 7 and 9
+    brightness = decode(encoded, frames=6, size=32)[:, 16, 16, 0].astype(int)
+    np.testing.assert_allclose(brightness, [30, 70, 110, 150, 190, 230], atol=6)  # seconds 1, 3, 5, ...
+    of_span = decode(encoded, frames=2, size=32, start=6.0, end=10.0)[:, 16, 16, 0].astype(int)
+    np.testing.assert_allclose(of_span, [150, 190], atol=6)  # seconds 7 and 9
     assert len(decode(encoded, frames=20, size=32, fps=1.0)) == 12
     with pytest.raises(DecodeError, match="outside"):
         decode(encoded, frames=2, size=32, start=99.0)
@@ -231,11 +231,11 @@ def test_key_frames_are_taken_within_their_slices_and_the_middle_where_there_is_
     """Eighty frames, told apart by their brightness; every eighth is a key frame."""
     numbers = np.arange(80, dtype=np.uint8)[:, None, None, None] * 3
     video = encode_mp4(np.broadcast_to(numbers, (80, 64, 64, 3)), 8, crf=10, key_every=8)
-    place = {frame.tobytes(): number for number, frame in enumerate(decode(video, frames=80, size=32))}
-    assert len(place) == 80
+    number_of = {frame.tobytes(): number for number, frame in enumerate(decode(video, frames=80, size=32))}
+    assert len(number_of) == 80
 
     def shown(frames: int, **how: Any) -> list[int]:
-        return [place[frame.tobytes()] for frame in decode(video, frames=frames, size=32, **how)]
+        return [number_of[frame.tobytes()] for frame in decode(video, frames=frames, size=32, **how)]
 
     assert shown(20) == list(range(2, 80, 4))
     assert shown(10, keyframes=True) == list(range(0, 80, 8))

@@ -17,7 +17,13 @@ from ranks import run_on_ranks
 
 BATCH = 8
 TINY = str(Path(__file__).parent / "tiny_clip.json")
-SETTINGS = [f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=12", f"data.batch_size={BATCH}"]
+SETTINGS = [
+    f"model.name={TINY}",
+    "data.image_size=32",
+    "data.frames=3",
+    "data.max_tokens=12",
+    f"data.batch_size={BATCH}",
+]
 
 
 def global_batch() -> dict[str, torch.Tensor]:
@@ -95,14 +101,14 @@ def one_way(logits: torch.Tensor, present: torch.Tensor, video: torch.Tensor) ->
 
 @pytest.mark.parametrize("present", [[True] * 6, [True, True, False, True, True, True], [True, False, True] * 2])
 def test_pairs_of_one_video_are_no_negatives_of_each_other(present: list[bool]) -> None:
-    logits, there = torch.randn(6, 6, requires_grad=True), torch.tensor(present)
-    wanted = (one_way(logits, there, VIDEOS) + one_way(logits.T, there, VIDEOS)) / 2
-    loss = contrastive_loss(logits, present_B=there, video_B=VIDEOS)
+    logits, mask = torch.randn(6, 6, requires_grad=True), torch.tensor(present)
+    wanted = (one_way(logits, mask, VIDEOS) + one_way(logits.T, mask, VIDEOS)) / 2
+    loss = contrastive_loss(logits, present_B=mask, video_B=VIDEOS)
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     same = (VIDEOS[:, None] == VIDEOS[None, :]) & ~torch.eye(6, dtype=torch.bool)
     assert logits.grad is not None
-    assert not logits.grad[same].any() and logits.grad[~same & there[:, None] & there[None, :]].all()
+    assert not logits.grad[same].any() and logits.grad[~same & mask[:, None] & mask[None, :]].all()
 
 
 def test_of_different_videos_the_loss_is_the_same_to_the_bit() -> None:

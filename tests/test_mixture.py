@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from emcl.config import resolve
+from emcl.data.data_settings import DataConfig
 from emcl.data.mixture import open_training, shares, training_patterns
-from emcl.data.settings import DataConfig
 from emcl.errors import UserError
 
 
@@ -19,12 +19,12 @@ def mixed(shards: Path, batch_size: int = 8, **more: object) -> DataConfig:
 
 
 def test_every_batch_holds_each_sets_share_and_each_set_goes_through_its_own_epochs(sample_shards: Path) -> None:
-    shards, order = open_training(mixed(sample_shards), seed=0)
+    shards, sampler = open_training(mixed(sample_shards), seed=0)
     assert len(shards) == 24 + 8
-    assert order.steps_per_epoch == 4
+    assert sampler.steps_per_epoch == 4
     drawn: Counter[int] = Counter()
     for step in range(8):
-        rows = [draw.row for draw in order.batch(step)]
+        rows = [draw.row for draw in sampler.batch(step)]
         assert sum(row >= 24 for row in rows) == 2
         drawn.update(rows)
     # 48 of the first set are two of its epochs, 16 of the second two of its own
@@ -32,18 +32,18 @@ def test_every_batch_holds_each_sets_share_and_each_set_goes_through_its_own_epo
 
 
 def test_a_batch_is_a_function_of_seed_and_step_alone(sample_shards: Path) -> None:
-    _, order = open_training(mixed(sample_shards), seed=0)
+    _, sampler = open_training(mixed(sample_shards), seed=0)
     _, again = open_training(mixed(sample_shards), seed=0)
     _, other = open_training(mixed(sample_shards), seed=1)
-    assert order.batch(5) == again.batch(5)
-    assert order.batch(5) != other.batch(5)
-    assert [draw.row >= 24 for draw in order.batch(0)] != sorted(draw.row >= 24 for draw in order.batch(0))
+    assert sampler.batch(5) == again.batch(5)
+    assert sampler.batch(5) != other.batch(5)
+    assert [draw.row >= 24 for draw in sampler.batch(0)] != sorted(draw.row >= 24 for draw in sampler.batch(0))
 
 
 def test_caption_pairs_of_several_sets_name_their_own_captions(sample_shards: Path) -> None:
-    shards, order = open_training(mixed(sample_shards, pairs="caption"), seed=0)
+    shards, sampler = open_training(mixed(sample_shards, pairs="caption"), seed=0)
     for step in range(6):
-        for draw in order.batch(step):
+        for draw in sampler.batch(step):
             assert draw.caption is not None and draw.caption < len(shards.rows[draw.row].sample.captions)
 
 

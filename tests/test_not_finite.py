@@ -25,7 +25,7 @@ def broken(shards: Path, cwd: Path, bad: str, stage: int, *settings: str) -> Out
 def test_a_bad_step_is_left_out_on_all_ranks_and_counted(
     stage: int, variant: str, sample_shards: Path, tmp_path: Path
 ) -> None:
-    done = broken(sample_shards, tmp_path, "3", stage, f"emcl.variant={variant}", "emcl.k=8")
+    done = broken(sample_shards, tmp_path, "3", stage, f"emcl.variant={variant}", "emcl.bases=8")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3: the gradient is not finite; left out on all ranks (1 in a row)" in done.stdout + done.stderr
     assert mlflow_run(tmp_path)[1].data.metrics["skipped_steps"] == 1

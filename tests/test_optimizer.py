@@ -10,14 +10,14 @@ from emcl.config import resolve
 from emcl.multitask import VideoLanguageModel
 from emcl.train.optimizer import build_optimizer, parameter_groups
 from emcl.train.schedule import build_schedule
-from emcl.train.settings import OptimConfig
+from emcl.train.train_settings import OptimConfig
 
-OPTIM = OptimConfig(lr=1e-3, clip_lr=1e-5, weight_decay=0.2)
+OPTIM = OptimConfig(lr=1e-3, backbone_lr=1e-5, weight_decay=0.2)
 
 
 def grouped(*overrides: str) -> dict[str, dict[str, float]]:
     """Each trained parameter's name -> its group's rate and decay."""
-    settings = [f"model.name={TINY}", "data.words=16", *overrides]
+    settings = [f"model.name={TINY}", "data.max_tokens=16", *overrides]
     model = VideoLanguageModel(resolve(["retrieval"], overrides=settings))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
@@ -28,19 +28,19 @@ def grouped(*overrides: str) -> dict[str, dict[str, float]]:
 
 
 def test_clips_weights_learn_with_their_own_rate_and_new_ones_with_the_other() -> None:
-    found = grouped()
-    for name, group in found.items():
+    groups = grouped()
+    for name, group in groups.items():
         of_clip = name.startswith(("backbone.image.trunk", "backbone.text.trunk"))
         assert group["lr"] == (1e-5 if of_clip else 1e-3), name
-    assert found["tasks.retrieval.logit_scale"]["lr"] == found["backbone.temporal.positions"]["lr"] == 1e-3
+    assert groups["tasks.retrieval.logit_scale"]["lr"] == groups["backbone.temporal.positions"]["lr"] == 1e-3
 
 
 def test_biases_norms_and_scales_do_not_decay() -> None:
-    found = grouped()
-    for name, group in found.items():
+    groups = grouped()
+    for name, group in groups.items():
         single = name.endswith(("bias", "logit_scale", "class_embedding")) or ".ln_" in name
         assert group["decay"] == (0.0 if single else 0.2), name
-    assert any(group["decay"] for group in found.values())
+    assert any(group["decay"] for group in groups.values())
 
 
 def test_frozen_weights_are_in_no_group() -> None:

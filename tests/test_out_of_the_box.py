@@ -19,9 +19,9 @@ def files(tmp_path: Path) -> dict[str, str]:
     made = {}
     for name in ("video", "text"):
         rows = (shared + 6 * rng.normal(size=shared.shape) + rng.normal(size=128)).astype(np.float32)
-        for part, cut in (("fit", rows[:200]), ("test", rows[200:])):
-            np.save(tmp_path / f"{name}-{part}.npy", cut)
-            made[f"{name}_{part}"] = str(tmp_path / f"{name}-{part}.npy")
+        for split, cut in (("fit", rows[:200]), ("test", rows[200:])):
+            np.save(tmp_path / f"{name}-{split}.npy", cut)
+            made[f"{name}_{split}"] = str(tmp_path / f"{name}-{split}.npy")
     return made
 
 
@@ -30,8 +30,8 @@ def call(files: dict[str, str], *more: str, out: Path) -> int:
 
 
 def recall_at_1(output: str, line: str) -> float:
-    (found,) = [text for text in output.splitlines() if text.startswith(line)]
-    return float(found.split()[2])
+    (row,) = [text for text in output.splitlines() if text.startswith(line)]
+    return float(row.split()[2])
 
 
 def test_recall_before_and_after_and_the_transformed_features(

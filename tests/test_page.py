@@ -41,15 +41,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def server(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    place = tmp_path_factory.mktemp("page")
-    run = short_run(sample_shards, place)
-    write_clips(sample_shards, place / "videos")
-    first = min((place / "videos").glob("*.mp4"))
+    folder = tmp_path_factory.mktemp("page")
+    run = short_run(sample_shards, folder)
+    write_clips(sample_shards, folder / "videos")
+    first = min((folder / "videos").glob("*.mp4"))
     first.rename(first.with_name("<img src=x onerror=alert(1)>.mp4"))  # a name is text, never markup
-    index = VideoIndex(place / "index", emcl.load(run, device="cpu"), windows=Windows(2.0, 0.0, "windows"))
-    index.update(place / "videos")
-    with serving(place / "index", run) as running:
-        running.videos = place / "videos"  # type: ignore[attr-defined]
+    index = VideoIndex(folder / "index", emcl.load(run, device="cpu"), windows=Windows(2.0, 0.0, "windows"))
+    index.update(folder / "videos")
+    with serving(folder / "index", run) as running:
+        running.videos = folder / "videos"  # type: ignore[attr-defined]
         yield running
 
 
@@ -92,8 +92,8 @@ def test_a_search_and_a_click_play_the_moment(page: Any) -> None:
     hits = page.locator("#hits button")
     assert hits.count() == int(page.inner_text("#facts").split()[0]) > 12
     page.locator("#hits button", has_text="0:02.0").filter(has_not_text="0:00.0").first.click()
-    found = playing(page)
-    assert found["error"] is None and 1.9 <= found["at"] <= found["long"]
+    player = playing(page)
+    assert player["error"] is None and 1.9 <= player["at"] <= player["long"]
     page.wait_for_selector("#curve:not([hidden]) polyline")
     points = page.get_attribute("#plot polyline", "points").split()
     assert len(points) >= 4 and "a red circle moves left" in page.inner_text("#legend")
@@ -164,8 +164,8 @@ def test_nothing_sticks_out_and_words_can_be_read(page: Any, width: int, scheme:
     page.locator("#hits button").first.click()
     playing(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    for place in ("body", "#facts", "#hits .path", "button[type=submit]", ".link"):
-        assert page.evaluate(CONTRAST, place) >= 4.5, place
+    for selector in ("body", "#facts", "#hits .path", "button[type=submit]", ".link"):
+        assert page.evaluate(CONTRAST, selector) >= 4.5, selector
 
 
 CONTRAST = """(place) => {

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from emcl.model import patches
+from emcl.model.model_settings import ModelConfig
 from emcl.model.open_clip_backbone import build_towers
 from emcl.model.patches import embed_patches_by_product, patch_product
-from emcl.model.settings import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ def test_the_product_is_the_convolution_and_leaves_out_the_same_rest(
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 5, patch, patch, bias=bias).double()
     images = torch.randn(2, 3, *size, dtype=torch.float64)
-    wanted, found = layer(images), patch_product(images, layer.weight, layer.bias)
-    torch.testing.assert_close(found, wanted)
-    gradients = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (wanted, found)]
+    wanted, product = layer(images), patch_product(images, layer.weight, layer.bias)
+    torch.testing.assert_close(product, wanted)
+    gradients = [torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (wanted, product)]
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
@@ -51,6 +51,6 @@ def test_on_a_gpu_the_layer_is_the_product(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_clips_vision_transformer_has_one_and_keeps_its_weights_names() -> None:
     torch.manual_seed(0)
-    trunk = build_towers(ModelConfig(name="ViT-B-32"), words=32, load_weights=False).image.trunk
+    trunk = build_towers(ModelConfig(name="ViT-B-32"), max_tokens=32, load_weights=False).image.trunk
     assert isinstance(trunk.conv1, patches._PatchEmbedding)
     assert "conv1.weight" in trunk.state_dict()

@@ -22,7 +22,7 @@ from emcl.data.decode import decode
 from emcl.data.shards import open_shards
 from emcl.errors import UserError
 from emcl.prepare.clips import Report
-from emcl.prepare.shards import Encoding, Options, prepare_shards
+from emcl.prepare.sharding import Encoding, Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos, reencode
 from forked import start_program
@@ -261,5 +261,5 @@ def test_ids_that_differ_in_a_dot_alone_stay_two_samples(videos: Path, tmp_path:
 
 def test_the_processes_that_encode_do_without_pytorch() -> None:
     """Its import takes longer than ten clips."""
-    code = "import emcl.prepare.shards, sys; assert 'torch' not in sys.modules"
+    code = "import emcl.prepare.sharding, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

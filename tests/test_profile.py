@@ -27,8 +27,8 @@ def test_a_profile_names_each_part_and_its_trace_is_kept(sample_shards: Path, tm
     shares = {name: int(share) for name, share in re.findall(r"^(\w+) +[\d.]+ +(\d+)%", text, re.MULTILINE)}
     assert set(shares) == {"data", "forward", "backward", "optimizer"}
     assert abs(sum(shares.values()) - 100) <= 2
-    for part in ("image tower", "text tower", "temporal", "  retrieval ", "captioning/decoder", "communication"):
-        assert part in text
+    for label in ("image tower", "text tower", "temporal", "  retrieval ", "captioning/decoder", "communication"):
+        assert label in text
     with gzip.open(tmp_path / "runs/run/profile/trace.json.gz") as trace:
         names = [event.get("name") for event in json.load(trace)["traceEvents"]]
     assert names.count("emcl: backward") == 4

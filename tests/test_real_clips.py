@@ -12,7 +12,7 @@ import pytest
 
 import emcl
 from conftest import ROOT, TINY, launch, shared
-from emcl.prepare.shards import Encoding, Options, prepare_shards
+from emcl.prepare.sharding import Encoding, Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos
 from emcl.search.index import VideoIndex
@@ -34,9 +34,9 @@ def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> No
     videos = ten(tmp_path / "shards")
     done = launch(
         "--task", "retrieval,captioning,msrvtt_qa", "data.generate=false", f"data.train={tmp_path}/shards",
-        "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", f"model.name={TINY}", "data.size=32",
-        "data.frames=4", "optim.epochs=150", "optim.lr=3e-3", "optim.clip_lr=3e-3", "optim.weight_decay=0",
-        "checkpoint.every_steps=1000", "name=ten", "tracking.enabled=false",
+        "data.val=null", f"data.test={tmp_path}/shards", "data.batch_size=10", f"model.name={TINY}",
+        "data.image_size=32", "data.frames=4", "optim.epochs=150", "optim.lr=3e-3", "optim.backbone_lr=3e-3",
+        "optim.weight_decay=0", "checkpoint.every_steps=1000", "name=ten", "tracking.enabled=false",
         "tasks.captioning.label_smoothing=0", "tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0",
         "tasks.captioning.captions_per_video=3", cwd=tmp_path, ranks=2,
     )  # fmt: skip
@@ -51,14 +51,14 @@ def test_a_tiny_model_learns_all_tasks_of_the_ten_by_heart(tmp_path: Path) -> No
     finds_its_clips(tmp_path / "runs/ten", videos, tmp_path)
 
 
-def finds_its_clips(run: Path, videos: Path, place: Path) -> None:
+def finds_its_clips(run: Path, videos: Path, folder: Path) -> None:
     """Each of the ten by its captions, in an index of their files; two are scenes of one file."""
     clips = json.loads((videos / "annotations.json").read_text())
-    (place / "nine").mkdir()
+    (folder / "nine").mkdir()
     for name in {clip["file"] for clip in clips}:
-        (place / "nine" / name).write_bytes((videos / name).read_bytes())
-    index = VideoIndex(place / "index", emcl.load(run, device="cpu"), windows=Windows())
-    index.update(place / "nine")
+        (folder / "nine" / name).write_bytes((videos / name).read_bytes())
+    index = VideoIndex(folder / "index", emcl.load(run, device="cpu"), windows=Windows())
+    index.update(folder / "nine")
     for clip in clips:
         for caption in clip["captions"]:
             hit = index.search(caption, top=1)[0]
@@ -77,7 +77,7 @@ def test_the_whole_way_from_files_to_a_report(tmp_path: Path) -> None:
     command = [
         sys.executable, "benchmarks/whole_way.py", "clips", "--annotations", str(shared("data/msrvtt")),
         "--videos", str(shared("data/videos")), "--out", str(tmp_path), "optim.max_steps=3", "tracking.enabled=false",
-        f"model.name={TINY}", "data.size=32", "data.frames=3",
+        f"model.name={TINY}", "data.image_size=32", "data.frames=3",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import launch
 from emcl.config import resolve
-from emcl.shipped import configs_folder, find_file
+from emcl.resources import configs_folder, find_file
 from emcl.train import plan as planning
 from emcl.train.fake_cuda import NoFakeCudaError
 from emcl.train.plan import Plan, bucket_bytes, describe_plan, plan, state_gib
@@ -34,8 +34,8 @@ GROUPS = {"clip_decay": 1e-7, "clip_no_decay": 1e-7, "new_decay": 1e-4, "new_no_
 def test_a_recipe_resolves_and_is_counted(name: str, tmp_path: Path) -> None:
     config = resolve(None, name, [f"data.root={tmp_path}/none"])
     data, optim = config.data, config.optim
-    assert (data.batch_size, optim.epochs, data.words, data.frames) == PUBLISHED[name]
-    assert (data.fps, data.size, data.augment) == (1.0, 224, "rand-m7-n4-mstd0.5-inc1")
+    assert (data.batch_size, optim.epochs, data.max_tokens, data.frames) == PUBLISHED[name]
+    assert (data.fps, data.image_size, data.augment) == (1.0, 224, "rand-m7-n4-mstd0.5-inc1")
     assert (optim.weight_decay, optim.betas, optim.eps, optim.grad_clip, optim.warmup) == (
         0.2,
         [0.9, 0.98],
@@ -44,16 +44,16 @@ def test_a_recipe_resolves_and_is_counted(name: str, tmp_path: Path) -> None:
         0.1,
     )
     layer = config.emcl
-    assert (layer.variant, layer.k, layer.iterations, layer.temperature, layer.beta, layer.momentum) == (
+    assert (layer.variant, layer.bases, layer.iterations, layer.temperature, layer.beta, layer.momentum) == (
         "reference", 32, 9, 1.0, 3.0, 0.9,
     )  # fmt: skip
     assert "zero_optimization" in json.loads(find_file(config.deepspeed, "deepspeed").read_text())
-    found, _ = plan(config)
-    assert {group: rate for group, (_, rate) in found.groups.items()} == GROUPS
-    assert found.trained == found.parameters == sum(count for count, _ in found.groups.values())
-    assert 150e6 < found.groups["clip_decay"][0] + found.groups["clip_no_decay"][0] < 152e6  # ViT-B/32
-    assert found.steps is None
-    assert len(found.missing) >= 1 and all(str(tmp_path) in item for item in found.missing)
+    planned, _ = plan(config)
+    assert {group: rate for group, (_, rate) in planned.groups.items()} == GROUPS
+    assert planned.trained == planned.parameters == sum(count for count, _ in planned.groups.values())
+    assert 150e6 < planned.groups["clip_decay"][0] + planned.groups["clip_no_decay"][0] < 152e6  # ViT-B/32
+    assert planned.steps is None
+    assert len(planned.missing) >= 1 and all(str(tmp_path) in item for item in planned.missing)
 
 
 def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> None:
@@ -65,14 +65,14 @@ def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> No
 def test_activations_are_those_of_the_towers_layers() -> None:
     """ViT-B/32 keeps some 17 numbers of each token's width and layer, in two bytes each, and grows with the frames."""
     config = resolve(None, "msrvtt_retrieval")
-    found, _ = plan(config)
+    planned, _ = plan(config)
     image = 12 * 12 * 50 * 768 * 17 * 2  # frames, layers, tokens, width
     text = 12 * 32 * 512 * 17 * 2
-    assert found.activations == pytest.approx(image + text, rel=0.3)
+    assert planned.activations == pytest.approx(image + text, rel=0.3)
     twice, _ = plan(resolve(None, "msrvtt_retrieval", ["data.frames=24"]))
-    assert 1.8 < twice.activations / found.activations < 2
+    assert 1.8 < twice.activations / planned.activations < 2
     frozen, _ = plan(resolve(None, "msrvtt_retrieval", ["model.frozen=[image,text]"]))
-    assert frozen.activations < 0.1 * found.activations
+    assert frozen.activations < 0.1 * planned.activations
 
 
 def test_zero_shares_what_its_stages_say() -> None:
@@ -108,9 +108,9 @@ def test_where_the_step_cannot_be_planned_the_plan_says_so(monkeypatch: pytest.M
 def test_steps_are_those_of_the_shards(sample_shards: Path) -> None:
     patterns = [f"data.{split}={sample_shards}/{split}-*.tar" for split in ("train", "val", "test")]
     config = resolve(None, "msrvtt_retrieval", [*patterns, "data.batch_size=8"])
-    found, _ = plan(config)
-    assert (found.samples, found.test, found.missing) == (24, 12, [])
-    assert (found.steps_per_epoch, found.steps) == (24 * 4 // 8, 5 * 12)  # four captions each
+    planned, _ = plan(config)
+    assert (planned.samples, planned.test, planned.missing) == (24, 12, [])
+    assert (planned.steps_per_epoch, planned.steps) == (24 * 4 // 8, 5 * 12)  # four captions each
 
 
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
-from emcl.tasks.settings import RetrievalConfig
+from emcl.tasks.task_settings import RetrievalConfig
 from pydantic import Field
 
 from emcl.config import resolve
-from emcl.describe import describe
+from emcl.config_docs import describe
 from emcl.errors import UserError
 from emcl.registry import early_settings_of, settings_of, task_class, task_entries
 from emcl.settings import as_group, build, group
@@ -113,6 +113,17 @@ def test_settings_of_no_task_name_the_nearest(tmp_path: Path, monkeypatch: pytes
     install(tmp_path, monkeypatch, apart=True)
     with pytest.raises(UserError, match="unknown task 'od', did you mean 'odd'"):
         settings_of("od")
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("trouble", ["import no_such_package", "from json import no_such_name", ""])
+def test_a_task_that_cannot_be_imported_is_named_in_one_line(
+    trouble: str, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, apart=apart)
+    (tmp_path / f"odd_{'settings' if apart else 'task'}.py").write_text(trouble)
+    with pytest.raises(UserError, match=r"^task odd: odd_\w+:Odd\w+ of odd-task cannot be imported: .*(no_such|Odd)"):
+        resolve(["odd"])
 
 
 @pytest.mark.parametrize("name", task_entries())

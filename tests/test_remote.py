@@ -19,7 +19,7 @@ from emcl.cli import main
 from emcl.data import remote
 from emcl.data.shards import find_shards, open_shards
 from emcl.errors import UserError
-from emcl.prepare.shards import Encoding, Options, prepare_shards
+from emcl.prepare.sharding import Encoding, Options, prepare_shards
 from emcl.prepare.table import read_table
 from emcl.prepare.videos import Videos
 
@@ -85,9 +85,9 @@ def server(sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_brace_pattern_is_copied_once(server: Server, sample_shards: Path) -> None:
     pattern = f"{server.url}/train-{{000000..000001}}.tar"
     for _ in range(2):
-        found = find_shards(pattern)
-        assert [path.name for path in found] == ["train-000000.tar", "train-000001.tar"]
-        assert [path.read_bytes() for path in found] == [(sample_shards / path.name).read_bytes() for path in found]
+        copies = find_shards(pattern)
+        assert [path.name for path in copies] == ["train-000000.tar", "train-000001.tar"]
+        assert [path.read_bytes() for path in copies] == [(sample_shards / path.name).read_bytes() for path in copies]
     assert server.asked["train-000000.tar"] == 1
     assert len(open_shards(pattern)) == 24
 

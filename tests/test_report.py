@@ -16,11 +16,11 @@ from conftest import launch, small
 from emcl.cli import main
 from emcl.errors import UserError
 from emcl.metrics.bootstrap import interval
-from emcl.metrics.retrieval import retrieval_metrics
+from emcl.metrics.retrieval_metrics import retrieval_metrics
 from emcl.model.embeddings import Embeddings
 from emcl.registry import task_class
 from emcl.report.page import compare, report_of, write_report
-from emcl.task.result import open_results
+from emcl.task.task_result import open_results
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -28,14 +28,14 @@ pytestmark = pytest.mark.xdist_group("report")
 @pytest.fixture(scope="module")
 def run(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three tasks, a few steps, scored on 12 clips."""
-    place = tmp_path_factory.mktemp("report")
+    folder = tmp_path_factory.mktemp("report")
     settings = [
-        "--task", "all", *small(sample_shards), "data.val=null", "name=one", "evaluate.dsl=true", "emcl.k=8",
+        "--task", "all", *small(sample_shards), "data.val=null", "name=one", "evaluate.dsl=true", "emcl.bases=8",
         "tasks.captioning.width=64", "tasks.captioning.layers=1", "tasks.captioning.generation.max_new_tokens=6",
     ]  # fmt: skip
-    done = launch(*settings, cwd=place)
+    done = launch(*settings, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return place / "runs" / "one"
+    return folder / "runs" / "one"
 
 
 def test_kept_embeddings_and_similarity_give_the_scores_again(run: Path) -> None:
@@ -49,13 +49,13 @@ def test_kept_embeddings_and_similarity_give_the_scores_again(run: Path) -> None
 
 
 def test_items_add_up_to_the_metrics(run: Path) -> None:
-    found = {result.task: result for result in open_results(run)}
-    answers = found["msrvtt_qa"]
+    results = {result.task: result for result in open_results(run)}
+    answers = results["msrvtt_qa"]
     assert np.mean(answers.items["accuracy"]) == pytest.approx(answers.metrics["accuracy"])
-    captions = found["captioning"]
+    captions = results["captioning"]
     name = next(name for name in captions.metrics if name.startswith("CIDEr"))
     assert np.mean(captions.items[name]) == pytest.approx(captions.metrics[name])
-    for result in found.values():
+    for result in results.values():
         for metric, (low, high) in report_of(result).intervals(result).items():
             assert low <= result.metrics[metric] <= high
 
@@ -78,8 +78,8 @@ def test_the_published_figures_stand_beside_ours_and_only_a_whole_test_set_compa
     from dataclasses import replace
 
     full = replace(changed[0], benchmark="msrvtt", split="1k-A", samples=1000)
-    part = replace(full, samples=476)
-    (table,) = compare([full, part])
+    partial = replace(full, samples=476)
+    (table,) = compare([full, partial])
     assert [line.note for line in table.lines if line.ours and "DSL" not in line.name] == [
         "",
         "NOT COMPARABLE with published figures: 476 of 1,000 test videos",
@@ -137,10 +137,10 @@ def test_every_option_in_one_table_and_again_without_encoding(
     assert kinds["none", "none"] == kinds["none", "QB-Norm"] == "inductive"
     assert kinds["none", "DSL"] == kinds["its own (reference)", "none"] == "transductive"
     kept = json.loads((run / "options-test.json").read_text())
-    found = {(option["emcl"], option["rescoring"]): option for option in kept}
+    options = {(option["emcl"], option["rescoring"]): option for option in kept}
     metrics = next(result.metrics for result in open_results(run) if result.task == "retrieval")
-    own = found["its own (reference)", "none"]["metrics"]["text_to_video"]
-    dual = found["its own (reference)", "DSL"]["metrics"]["video_to_text"]
+    own = options["its own (reference)", "none"]["metrics"]["text_to_video"]
+    dual = options["its own (reference)", "DSL"]["metrics"]["video_to_text"]
     assert own["MnR"] == pytest.approx(metrics["text_to_video/MnR"])
     assert dual["MnR"] == pytest.approx(metrics["video_to_text_dsl_transductive/MnR"])
     bank = (run / "embeddings-bank.safetensors").stat().st_mtime_ns
@@ -162,10 +162,10 @@ def test_embeddings_come_back_as_they_were(tmp_path: Path) -> None:
         ["x", "y"],
     )
     kept.save(tmp_path / "e.safetensors")
-    found = Embeddings.open(tmp_path / "e.safetensors")
-    assert torch.equal(found.frames, kept.frames) and torch.equal(found.text, kept.text)
-    assert found.sentences == kept.sentences and found.videos == kept.videos
-    assert found.owner.tolist() == [0, 0, 1]
+    opened = Embeddings.open(tmp_path / "e.safetensors")
+    assert torch.equal(opened.frames, kept.frames) and torch.equal(opened.text, kept.text)
+    assert opened.sentences == kept.sentences and opened.videos == kept.videos
+    assert opened.owner.tolist() == [0, 0, 1]
 
 
 def test_intervals_hold_the_mean_as_often_as_they_say() -> None:

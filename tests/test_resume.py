@@ -21,7 +21,7 @@ from conftest import LAUNCH, deepspeed_command, launch, launch_environment, loss
 from emcl.errors import UserError
 from emcl.run_folder import MANIFEST, RunFolder, checkpoints_in
 from emcl.train import checkpoint
-from emcl.train.universal import PART
+from emcl.train.reshard import PART
 from forked import start_ranks
 
 STEPS = 40
@@ -33,7 +33,7 @@ def settings(shards: Path, stage: int) -> list[str]:
     """Augmentation draws in every step."""
     return [
         *small(shards), "data.val=null", "data.test=null", f"optim.max_steps={STEPS}", "optim.epochs=100", "name=run",
-        "optim.lr=1e-3", "optim.clip_lr=1e-3", "checkpoint.every_steps=7",
+        "optim.lr=1e-3", "optim.backbone_lr=1e-3", "checkpoint.every_steps=7",
         f"deepspeed=deepspeed/zero{stage}.json", "data.augment=rand-m7-n4-mstd0.5-inc1",
     ]  # fmt: skip
 
@@ -118,9 +118,9 @@ def goes_on(cwd: Path, stage: int, ranks: int, store: str) -> dict[int, float]:
     return losses(cwd, store)
 
 
-def same(found: dict[int, float], whole: dict[int, float], steps: range) -> None:
-    assert sorted(found) == list(steps)
-    assert [found[step] for step in steps] == pytest.approx([whole[step] for step in steps], rel=1e-4)
+def same(resumed: dict[int, float], whole: dict[int, float], steps: range) -> None:
+    assert sorted(resumed) == list(steps)
+    assert [resumed[step] for step in steps] == pytest.approx([whole[step] for step in steps], rel=1e-4)
 
 
 @pytest.mark.xdist_group("resume")
@@ -163,18 +163,18 @@ def test_what_cannot_go_on_is_named(run: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     shutil.copytree(run / "checkpoints", folder)
-    found = checkpoints_in(folder)
-    assert len(found) == 3
-    assert checkpoint.newest_whole(folder) == found[-1]
+    saved = checkpoints_in(folder)
+    assert len(saved) == 3
+    assert checkpoint.newest_whole(folder) == saved[-1]
     said: list[str] = []
-    victim = max(found[-1].rglob("*.pt"), key=lambda path: path.stat().st_size)
+    victim = max(saved[-1].rglob("*.pt"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    (found[-2] / MANIFEST).write_text("{")
-    assert checkpoint.newest_whole(folder, said.append) == found[-3]
-    assert victim.name in said[0] and found[-2].name in said[1]
-    next(found[-3].rglob("*.pt")).unlink()
+    (saved[-2] / MANIFEST).write_text("{")
+    assert checkpoint.newest_whole(folder, said.append) == saved[-3]
+    assert victim.name in said[0] and saved[-2].name in said[1]
+    next(saved[-3].rglob("*.pt")).unlink()
     with pytest.raises(UserError, match="no whole checkpoint"):
         checkpoint.newest_whole(folder, said.append)
 
@@ -192,22 +192,22 @@ def test_a_checkpoint_cut_short_is_none(run: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_an_error_that_says_how_much_and_leaves_the_old_ones(
     sample_shards: Path, tmp_path: Path
 ) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(place)]).returncode:
+    disk = tmp_path / "small"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", str(disk)]).returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        limits = [*settings(sample_shards, 1), f"runs={place}/runs", "checkpoint.keep=50", "checkpoint.every_steps=2"]
+        limits = [*settings(sample_shards, 1), f"runs={disk}/runs", "checkpoint.keep=50", "checkpoint.every_steps=2"]
         done = launch("--task", "retrieval", *limits, cwd=tmp_path)
         assert done.returncode != 0
         output = done.stdout + done.stderr
         assert re.search(r"error: step-\d+ could not be saved .* needs [\d,]+ MiB, [\d,]+ are free; step-\d+", output)
         assert "Traceback" not in output
-        folder = place / "runs/run/checkpoints"
+        folder = disk / "runs/run/checkpoints"
         assert checkpoint.newest_whole(folder) == checkpoints_in(folder)[-1]
         assert not list(folder.glob(f"*{PART}"))
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.xdist_group("resume")

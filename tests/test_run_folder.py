@@ -28,11 +28,11 @@ from emcl.run_lock import RunLock
 from emcl.tracking import Tracker
 from emcl.train import checkpoint, loop
 from emcl.train import run as run_module
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
+from emcl.train.preemption import Stopped
 from emcl.train.run import run
 from emcl.train.run_config import config_of_run, find_run
-from emcl.train.start import open_splits
-from emcl.train.stop import Stopped
 
 
 def make_run(path: Path, *tasks: str, steps: tuple[int, ...] = (), age: int = 0) -> RunFolder:
@@ -326,11 +326,11 @@ def test_no_whole_checkpoint_goes_before_the_new_one_stands(tmp_path: Path, monk
         if step == 8:  # as if that one, damaged, had stayed
             shutil.copytree(folder / "step-00000006", folder / "step-00000008")
         new = folder / f"step-{step:08d}"
-        part = folder / f"{new.name}.part"
-        part.mkdir()
-        (part / "state").write_text(str(step))
+        unfinished = folder / f"{new.name}.part"
+        unfinished.mkdir()
+        (unfinished / "state").write_text(str(step))
         gone.clear()
-        checkpoint._finish(part, new, {}, keep=1)
+        checkpoint._finish(unfinished, new, {}, keep=1)
         assert checkpoints_in(folder) == [new] and (new / "state").read_text() == str(step)
         assert set(removed) <= set(gone)
     assert names(folder) == ["step-00000008"]

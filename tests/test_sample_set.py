@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 
 from emcl.data.shards import open_shards
-from emcl.prepare.sample import SPLITS, generate, plan
+from emcl.prepare.sample_set import SPLITS, generate, plan
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(sample_shards: Path, tmp_path: Path) -> None:

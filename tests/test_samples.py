@@ -106,12 +106,12 @@ class Part:
 
 
 def a_batch() -> Batch:
-    part = Part(torch.ones(2), {"x": [torch.ones(1)]}, Pair(torch.ones(1), "a"), (torch.ones(1), 3))
+    inputs = Part(torch.ones(2), {"x": [torch.ones(1)]}, Pair(torch.ones(1), "a"), (torch.ones(1), 3))
     mask = torch.ones(1, 2, dtype=torch.bool)
     videos = VideoFrames(frames=torch.zeros(2, 4, 4, 3), slots=torch.arange(2), mask_BT=mask)
     plan = {"operations": [], "numbers": torch.ones(3)}
     return Batch(
-        ids=["a"], rows=[0], videos=videos, video_B=torch.ones(1), tasks={"t": part, "u": None}, augmentation=plan
+        ids=["a"], rows=[0], videos=videos, video_B=torch.ones(1), tasks={"t": inputs, "u": None}, augmentation=plan
     )
 
 

@@ -21,7 +21,7 @@ ROWS = 7
 class Words(Scorer):
     """Two records of each sample."""
 
-    def update(self, encoded: Any, part: Any | None, rows: Any) -> None:
+    def update(self, encoded: Any, inputs: Any | None, rows: Any) -> None:
         self.records += [(row, word) for row in rows for word in ("first", "second")]
 
     def compute(self, records: list[Record]) -> Scores:

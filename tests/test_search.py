@@ -18,10 +18,10 @@ from emcl.cli import main
 from emcl.data.decode import duration
 from emcl.data.samples import Sample
 from emcl.data.shards import open_shards
+from emcl.devices import Devices
 from emcl.errors import UserError
 from emcl.inference import Span, VideoTextModel
 from emcl.model.emcl_layer import INFERENCE_MODULE
-from emcl.placement import Placement
 from emcl.prepare.table import read_table
 from emcl.prepare.writer import encode_mp4, write_shard
 from emcl.run_folder import SIMILARITY, RunFolder
@@ -60,7 +60,7 @@ def test_a_search_ranks_as_the_model_does(model: VideoTextModel, videos: Path, t
     for query in ("a red circle moves left", "a green square"):
         hits = index.search(query, top=12)
         scores = model.similarity(query, [str(path) for path in files])[0]
-        expected = [str(files[place].relative_to(videos)) for place in scores.argsort(descending=True).tolist()]
+        expected = [str(files[number].relative_to(videos)) for number in scores.argsort(descending=True).tolist()]
         assert [hit.path for hit in hits] == expected
         torch.testing.assert_close(torch.tensor([hit.score for hit in hits]), scores.sort(descending=True).values)
     assert index.search_by_video(files[3])[0].path == str(files[3].relative_to(videos))
@@ -79,7 +79,7 @@ def test_a_search_for_all_sentences_ranks_as_the_evaluation_did(sample_shards: P
     assert scores.shape == (len(sentences), 12)
     for hits, row in zip(index.search_all(sentences, top=12), scores, strict=True):
         best = row.sort(descending=True)
-        assert [hit.path for hit in hits] == [f"{clips.rows[place].sample.id}.mp4" for place in best.indices.tolist()]
+        assert [hit.path for hit in hits] == [f"{clips.rows[column].sample.id}.mp4" for column in best.indices.tolist()]
         torch.testing.assert_close(torch.tensor([hit.score for hit in hits]), best.values, atol=1e-5, rtol=0)
 
 
@@ -104,8 +104,8 @@ def test_only_what_changed_is_encoded_and_what_went_is_forgotten(
     changes = index.update(videos)
     assert sorted(encoded) == [str(videos / "new.mp4"), str(second)]
     assert (changes.added, changes.removed, list(changes.broken)) == (2, 1, ["torn.mp4"])
-    found = {hit.path for hit in index.search("a circle", top=50)}
-    assert len(found) == 12 and first.name not in found and "new.mp4" in found
+    paths = {hit.path for hit in index.search("a circle", top=50)}
+    assert len(paths) == 12 and first.name not in paths and "new.mp4" in paths
 
 
 def test_a_killed_update_goes_on_where_it_was(
@@ -173,8 +173,8 @@ def test_a_video_is_cut_into_its_scenes(model: VideoTextModel, tmp_path: Path) -
     """A real file of two scenes: the knife goes through tortillas until 6.2 s, then through a tomato."""
     file = shared("data/videos/j2Dhf-xFUxU_13_20.avi")
 
-    def rounded(parts: list[tuple[float, float]]) -> list[tuple[float, ...]]:
-        return [tuple(round(time, 1) for time in part) for part in parts]
+    def rounded(spans: list[tuple[float, float]]) -> list[tuple[float, ...]]:
+        return [tuple(round(time, 1) for time in span) for span in spans]
 
     assert rounded(scenes(file, duration(file))) == [(0.0, 6.2), (6.2, 7.1)]
     assert rounded(Windows().of_file(file)) == [(0.0, 6.2), (5.1, 7.1)]  # less than two seconds are too little to see
@@ -198,8 +198,8 @@ def test_above_a_size_the_nearest_are_found_among_rounded_vectors(
     index.update(videos)
     assert index.search("a red circle", top=3)[0].score >= index.search("a red circle", top=3)[1].score
     for file in sorted(videos.rglob("*.mp4")):
-        found = index.search_by_video(file, top=1)[0]
-        assert found.path == str(file.relative_to(videos)) and found.score == pytest.approx(1, abs=1e-5)
+        nearest = index.search_by_video(file, top=1)[0]
+        assert nearest.path == str(file.relative_to(videos)) and nearest.score == pytest.approx(1, abs=1e-5)
 
 
 def test_devices_share_the_work_and_precision_is_chosen(
@@ -207,15 +207,15 @@ def test_devices_share_the_work_and_precision_is_chosen(
 ) -> None:
     files: list[Any] = sorted(videos.rglob("*.mp4"))
     alone = model.encode_video(files)
-    two = Placement([torch.device("cpu"), torch.device("cpu")], torch.float32)
-    shared_out = VideoTextModel(model.model, model.config, model.files, where=two, batch_size=2)
+    two = Devices([torch.device("cpu"), torch.device("cpu")], torch.float32)
+    shared_out = VideoTextModel(model.model, model.config, model.files, devices=two, batch_size=2)
     assert len(shared_out.replicas) == 2
-    found = shared_out.encode_video(files)
-    torch.testing.assert_close(found.frames, alone.frames)  # in order
-    assert torch.equal(found.mask, alone.mask)
+    features = shared_out.encode_video(files)
+    torch.testing.assert_close(features.frames, alone.frames)  # in order
+    assert torch.equal(features.mask, alone.mask)
     rough = emcl.load(trained, device="cpu", precision="bf16").encode_video(files).frames
     assert 0 < (rough - alone.frames).norm() / alone.frames.norm() < 0.02
-    assert emcl.load(trained).where.dtype == torch.float32
+    assert emcl.load(trained).devices.dtype == torch.float32
     with pytest.raises(UserError, match="precision 'int8' is none of fp32, bf16, fp16"):
         emcl.load(trained, precision="int8")
     with pytest.raises(UserError, match="fp16 wants a GPU"):

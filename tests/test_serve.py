@@ -85,11 +85,11 @@ def trained(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def indexed(trained: Path, sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index of twelve clips, beside their folder `videos` and a file that is not in it."""
-    place = tmp_path_factory.mktemp("indexed")
-    write_clips(sample_shards, place / "videos")
-    (place / "secret.mp4").write_bytes(b"secret")
-    VideoIndex(place / "index", emcl.load(trained, device="cpu"), windows=Windows()).update(place / "videos")
-    return place / "index"
+    folder = tmp_path_factory.mktemp("indexed")
+    write_clips(sample_shards, folder / "videos")
+    (folder / "secret.mp4").write_bytes(b"secret")
+    VideoIndex(folder / "index", emcl.load(trained, device="cpu"), windows=Windows()).update(folder / "videos")
+    return folder / "index"
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +132,8 @@ def test_the_api_says_what_the_model_says(server: Server, trained: Path, clip: P
         server.json(f"/api/windows/{number}/answer?question={question}")["answers"],
     ]
     expected = model.answer(clip, "what color is it?", top=3)
-    for found in answers:
-        assert [(item["answer"], pytest.approx(item["probability"], abs=1e-4)) for item in found] == expected
+    for items in answers:
+        assert [(item["answer"], pytest.approx(item["probability"], abs=1e-4)) for item in items] == expected
     curve = server.json(f"/api/windows/{number}/curve?query={quote(query)}")
     cosine = torch.nn.functional.cosine_similarity(features.frames[0], model.encode_text(query), dim=-1)
     torch.testing.assert_close(torch.tensor(curve["similarity"]), cosine[features.mask[0]], atol=1e-4, rtol=0)
@@ -191,20 +191,20 @@ def test_files_outside_the_index_are_never_served(server: Server, indexed: Path,
 )
 def test_what_is_sent_is_checked(server: Server, content: bytes, kind: str, status: int, says: str) -> None:
     for path in ("/api/search/video", "/api/caption", "/api/answer?question=x", "/api/curve?query=x"):
-        found, _, body = server(path, content, Content_Type=kind)
-        assert found == status and says in json.loads(body)["detail"]
-    place = Path(tempfile.gettempdir())
-    kept, deadline = set(place.glob("emcl-upload-*")), time.monotonic() + 30
-    while kept & set(place.glob("emcl-upload-*")) and time.monotonic() < deadline:
+        code, _, body = server(path, content, Content_Type=kind)
+        assert code == status and says in json.loads(body)["detail"]
+    temporary = Path(tempfile.gettempdir())
+    kept, deadline = set(temporary.glob("emcl-upload-*")), time.monotonic() + 30
+    while kept & set(temporary.glob("emcl-upload-*")) and time.monotonic() < deadline:
         time.sleep(0.1)  # another test's server may be at work
-    assert not kept & set(place.glob("emcl-upload-*"))
+    assert not kept & set(temporary.glob("emcl-upload-*"))
 
 
 def test_a_body_without_a_length_is_cut_off_at_the_limit(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    parts = (b"x" * 65536 for _ in range(10_000))
+    chunks = (b"x" * 65536 for _ in range(10_000))
     try:
-        connection.request("POST", "/api/caption", parts, {"Content-Type": "video/mp4"}, encode_chunked=True)
+        connection.request("POST", "/api/caption", chunks, {"Content-Type": "video/mp4"}, encode_chunked=True)
         assert connection.getresponse().status == 413
     except (BrokenPipeError, ConnectionResetError):
         pass  # the server has hung up while there was more to send

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from conftest import ROOT, emcl_command
-from emcl.config import from_dict, resolve, to_yaml
+from emcl.config import SAID, from_dict, resolve, to_yaml
 from emcl.errors import UserError, one_line
-from emcl.model.limits import check_limits
-from emcl.recipe import read_yaml
+from emcl.model.architecture_limits import check_limits
+from emcl.recipe import as_written, read_yaml
 from emcl.run_folder import RunFolder
 from emcl.train.deepspeed_file import read_deepspeed
 from emcl.train.run_config import config_of_run
@@ -42,7 +42,7 @@ REFUSED = {
     "optim.lr=inf": "optim.lr=inf is not a finite number above 0",
     "optim.lr=-.inf": "optim.lr=-.inf is not a number",
     "optim.lr=fast": "optim.lr=fast is not a number above 0",
-    "optim.clip_lr=-1e-7": "from 0 up",
+    "optim.backbone_lr=-1e-7": "from 0 up",
     "optim.epochs=0": "a whole number of epochs from 1 to 1000000",
     "optim.epochs=true": "a whole number of epochs",
     "optim.max_steps=0": "a whole number of steps from 1 up, or null",
@@ -69,9 +69,9 @@ REFUSED = {
     "tasks.msrvtt_qa.answers=[]": "1 or more texts",
     # what the model has room for
     "data.frames=78": "data.frames=78 is not a whole number from 1 to 77",
-    "emcl.k=193": "emcl.k=193 is not a whole number from 1 to 192, the width of tiny",
-    "data.words=33": "data.words=33 is not a whole number from 2 to 32",
-    "data.size=224": "data.size=224 is not 64",
+    "emcl.bases=193": "emcl.bases=193 is not a whole number from 1 to 192, the width of tiny",
+    "data.max_tokens=33": "data.max_tokens=33 is not a whole number from 2 to 32",
+    "data.image_size=224": "data.image_size=224 is not 64",
     # lists and tables
     "optim.betas=[0.9]": "optim.betas=[0.9] is not a list [one, two] of 2 numbers from 0 to below 1",
     "optim.betas=[]": "optim.betas=[] is not a list",
@@ -105,7 +105,7 @@ REFUSED = {
     "name=..": "is no name of a folder",
     "name=.": "is no name of a folder",
     "name=a\nb": "is no name of a folder",
-    "optim.lrr=1": "unknown configuration key 'optim.lrr', did you mean 'lr'? (keys here: lr, clip_lr,",
+    "optim.lrr=1": "unknown configuration key 'optim.lrr', did you mean 'lr'? (keys here: lr, backbone_lr,",
     "otpim.lr=1": "did you mean 'optim'?",
     "optim=3": "optim=3 is no group of settings",
     "optim=null": "optim=null is no group of settings",
@@ -265,10 +265,10 @@ def test_a_pattern_is_a_key_of_a_mixture_too() -> None:
     ],
 )
 def test_values_are_read_by_their_type(override: str, of: str, value: Any) -> None:
-    found: Any = resolve(["retrieval"], overrides=[override])
-    for part in of.split("."):
-        found = getattr(found, part)
-    assert found == value and type(found) is type(value)
+    setting: Any = resolve(["retrieval"], overrides=[override])
+    for key in of.split("."):
+        setting = getattr(setting, key)
+    assert setting == value and type(setting) is type(value)
 
 
 def test_the_last_of_several_layers_counts_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -352,7 +352,8 @@ def test_values_of_other_settings_are_taken_as_text_and_tasks_have_some_too() ->
 def test_overrides_are_held_against_the_run_that_goes_on(tmp_path: Path) -> None:
     """Not against the defaults: this run's captions may have 80 tokens, and its frames no order."""
     saved = resolve(
-        ["captioning"], overrides=["tasks.captioning.words=80", "model.temporal=mean", "name=mine", "data.frames=90"]
+        ["captioning"],
+        overrides=["tasks.captioning.max_tokens=80", "model.temporal=mean", "name=mine", "data.frames=90"],
     )
     (tmp_path / "config.yaml").write_text(to_yaml(saved).replace("name: mine", "name: group/mine"))
     written = tmp_path / "checkpoints/step-00000004/manifest.json"
@@ -390,10 +391,10 @@ def test_an_architecture_with_wrong_numbers_is_refused(change: dict[str, Any], n
 
 
 def test_a_model_without_the_layer_may_be_narrower_than_its_bases() -> None:
-    config = resolve(["retrieval"], overrides=["emcl.k=500", "emcl.enabled=false"])
+    config = resolve(["retrieval"], overrides=["emcl.bases=500", "emcl.enabled=false"])
     check_limits(config)
-    with pytest.raises(UserError, match=r"emcl\.k=500 is not a whole number from 1 to 192"):
-        check_limits(resolve(["retrieval"], overrides=["emcl.k=500"]))
+    with pytest.raises(UserError, match=r"emcl\.bases=500 is not a whole number from 1 to 192"):
+        check_limits(resolve(["retrieval"], overrides=["emcl.bases=500"]))
 
 
 def test_an_entry_for_a_mixture_that_is_no_table_is_refused() -> None:
@@ -464,7 +465,7 @@ def test_a_recipes_own_tasks_are_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "optim: lr, clip_lr"),
+        ([], "optim: lr, backbone_lr"),
         (["optim"], "optim.betas=[0.9, 0.98]   (a list [one, two] of 2 numbers from 0 to below 1)"),
         (["data.frames"], "data.frames=12   (a whole number of frames from 1 up)"),
         (["tasks.captioning"], "tasks.captioning.generation.num_beams=5"),
@@ -476,3 +477,77 @@ def test_help_says_what_the_fields_say(words: list[str], said: str, tmp_path: Pa
     done = subprocess.run([sys.executable, script, "--help", *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert said in done.stdout
+
+
+FORMER = {
+    "optim.clip_lr=0.5": "optim.backbone_lr=0.5",
+    "data.words=20": "data.max_tokens=20",
+    "data.size=32": "data.image_size=32",
+    "emcl.k=7": "emcl.bases=7",
+    "tasks.captioning.words=30": "tasks.captioning.max_tokens=30",
+}
+TASKS = ["retrieval", "captioning"]
+SHORT = "tasks.captioning.generation.max_new_tokens=5"
+
+
+@pytest.mark.parametrize(("former", "now"), FORMER.items())
+def test_a_former_name_of_a_setting_works_and_one_line_says_the_new_one(
+    former: str, now: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(SAID, raising=False)
+    config = resolve(TASKS, overrides=[SHORT, former])
+    assert config == resolve(TASKS, overrides=[SHORT, now, former])  # the last of two counts, as ever
+    key, new = former.partition("=")[0], now.partition("=")[0]
+    assert [record.message for record in caplog.records] == [
+        f"{key} is {new} now; its old name works for one release more"
+    ]
+    assert (
+        from_dict([as_written(to_yaml(config).replace(f" {new.rpartition('.')[2]}:", f" {key.rpartition('.')[2]}:"))])
+        == config
+    )
+    assert len(caplog.records) == 1, "what a run has kept is nobody's mistake"
+    owner = config
+    for name in key.split(".")[:-1]:
+        owner = owner[name] if isinstance(owner, dict) else getattr(owner, name)
+    assert getattr(owner, key.rpartition(".")[2]) == getattr(owner, new.rpartition(".")[2]), "others' code reads it so"
+
+
+def test_a_recipe_of_before_works_with_what_it_refers_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(SAID, raising=False)
+    (tmp_path / "mine.yaml").write_text(
+        "include: data/sample\ndata: {words: 20}\nemcl: {k: '${data.words}'}\noptim: {clip_lr: 1e-6}\n"
+        "tasks: {retrieval: {}}\n"
+    )
+    config = resolve(None, str(tmp_path / "mine.yaml"), ["emcl.iterations=${data.words}", "data.image_size=48"])
+    assert (config.emcl.bases, config.emcl.iterations, config.data.max_tokens) == (20, 20, 20)
+    assert (config.optim.backbone_lr, config.data.image_size) == (1e-6, 48)
+    assert sorted(record.message.split()[0] for record in caplog.records) == ["data.words", "emcl.k", "optim.clip_lr"]
+    (tmp_path / "mine.yaml").write_text("data: {words: 20, max_tokens: 21}\ntasks: {retrieval: {}}\n")
+    with pytest.raises(UserError, match=r"mine.yaml: data.words is data.max_tokens now: give it once"):
+        resolve(None, str(tmp_path / "mine.yaml"))
+    with pytest.raises(UserError, match=r"^data.max_tokens=1 is not a whole number"):
+        resolve(["retrieval"], overrides=["data.words=1"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "recipe").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_recipes_use_no_former_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(SAID, raising=False)
+    resolve(["retrieval"], str(path))
+    assert not caplog.records
+
+
+def test_a_former_name_is_reported_once_by_a_command_and_found_by_help(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(SAID, raising=False)
+    done = emcl_command("config", "--task", "retrieval", "optim.clip_lr=0.25", "emcl.k=3", cwd=tmp_path)
+    assert "backbone_lr: 0.25" in done.stdout and "clip_lr" not in done.stdout
+    assert len(done.stderr.strip().splitlines()) == 2, done.stderr
+    assert (
+        "optim.clip_lr is optim.backbone_lr now"
+        in emcl_command("config", "--help", "optim.clip_lr", cwd=tmp_path).stdout
+    )

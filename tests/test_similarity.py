@@ -42,7 +42,7 @@ def plainly(text: torch.Tensor, frames: torch.Tensor, mask: torch.Tensor, emcl: 
 @pytest.mark.parametrize("variant", [None, "reference", "compact"])
 def test_values_and_gradients_equal_the_formulas(variant: str | None, block: int | None) -> None:
     upstream = torch.randn(A, B, generator=torch.Generator().manual_seed(1))
-    found = []
+    results = []
     for compute in (plainly, similarity):
         text, frames, mask = inputs()
         emcl = layer(variant) if variant else None
@@ -51,8 +51,8 @@ def test_values_and_gradients_equal_the_formulas(variant: str | None, block: int
         else:
             scores = similarity(text, frames, mask, temperature=TEMPERATURE, regulariser=emcl, block=block)
         (scores * upstream).sum().backward()
-        found.append((scores.detach(), text.grad, frames.grad))
-    for plain, ours in zip(*found, strict=True):
+        results.append((scores.detach(), text.grad, frames.grad))
+    for plain, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
 
 
@@ -101,8 +101,8 @@ def test_tiles_at_once_are_those_one_after_another(variant: str | None, videos: 
         alone = similarity(text, frames[tile], mask[tile], temperature=TEMPERATURE, regulariser=emcl)
         torch.testing.assert_close(one_by_one[0][:, tile], alone, rtol=0, atol=0)
     for at_once in (2, 64):
-        found = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, regulariser=emcl, at_once=at_once)
-        torch.testing.assert_close(found, one_by_one[0], rtol=1e-5, atol=1e-6)
+        scores = similarity_by_tile(text, frames, mask, 4, temperature=TEMPERATURE, regulariser=emcl, at_once=at_once)
+        torch.testing.assert_close(scores, one_by_one[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("numbers", "chunk"), [(2**22, 64), (3 * A * 2 * T, 3), (A * 2 * T - 1, None)])
@@ -114,9 +114,9 @@ def test_a_gpu_takes_as_many_tiles_at_once_as_fit_a_block(
     monkeypatch.setattr("emcl.model.similarity.TILES_AT_ONCE", {"cpu": 64})
     monkeypatch.setattr("emcl.model.similarity.BLOCK_NUMBERS", numbers)
     with mock.patch.object(torch.func, "vmap", wraps=torch.func.vmap) as vmap:
-        found = similarity_by_tile(text, frames, mask, 2, temperature=TEMPERATURE)
+        scores = similarity_by_tile(text, frames, mask, 2, temperature=TEMPERATURE)
     assert [call.kwargs["chunk_size"] for call in vmap.call_args_list] == ([] if chunk is None else [chunk])
-    torch.testing.assert_close(found, one_by_one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores, one_by_one, rtol=1e-5, atol=1e-6)
 
 
 def test_a_layer_in_training_sees_one_tile_after_another() -> None:

@@ -38,8 +38,8 @@ class Slurm:
         return re.sub(r"\D", "", self("sbatch", *command))
 
     def state(self, job: str) -> str:
-        found = re.search(r"JobState=(\w+)", self("scontrol", "show", "job", job))
-        return found[1] if found else ""
+        match = re.search(r"JobState=(\w+)", self("scontrol", "show", "job", job))
+        return match[1] if match else ""
 
     def wait(self, what: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
@@ -48,8 +48,8 @@ class Slurm:
             time.sleep(0.3)
 
     def logs(self) -> str:
-        found = [path.read_text(errors="replace")[-6000:] for path in sorted(self.cwd.glob("*.log"))]
-        return "\n---\n".join(found) + self("squeue")
+        texts = [path.read_text(errors="replace")[-6000:] for path in sorted(self.cwd.glob("*.log"))]
+        return "\n---\n".join(texts) + self("squeue")
 
 
 def can_install() -> bool:
@@ -63,14 +63,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         subprocess.run(["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"], capture_output=True)
     if shutil.which("slurmctld") is None or os.geteuid() != 0:
         pytest.skip("no SLURM here, and it cannot be installed (root and apt-get are needed)")
-    place = tmp_path_factory.mktemp("slurm")
-    folder = place / "cluster"
+    base = tmp_path_factory.mktemp("slurm")
+    folder = base / "cluster"
     environment = {**os.environ, "BASE_PORT": str(free_port()), "SLURM_CONF": str(folder / "slurm.conf")}
     started = subprocess.run([CLUSTER, "start", folder], env=environment, capture_output=True, text=True)
     try:
         if started.returncode:
             pytest.skip(f"SLURM does not start here: {(started.stdout + started.stderr)[-500:]}")
-        cwd = place / "work"
+        cwd = base / "work"
         cwd.mkdir()
         for name in ("cluster", "platform"):
             (cwd / name).symlink_to(ROOT / name)

@@ -11,10 +11,10 @@ import pytest
 from av.video.reformatter import VideoReformatter
 
 from emcl.cli import main
+from emcl.data.data_settings import DataConfig
 from emcl.data.decode import DecodeError, Frames, codec, decode, resampled, square
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
-from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.split import open_split
 from emcl.prepare.videos import as_frames
@@ -48,8 +48,8 @@ def of_source(video: bytes, rate: int, start: float | None = None, end: float | 
 
 def test_raw_frames_are_those_of_the_video_bit_for_bit(sample_shards: Path, tmp_path: Path, video: bytes) -> None:
     shards = prepared(sample_shards, tmp_path, "--store", "raw", "--fps", "4")
-    for row, part in zip(shards.rows, ((None, None), (1.0, 2.0)), strict=True):
-        theirs = of_source(video, 4, *part)
+    for row, span in zip(shards.rows, ((None, None), (1.0, 2.0)), strict=True):
+        theirs = of_source(video, 4, *span)
         stored = shards.read(row)
         np.testing.assert_array_equal(decode(stored, frames=len(theirs), size=SIZE), theirs)
         assert (row.sample.start, row.sample.end) == (None, None)
@@ -66,10 +66,10 @@ def test_jpeg_frames_are_near_them_and_nearer_by_quality(sample_shards: Path, tm
     for shards in (fine, coarse):
         stored = shards.read(shards.rows[0])
         sizes.append(len(stored))
-        found = decode(stored, frames=len(theirs), size=SIZE)
-        errors.append(np.abs(found - theirs).mean())
+        decoded = decode(stored, frames=len(theirs), size=SIZE)
+        errors.append(np.abs(decoded - theirs).mean())
         # FFmpeg cuts colours where it might round them; a wrong range of colours would be a dozen levels off
-        assert abs((found - theirs).mean()) < 2, "a range of colours is taken for another"
+        assert abs((decoded - theirs).mean()) < 2, "a range of colours is taken for another"
     assert errors[0] < 8 and errors[0] < errors[1] and sizes[0] > sizes[1]
 
 
@@ -80,8 +80,8 @@ def test_frames_are_chosen_by_time_as_of_any_video(store: str) -> None:
     stored = encode_mov(np.broadcast_to(numbers, (40, 32, 32, 3)), 10, quality=None if store == "raw" else 95)
 
     def shown(frames: int, **how: object) -> list[int]:
-        found = decode(stored, frames=frames, size=32, **how)  # type: ignore[arg-type]
-        return [round(float(frame.mean()) / 6) for frame in found]
+        decoded = decode(stored, frames=frames, size=32, **how)  # type: ignore[arg-type]
+        return [round(float(frame.mean()) / 6) for frame in decoded]
 
     assert shown(40) == list(range(40))
     assert shown(4) == [5, 15, 25, 35]
@@ -124,7 +124,7 @@ def test_damaged_and_hostile_ones_are_broken_clips(store: str, tmp_path: Path, v
             decode(content, frames=2, size=SIZE)
     samples = [(Sample(id=name, captions=["x"]), "mov", content) for name, content in odd.items()]
     write_shard(tmp_path / "odd.tar", [*samples, (Sample(id="whole", captions=["x"]), "mov", whole)])
-    data = DataConfig(frames=2, size=SIZE, workers=0)
+    data = DataConfig(frames=2, image_size=SIZE, workers=0)
     (batch,) = evaluation_loader(open_split(str(tmp_path / "odd.tar")), data, {}, batch_size=8, rank=0, world_size=1)
     assert batch.ids == ["whole"]
     assert [line.split()[0] for line in batch.bad] == ["empty", "cut", "huge", "without"]
@@ -138,13 +138,13 @@ def test_any_damage_gives_frames_of_the_right_shape_or_a_decode_error(store: str
     for number in range(300):
         content = np.frombuffer(whole, np.uint8).copy()
         # mostly the tables: where samples lie, how long they are, what size they have
-        places = rng.integers(tables if number % 3 else 0, len(whole), 1 + number % 4)
-        content[places] = rng.integers(0, 256, len(places))
+        positions = rng.integers(tables if number % 3 else 0, len(whole), 1 + number % 4)
+        content[positions] = rng.integers(0, 256, len(positions))
         try:
-            found = decode(content.tobytes(), frames=3, size=SIZE)
+            decoded = decode(content.tobytes(), frames=3, size=SIZE)
         except DecodeError:
             continue
-        assert found.shape[1:] == (SIZE, SIZE, 3) and found.dtype == np.uint8
+        assert decoded.shape[1:] == (SIZE, SIZE, 3) and decoded.dtype == np.uint8
 
 
 def test_videos_as_they_are_and_raw_frames_at_once_are_refused(

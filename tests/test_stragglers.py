@@ -13,12 +13,12 @@ from emcl.config import resolve
 from emcl.data.loading_time import LoadingTime
 from emcl.distributed import Ranks
 from emcl.train.bad_clips import BadClips
-from emcl.train.clock import PARTS, WAITING, StepClock
 from emcl.train.meter import Meter
+from emcl.train.step_clock import PARTS, WAITING, StepClock
 from emcl.train.stragglers import find_straggler
 from forked import Program, start_ranks
 from ranks import run_on_ranks
-from stragglers import SLOW_RANK, Trial, named, says
+from straggler_cases import SLOW_RANK, Trial, named, says
 
 USUAL = np.array([0.2, 0.1, 2.0, 4.0, 1.0])
 SECONDS = 8.0
@@ -38,17 +38,17 @@ def test_ranks_that_are_alike_are_not_named(ranks: int) -> None:
 @pytest.mark.parametrize("part", PARTS)
 def test_the_slow_rank_and_its_part_are_named(ranks: int, part: str) -> None:
     for seed in range(20):
-        found = work(ranks, seed)
-        found[ranks - 1, PARTS.index(part)] += 5
-        straggler = find_straggler(found, SECONDS + 5)
+        seconds = work(ranks, seed)
+        seconds[ranks - 1, PARTS.index(part)] += 5
+        straggler = find_straggler(seconds, SECONDS + 5)
         assert straggler is not None and (straggler.rank, straggler.part) == (ranks - 1, part)
         assert straggler.excess == pytest.approx(5, abs=1.5)
 
 
 def test_a_node_whose_ranks_are_all_slow_does_not_count_as_usual() -> None:
-    found = work(8, 0)
-    found[4:, PARTS.index("loading")] += 4
-    straggler = find_straggler(found, SECONDS + 4)
+    seconds = work(8, 0)
+    seconds[4:, PARTS.index("loading")] += 4
+    straggler = find_straggler(seconds, SECONDS + 4)
     assert straggler is not None and straggler.rank >= 4 and straggler.part == "loading"
 
 
@@ -66,10 +66,10 @@ def test_the_clock_tells_work_from_waiting_for_others() -> None:
     with clock.wait():  # of an evaluation between steps
         time.sleep(0.05)
     clock.loaded(0.3)
-    found = clock.read()
-    assert found["loading"] == 0.3
-    assert found["forward"] == pytest.approx(0.05, abs=0.03)
-    assert found[WAITING] == pytest.approx(0.1, abs=0.03)
+    seconds = clock.read()
+    assert seconds["loading"] == 0.3
+    assert seconds["forward"] == pytest.approx(0.05, abs=0.03)
+    assert seconds[WAITING] == pytest.approx(0.1, abs=0.03)
     assert sum(clock.read().values()) == 0
 
 
@@ -109,7 +109,7 @@ def test_ranks_whose_clocks_differ_find_the_same(tmp_path: Path) -> None:
     ids=lambda value: value.kind if isinstance(value, Trial) else "",
 )
 def test_a_real_run_names_the_slow_rank_and_its_cause(trial: Trial, seconds: str, sample_shards: Path) -> None:
-    """Slow enough to stand out beside other tests; finer differences, and clean runs: benchmarks/stragglers.py."""
+    """Slow enough to stand out beside other tests; finer differences, and clean runs: benchmarks/straggler_cases.py."""
     settings = ("optim.epochs=10", "optim.max_steps=24", "data.batch_size=2")
 
     def forked(arguments: list[str], ranks: int, environment: dict[str, str], cwd: Path, log: Path) -> list[Program]:

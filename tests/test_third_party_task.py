@@ -25,21 +25,21 @@ ALL = "retrieval,msrvtt_qa,temporal_order,sentence_fit,again"
 @pytest.fixture(scope="module")
 def trained(installed: dict[str, str], sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of their tasks beside ours, three steps long, in a folder with the test clips in `videos`."""
-    place = tmp_path_factory.mktemp("third")
-    settings = [*small(sample_shards), "optim.max_steps=3", "emcl.variant=compact", "emcl.k=8", "name=run"]
+    folder = tmp_path_factory.mktemp("third")
+    settings = [*small(sample_shards), "optim.max_steps=3", "emcl.variant=compact", "emcl.bases=8", "name=run"]
     settings += ["kinds.again=temporal_order", "data.val=null"]
-    done = launch("--task", ALL, *settings, cwd=place, env=installed)
+    done = launch("--task", ALL, *settings, cwd=folder, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
-    write_clips(sample_shards, place / "videos")
-    return place / "runs/run"
+    write_clips(sample_shards, folder / "videos")
+    return folder / "runs/run"
 
 
 @pytest.fixture(scope="module")
 def server(installed: dict[str, str], trained: Path) -> Iterator[Server]:
-    place = trained.parent.parent
-    done = emcl_command("index", "videos", "--model", str(trained), "--out", "index", cwd=place, env=installed)
+    folder = trained.parent.parent
+    done = emcl_command("index", "videos", "--model", str(trained), "--out", "index", cwd=folder, env=installed)
     assert done.returncode == 0, done.stderr
-    with serving(place / "index", trained, env=installed) as running:
+    with serving(folder / "index", trained, env=installed) as running:
         yield running
 
 
@@ -135,8 +135,8 @@ def test_the_api_says_what_they_predict(server: Server, clip: Path) -> None:
         (f"/api/windows/{number}/answer?question=x", 404, "sentence_fit (--task, task= or /api/predict/TASK)"),
         (f"/api/windows/{number}/caption", 404, "no task that it was trained for can caption"),
     ):
-        found, _, body = server(path)
-        assert found == status and says in json.loads(body)["detail"], path
+        code, _, body = server(path)
+        assert code == status and says in json.loads(body)["detail"], path
 
 
 def test_the_page_has_their_buttons(browser: Any, server: Server) -> None:  # noqa: F811

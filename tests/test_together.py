@@ -13,10 +13,10 @@ import torch
 from conftest import launch, small
 from emcl.config import Config, resolve
 from emcl.data.batch import number_of
+from emcl.data.captions import Tokens
 from emcl.data.loader import Collate, Loaded
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
-from emcl.data.text import Tokens
 from emcl.distributed import ALONE, Ranks
 from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
@@ -26,8 +26,8 @@ from ranks import run_on_ranks
 TASKS = ["retrieval", "captioning", "msrvtt_qa"]
 TINY = str(Path(__file__).parent / "tiny_clip.json")
 SETTINGS = [
-    f"model.name={TINY}", "data.size=32", "data.frames=3", "data.words=12", "data.batch_size=8", "emcl.k=4",
-    "tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0", "tasks.msrvtt_qa.questions_per_video=2",
+    f"model.name={TINY}", "data.image_size=32", "data.frames=3", "data.max_tokens=12", "data.batch_size=8",
+    "emcl.bases=4", "tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0", "tasks.msrvtt_qa.questions_per_video=2",
 ]  # fmt: skip
 CAPTIONED = {"captions": ["a red circle moves left", "it goes left"]}
 ASKED = {"qa": [{"question": "what moves?", "answer": "circle"}, {"question": "what colour?", "answer": "red"}]}
@@ -50,15 +50,15 @@ def _joint(ranks: Ranks, coverage: str, more: list[str]) -> tuple[dict[str, floa
     samples = [Sample(id=str(number), **facts) for number, facts in enumerate(COVERAGES[coverage])]  # type: ignore[arg-type]
     config = configured(samples, *more)
     texts = Tokens(tokenizer_of(config))
-    parts = collators(config, texts, training=True)
-    mine = range(8)[ranks.share(8)]
+    collate_by_task = collators(config, texts, training=True)
+    own_rows = range(8)[ranks.share(8)]
     items = []
-    for row in mine:
+    for row in own_rows:
         frames = np.random.default_rng(row).integers(0, 256, (1 + row % 3, 32, 32, 3), dtype=np.uint8)
         items.append(Loaded(Draw(row, None, row), samples[row], frames))
     torch.manual_seed(0)
     model = VideoLanguageModel(config, ranks=ranks)
-    losses = model(batch=Collate(parts, frames=3)(items))
+    losses = model(batch=Collate(collate_by_task, frames=3)(items))
     total_loss(losses).backward()
     whole = {name: float(ranks.sum(loss.detach()) / ranks.world_size) for name, loss in losses.items()}
     gradients = {
@@ -95,7 +95,7 @@ def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: li
     samples = [Sample(id=str(row), **facts) for row, facts in zip(kept, only, strict=True)]  # type: ignore[arg-type]
     config = configured(samples, *more)
     texts = Tokens(tokenizer_of(config))
-    parts = collators(config, texts, training=True)
+    collate_by_task = collators(config, texts, training=True)
     items = [
         Loaded(
             Draw(row, None, row),
@@ -105,7 +105,7 @@ def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: li
         for row, sample in zip(kept, samples, strict=True)
     ]
     torch.manual_seed(0)
-    alone = VideoLanguageModel(config)(batch=Collate(parts, frames=3)(items))
+    alone = VideoLanguageModel(config)(batch=Collate(collate_by_task, frames=3)(items))
     assert with_others["retrieval/contrastive"] == pytest.approx(
         float(alone["retrieval/contrastive"].detach()), rel=1e-5
     )
@@ -116,11 +116,11 @@ def test_a_video_that_is_drawn_twice_is_no_negative_of_itself(task: str) -> None
     """The loss is that of a batch whose second drawing is of the same number; one of another number would count."""
     sample = [Sample(id=name, source="set", **CAPTIONED, **ASKED) for name in ("a", "b", "a")]  # type: ignore[arg-type]
     config = configured(sample, "emcl.enabled=false")
-    parts = collators(config, Tokens(tokenizer_of(config)), training=True)
+    collate_by_task = collators(config, Tokens(tokenizer_of(config)), training=True)
     rng = np.random.default_rng(0)
     shown = [rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8) for _ in range(2)]
     items = [Loaded(Draw(row, 0, row), one, shown[row % 2]) for row, one in enumerate(sample)]
-    batch = Collate(parts, frames=3)(items)
+    batch = Collate(collate_by_task, frames=3)(items)
     assert batch.video_B is not None
     assert batch.video_B[0] == batch.video_B[2] != batch.video_B[1]
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def test_a_task_alone_starts_from_a_run_of_others(uneven_shards: Path, tmp_path:
     # steps too small for fp32
     second = launch(
         "--task", "msrvtt_qa,captioning", *settings, "name=second", "--init", "runs/first", "optim.lr=1e-300",
-        "optim.clip_lr=0", cwd=tmp_path,
+        "optim.backbone_lr=0", cwd=tmp_path,
     )  # fmt: skip
     assert second.returncode == 0, second.stdout + second.stderr
     assert "tasks.msrvtt_qa" in second.stdout and "new: tasks.captioning" in second.stdout

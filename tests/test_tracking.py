@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from conftest import make_store
-from emcl import outbox, tracking
+from emcl import async_sender, tracking
 from emcl.config import Config, resolve
 from emcl.tracking import Tracker, open_tracker
 from local_ranks import free_port
@@ -93,7 +93,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, int, 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    monkeypatch.setattr(outbox, "LONGEST_PAUSE", 2.0)
+    monkeypatch.setattr(async_sender, "LONGEST_PAUSE", 2.0)
     return tmp_path, port, uri
 
 
@@ -164,7 +164,7 @@ def test_a_record_that_the_store_refuses_holds_up_nothing(opened: Config, caplog
 def test_what_arrived_though_its_answer_was_lost_is_not_sent_twice(
     opened: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outbox, "PAUSE", 0.1)
+    monkeypatch.setattr(async_sender, "PAUSE", 0.1)
     tracker: Any = open_tracker(opened, "run", first_rank=True)
     client, lost = tracker._client, [True]
     send = client.log_batch

@@ -46,7 +46,14 @@ def test_a_wheel_in_a_clean_environment_prepares_trains_evaluates_and_serves(tmp
     output("prepare", "folder", "--videos", "clips", "--annotations", "table.csv", "--out", "shards")
     shutil.copy(TINY, work / "tiny.json")
     shards = ["data.train=shards/train-000000.tar", "data.test=shards/test-000000.tar", "data.val=null"]
-    quick = ["model.name=tiny.json", "data.size=32", "data.frames=2", "data.words=16", "data.batch_size=4", "emcl.k=8"]
+    quick = [
+        "model.name=tiny.json",
+        "data.image_size=32",
+        "data.frames=2",
+        "data.max_tokens=16",
+        "data.batch_size=4",
+        "emcl.bases=8",
+    ]
     said = output(
         "train", "--task", "retrieval", "name=one", *shards, *quick, "optim.epochs=1", "tracking.enabled=false"
     )
@@ -64,10 +71,10 @@ def test_a_wheel_in_a_clean_environment_prepares_trains_evaluates_and_serves(tmp
         assert address is not None
         try:
             page = urllib.request.urlopen(address[0]).read().decode()
-            found = json.loads(urllib.request.urlopen(f"{address[0]}/api/search?query=a+clip").read())
+            answer = json.loads(urllib.request.urlopen(f"{address[0]}/api/search?query=a+clip").read())
         finally:
             server.terminate()
-    assert "<html" in page and len(found["hits"]) == 6, found
+    assert "<html" in page and len(answer["hits"]) == 6, answer
 
 
 def wheel_environment(tmp_path: Path) -> Path:

@@ -23,26 +23,26 @@ from emcl.config import resolve
 from emcl.data import loader as loaders
 from emcl.data import workers
 from emcl.data.batch import Batch
-from emcl.data.order import Order, RankBatches
-from emcl.data.settings import DataConfig
+from emcl.data.data_settings import DataConfig
+from emcl.data.resilient_loader import ResilientLoader
+from emcl.data.sampler import RankBatchSampler, ShardSampler
 from emcl.data.shards import ShardSet
 from emcl.data.split import Split, open_split
-from emcl.data.steps import StepLoader
 from emcl.distributed import ALONE
 from emcl.errors import OneRankError
 from emcl.evaluate.driver import evaluate
 from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel
-from emcl.train.stop import StopRequest
+from emcl.train.preemption import StopRequest
 
 CPU = torch.device("cpu")
-DATA = DataConfig(frames=4, size=32, batch_size=6, workers=2)
+DATA = DataConfig(frames=4, image_size=32, batch_size=6, workers=2)
 
 
-def step_loader(split: Split, data: DataConfig, steps: int) -> StepLoader:
-    order = Order(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
-    batches = RankBatches(order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
-    return StepLoader(split, data, batches, {})
+def step_loader(split: Split, data: DataConfig, steps: int) -> ResilientLoader:
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    batches = RankBatchSampler(sampler, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
+    return ResilientLoader(split, data, batches, {})
 
 
 def children() -> list[psutil.Process]:
@@ -58,17 +58,17 @@ def test_loaders_that_were_killed_start_again_and_give_the_same_batches(
     calm = [batch for (batch,) in step_loader(split, DATA, 12).steps(0)]
     troubled = step_loader(split, DATA, 12)
     before = {one.pid for one in children()}
-    found: list[Batch] = []
+    batches: list[Batch] = []
     for step, (batch,) in enumerate(troubled.steps(0)):
-        found.append(batch)
+        batches.append(batch)
         if step in (2, 7):
             for worker in children():
                 if worker.pid not in before:
                     os.kill(worker.pid, signal.SIGKILL)
             time.sleep(0.2)  # the step that goes on meanwhile is not disturbed
     assert troubled.restarts == 2
-    assert [batch.ids for batch in found] == [batch.ids for batch in calm]
-    for one, other in zip(found, calm, strict=True):
+    assert [batch.ids for batch in batches] == [batch.ids for batch in calm]
+    for one, other in zip(batches, calm, strict=True):
         torch.testing.assert_close(one.videos.frames, other.videos.frames, rtol=0, atol=0)
 
 

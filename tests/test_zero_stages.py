@@ -21,7 +21,7 @@ def trained(
     cwd.mkdir(exist_ok=True)
     done = launch(
         "--task", task, *small(shards), "data.test=null", "data.val=null", "optim.max_steps=3", "name=run",
-        "optim.lr=1e-3", "optim.clip_lr=1e-3", *recorded(cwd), *settings, cwd=cwd, ranks=ranks,
+        "optim.lr=1e-3", "optim.backbone_lr=1e-3", *recorded(cwd), *settings, cwd=cwd, ranks=ranks,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     by_step = losses(cwd)
@@ -93,14 +93,14 @@ def test_a_resumed_step_gives_the_weights_that_it_gave_before(stage: int, sample
 
 @pytest.mark.xdist_group("zero")
 def test_bf16_follows_fp32(plain: tuple[Weights, list[float]], sample_shards: Path, tmp_path: Path) -> None:
-    weights, found = trained(sample_shards, tmp_path, "precision=bf16")
-    assert found == pytest.approx(plain[1], rel=0.05)
+    weights, bf16_losses = trained(sample_shards, tmp_path, "precision=bf16")
+    assert bf16_losses == pytest.approx(plain[1], rel=0.05)
     assert weights["tasks.retrieval.emcl.mu"].dtype.itemsize == 4
 
 
 @pytest.mark.xdist_group("zero")
 def test_compact_bases_train_on_two_ranks_as_on_one(sample_shards: Path, tmp_path: Path) -> None:
-    compact = ["emcl.variant=compact", "emcl.k=8", "emcl.beta=1"]
+    compact = ["emcl.variant=compact", "emcl.bases=8", "emcl.beta=1"]
     one = trained(sample_shards, tmp_path / "one", *compact, ranks=1)
     two = trained(sample_shards, tmp_path / "two", *compact)
     assert two[1] == pytest.approx(one[1], rel=1e-4)

@@ -1,6 +1,6 @@
 # What the job scripts share: the environment, and one DeepSpeed launcher a node that finds the others by SLURM's variables.
 # shellcheck shell=bash
-AGAIN=75 # a run that saved and wants to go on (platform/emcl/train/stop.py)
+AGAIN=75 # a run that saved and wants to go on (platform/emcl/train/preemption.py)
 
 cd "${EMCL_HOME:-$SLURM_SUBMIT_DIR}"
 if [ -f .venv/bin/activate ]; then

@@ -16,7 +16,7 @@ from emcl.settings import wanted
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all errors for users are."""
+    """Reports errors in one line, like all errors for users."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(ValueError(message))} (see {self.prog} --help)\n")
@@ -36,7 +36,7 @@ def whole(**bounds: Any) -> Callable[[str], int]:
 
 
 def number(**bounds: Any) -> Callable[[str], float]:
-    """As `whole`; finite."""
+    """As `whole`, for finite numbers."""
     return _reader(Annotated[float, Field(allow_inf_nan=False, **bounds)])
 
 
@@ -53,10 +53,10 @@ def _reader(annotation: Any) -> Callable[[str], Any]:
 
 
 def check_out(path: Path, *, folder: bool, option: str = "--out") -> None:
-    """Whether results can be written, before the work that they come from; nothing is made.
+    """Checks that results can be written, before the work starts; creates nothing.
 
     Raises:
-        UserError: something else has the name, or the place is read-only.
+        UserError: something else has the name, or the location is read-only.
     """
     why = why_not_written(path)
     if os.path.lexists(path) and os.path.isdir(path) != folder:  # noqa: PTH112, which raises
@@ -75,7 +75,7 @@ class Help(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        from emcl.describe import explain, overview
+        from emcl.config_docs import explain, overview
 
         try:
             print(explain(str(values)) if values else f"{parser.format_help()}\n{overview()}")
@@ -85,7 +85,7 @@ class Help(argparse.Action):
 
 
 def add_help(parser: argparse.ArgumentParser) -> None:
-    """To a parser made with `add_help=False`."""
+    """Adds it to a parser made with `add_help=False`."""
     parser.add_argument(
         "-h", "--help", nargs="?", metavar="GROUP", action=Help, help="this, or what settings there are"
     )

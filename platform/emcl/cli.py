@@ -190,7 +190,10 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         help="H.264; or squares of the training's size, larger and cheaper to read (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--size", type=whole(ge=1, le=4096), default=224, help="pixels of the squares: data.size (default: %(default)s)"
+        "--size",
+        type=whole(ge=1, le=4096),
+        default=224,
+        help="pixels of the squares: data.image_size (default: %(default)s)",
     )
     parser.add_argument(
         "--quality", type=whole(ge=1, le=95), default=90, help="of JPEG, 1 to 95 (default: %(default)s)"
@@ -202,7 +205,7 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    from emcl.prepare.sample import generate
+    from emcl.prepare.sample_set import generate
 
     check_out(options.out, folder=True)
     generate(options.out, seed=options.seed, processes=options.processes)
@@ -224,11 +227,11 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, protocol: str) -> None:
     from emcl.data.remote import check_published, is_remote, publish
-    from emcl.prepare.shards import Encoding, Options, prepare_shards
+    from emcl.prepare.sharding import Encoding, Options, prepare_shards
     from emcl.prepare.videos import Videos
 
-    number, _, parts = options.part.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    number, _, jobs = options.part.partition("/")
+    if not (number.isdigit() and jobs.isdigit() and 1 <= int(number) <= int(jobs)):
         raise UserError(f"--part {options.part}: I/N, such as 2/8, with I from 1 to N")
     out = options.staging if is_remote(options.out) else Path(options.out)
     check_out(out, folder=True, option="--staging" if out is options.staging else "--out")
@@ -249,7 +252,7 @@ def _write_shards(options: argparse.Namespace, clips: list[Clip], source: str, p
             ),
             shard_size=options.shard_size,
             processes=options.processes,
-            part=(int(number), int(parts)),
+            part=(int(number), int(jobs)),
             allow_missing=options.allow_missing,
         ),
         source=source,
@@ -294,7 +297,7 @@ def _unpack(options: argparse.Namespace) -> None:
 
 
 def _towers(options: argparse.Namespace) -> None:
-    from emcl.prepare.towers import write_towers
+    from emcl.prepare.pretrained_towers import write_towers
 
     check_out(options.out, folder=True)
     for path in write_towers(options.out):
@@ -371,12 +374,12 @@ def _tasks(_: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> None:
     from emcl.config import resolve, to_yaml
-    from emcl.model.limits import check_limits
-    from emcl.shipped import configs_folder
+    from emcl.model.architecture_limits import check_limits
+    from emcl.resources import configs_folder
     from emcl.train.deepspeed_file import read_deepspeed
 
     if options.describe:
-        from emcl.describe import describe
+        from emcl.config_docs import describe
 
         print(describe(), end="")
     elif options.list:

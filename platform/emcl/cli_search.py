@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """To the parser of `emcl`."""
+    """Adds them to the parser of `emcl`."""
     index = commands.add_parser(
         "index",
         help="make a folder of videos searchable; again, to take in what changed",
@@ -162,19 +162,19 @@ def _search(options: argparse.Namespace) -> None:
     texts = [options.query] if options.queries is None else _lines(options.queries)
     index = VideoIndex(options.index, _open(options))
     if options.video is not None:
-        found = [(str(options.video), index.search_by_video(options.video, options.top))]
+        results = [(str(options.video), index.search_by_video(options.video, options.top))]
     else:
-        found = list(zip(texts, index.search_all(texts, options.top), strict=True))
-    for query, hits in found:
+        results = list(zip(texts, index.search_all(texts, options.top), strict=True))
+    for query, hits in results:
         if options.queries is not None and not options.json:
             print(f"\n{query}")
-        for place, hit in enumerate(hits, 1):
+        for rank, hit in enumerate(hits, 1):
             asked = {"query": query} if options.queries is not None else {}
-            print(json.dumps({**asked, **asdict(hit)}, ensure_ascii=False) if options.json else _line(place, hit))
+            print(json.dumps({**asked, **asdict(hit)}, ensure_ascii=False) if options.json else _line(rank, hit))
 
 
 def _check_files(files: list[Path]) -> None:
-    """Before a model is opened for them."""
+    """Checks that they exist, before a model is loaded."""
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file")
@@ -186,8 +186,8 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _line(place: int, hit: Hit) -> str:
-    return f"{place:>3}  {hit.score:7.3f}  {_clock(hit.start)} to {_clock(hit.end)}  {hit.path}"
+def _line(rank: int, hit: Hit) -> str:
+    return f"{rank:>3}  {hit.score:7.3f}  {_clock(hit.start)} to {_clock(hit.end)}  {hit.path}"
 
 
 def _clock(seconds: float) -> str:
@@ -203,8 +203,8 @@ def _predict(options: argparse.Namespace) -> None:
     for file in tqdm(options.files, unit="video", disable=len(options.files) < 5):
         (predictions,) = model.predict(file, options.question, task=task, top=options.top)
         if options.json:
-            found = {"path": str(file), "task": task, "predictions": [asdict(one) for one in predictions]}
-            tqdm.write(json.dumps(found, ensure_ascii=False))
+            record = {"path": str(file), "task": task, "predictions": [asdict(one) for one in predictions]}
+            tqdm.write(json.dumps(record, ensure_ascii=False))
         else:
             tqdm.write(f"{file}: {', '.join(_said(one) for one in predictions)}")
 
@@ -232,7 +232,7 @@ def _ask(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     from emcl.search.index import VideoIndex, check_index
-    from emcl.serve.limits import Limits
+    from emcl.serve.request_limits import Limits
     from emcl.serve.server import bind, serve
 
     check_index(options.index)

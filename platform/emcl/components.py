@@ -8,13 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Any
 
 from emcl.errors import UserError, first_line
-from emcl.nearest import nearest
 from emcl.settings import as_group, build
+from emcl.suggestions import nearest
+
+DISTRIBUTION = "emcl-platform"
+"""This package, as pip knows it."""
+
+
+def load_entry(entry: EntryPoint, name: str) -> Any:
+    """What an entry point names; this imports it.
+
+    Raises:
+        UserError: it cannot be imported; the line begins with `name`.
+    """
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        package = entry.dist.name if entry.dist else "its package"
+        again = "; install the package again, as after every update" if package == DISTRIBUTION else ""
+        raise UserError(f"{name}: {entry.value} of {package} cannot be imported: {first_line(error)}{again}") from None
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,7 @@ class Components:
             return resolve_name(self.built_in[name])
         self.check(name)
         entry = next(iter(entry_points(group=self.group, name=name)))
-        try:
-            return entry.load()
-        except (ImportError, AttributeError) as error:
-            package = entry.dist.name if entry.dist else "its package"
-            raise UserError(
-                f"{self.setting}={name}: {entry.value} of {package} cannot be imported: {first_line(error)}"
-            ) from None
+        return load_entry(entry, f"{self.setting}={name}")
 
     def load_class(self, name: str, base: type) -> Any:
         """A class that extends `base`.

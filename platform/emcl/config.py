@@ -2,12 +2,14 @@
 
 A recipe is a YAML file of configs/recipe/. It may `include:` other files of configs/ (`model/vit_b_32`), which
 are merged in order before it. Overrides come last. Unknown keys and impossible values are errors that name the key.
-Each part of the work keeps its own group of settings beside its code, in a module `settings`; none imports PyTorch.
+Each part of the work keeps its own group of settings beside its code, in a module `*_settings`; none imports PyTorch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,19 +19,22 @@ import yaml
 from pydantic import AfterValidator, Field
 
 from emcl.components import check_names
-from emcl.data.settings import DataConfig
+from emcl.data.data_settings import DataConfig
 from emcl.errors import UserError, first_line, said_of
-from emcl.evaluate.settings import EvaluateConfig
+from emcl.evaluate.evaluate_settings import EvaluateConfig
 from emcl.kinds import Kinds, check_known, check_new, kinds_in
-from emcl.model.settings import EMCLConfig, ModelConfig
+from emcl.model.model_settings import EMCLConfig, ModelConfig
 from emcl.recipe import Overrides, as_written, parse_overrides, read_recipe
 from emcl.registry import EVERY_TASK, is_built_in, settings_of, task_entries
+from emcl.resources import find_file
 from emcl.secrets import masked
-from emcl.settings import Seconds, Steps, Tree, build, group, merge, nested, subgroups
-from emcl.shipped import find_file
-from emcl.train.settings import CheckpointConfig, OptimConfig
+from emcl.settings import Seconds, Steps, Tree, build, former_keys, former_names, group, merge, nested, subgroups
+from emcl.train.train_settings import CheckpointConfig, OptimConfig
 
+log = logging.getLogger("emcl")
 DEFAULT_RECIPE = "sample"
+SAID = "EMCL_RENAMED_SAID"
+"""The variable in which a process tells those that it starts which former names have been reported."""
 LONGEST_NAME = 200
 """Bytes: of the 255 that a file system has for a name."""
 
@@ -172,7 +177,7 @@ def resolve(
         }
     )
     layers = [*layers, {"kinds": of_run}]
-    config = from_dict(layers, tasks, overrides=overrides, source=str(path), kind_of=kind_of)
+    config = from_dict(layers, tasks, overrides=overrides, source=str(path), kind_of=kind_of, saved=False)
     check_names(config)
     return config
 
@@ -184,6 +189,7 @@ def from_dict(
     overrides: Iterable[str] = (),
     source: str = "",
     kind_of: Callable[[str], Any] = settings_of,
+    saved: bool = True,
 ) -> Config:
     """A checked Config from trees that are merged in order, then overrides; `tasks` are those of them if not given.
 
@@ -191,6 +197,7 @@ def from_dict(
         source: where the trees come from; it begins the line on an error that is theirs.
         kind_of: gives the class of a task's settings; `early_settings_of` knows those without PyTorch alone, and the
             settings of other tasks are left out then.
+        saved: whether the trees are a run's own, in which former names of settings stand without a word.
 
     Raises:
         UserError: unknown task or key, ill-typed or impossible value.
@@ -213,10 +220,10 @@ def from_dict(
                 f"kinds.{name}={kind}: {name} is none of this run's tasks ({', '.join(names)}); --task names them"
             )
     try:
-        return _built(layers, names, given, kinds, kind_of)
+        return _built(layers, names, given, kinds, kind_of, saved=saved)
     except UserError:
         with _said_of(source):  # raises where the trees alone are wrong
-            _built(layers, [], [], {**kinds, **own}, kind_of)
+            _built(layers, [], [], {**kinds, **own}, kind_of, saved=saved)
         raise
 
 
@@ -225,7 +232,13 @@ def _said_of(source: str) -> AbstractContextManager[None]:
 
 
 def _built(
-    layers: Sequence[Tree], names: Sequence[str], given: Overrides, kinds: Kinds, kind_of: Callable[[str], Any]
+    layers: Sequence[Tree],
+    names: Sequence[str],
+    given: Overrides,
+    kinds: Kinds,
+    kind_of: Callable[[str], Any],
+    *,
+    saved: bool,
 ) -> Config:
     tables = {name: None for layer in layers for name in _tasks(layer.get("tasks"))}
     for name in tables:
@@ -236,11 +249,14 @@ def _built(
     known = {name: kind for name, kind in settings.items() if kind is not None}
     schema = {**subgroups(Config), "tasks": known}
     tree: Tree = {}
+    renamed: list[tuple[str, str]] = []
     for layer in layers:
-        merge(schema, tree, {key: value for key, value in layer.items() if key != "kinds"})
+        in_layer = merge(schema, tree, {key: value for key, value in layer.items() if key != "kinds"})
+        renamed += [] if saved else in_layer
     for key, text in given:
         if key.partition(".")[0] != "kinds":
-            merge(schema, tree, nested(schema, key, text))
+            renamed += merge(schema, tree, nested(schema, key, text))
+    _say_renamed(renamed)
     in_use = {name: kind for name, kind in kinds.items() if name in names}
     tree = _interpolated({**tree, "kinds": in_use}, known)
     of_tasks = tree.pop("tasks", {})
@@ -249,6 +265,16 @@ def _built(
     config = build(Config, tree)
     assert isinstance(config, Config)
     return dataclasses.replace(config, tasks={name: built[name] for name in names if name in built})
+
+
+def _say_renamed(names: Iterable[tuple[str, str]]) -> None:
+    """One line for each former name, once, and by the first of a run's processes alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for former, name in dict.fromkeys(names):
+        if former not in os.environ.get(SAID, "").split():
+            log.warning("%s is %s now; its old name works for one release more", former, name)
+            os.environ[SAID] = f"{os.environ.get(SAID, '')} {former}".strip()
 
 
 def _check_task(key: str, text: str, names: Sequence[str], kinds: Kinds) -> None:
@@ -280,8 +306,9 @@ LATER = {
 def fingerprint_text(config: Config) -> str:
     """The settings by which an index knows its model.
 
-    A new version brings new settings. An index that was made before must still know its model, so that those of LATER
-    are left out while they have their defaults: what every model had when there was no choice.
+    A new version brings new settings and renames some. An index that was made before must still know its model, so that
+    those of LATER are left out while they have their defaults, which every model had when there was no choice, and all
+    have their first names.
     """
     return to_yaml(config, later=False)
 
@@ -297,9 +324,21 @@ def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
             tree[table] = {
                 name: value for name, value in tree[table].items() if name not in names or value != usual[table][name]
             }
+        tree = _formerly_named(
+            tree, {**subgroups(Config), "tasks": {name: type(one) for name, one in config.tasks.items()}}
+        )
     if not secrets:
         tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
     return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)
+
+
+def _formerly_named(tree: Tree, kind: Any) -> Tree:
+    """With the settings' former names, each in its place."""
+    within, former = subgroups(kind), {name: old for old, name in former_names(kind).items()}
+    return {
+        former.get(name, name): _formerly_named(value, within[name]) if name in within else value
+        for name, value in tree.items()
+    }
 
 
 def _each_text(value: Any, change: Callable[[str], str], *, in_keys: bool = False) -> Any:
@@ -337,9 +376,16 @@ def _interpolated(tree: Tree, of_tasks: Mapping[str, Any]) -> Tree:
 
     defaults = dataclasses.replace(Config(), tasks={name: _default(kind) for name, kind in of_tasks.items()})
     whole = as_written(to_yaml(defaults))
-    merge({**subgroups(Config), "tasks": of_tasks}, whole, tree)
+    schema = {**subgroups(Config), "tasks": of_tasks}
+    merge(schema, whole, tree)
+
+    def with_new_names(text: str) -> str:
+        for former, name in former_keys(schema).items():
+            text = text.replace(f"${{{former}}}", f"${{{name}}}")
+        return text
+
     try:
-        return OmegaConf.to_container(OmegaConf.create(whole), resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(OmegaConf.create(_each_text(whole, with_new_names)), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(f"{getattr(error, 'full_key', None) or '?'}: {first_line(error)}") from None
 

@@ -1,4 +1,4 @@
-"""Files that others read while they are written, on disks that fill up, by processes that are killed in between."""
+"""Atomic writes: for files with concurrent readers, full disks, and processes that are killed in between."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ OLD = ".old"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Beside its place, then renamed: whoever reads it, or kills this process, finds the old text or the new."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # several processes may write at once
+    """Writes a temporary file, then renames it: there is always either the old text or the new."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")  # several processes may write at once
     try:
-        part.write_text(text)
-        part.replace(path)
+        temporary.write_text(text)
+        temporary.replace(path)
     except OSError:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def aside(path: Path) -> Path:
-    """Where what stood at `path` waits until what replaces it stands."""
+    """Where the old content of `path` is kept until its replacement is complete."""
     return path.with_name(f".{path.name}{OLD}")
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Gives a whole folder its name. What had the name before goes last, and is at `aside(path)` until then."""
+    """Renames a complete folder to `path`. A folder there before is kept at `aside(path)`, and deleted last."""
     old = aside(path)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -41,10 +41,10 @@ def replace_folder(new: Path, path: Path) -> None:
 
 @contextmanager
 def in_turn(lock: Path, *, without_locks: bool = False) -> Iterator[None]:
-    """Processes that do the same thing do it one after another; `lock` is a file for that alone.
+    """A lock between processes: they run the block one after another. The file `lock` serves this alone.
 
     Args:
-        without_locks: whether it is done all the same on a file system without locks, as a cluster's may be.
+        without_locks: whether the block runs even on a file system without locks, as a cluster's may be.
 
     Raises:
         OSError: there are no locks here.
@@ -59,7 +59,7 @@ def in_turn(lock: Path, *, without_locks: bool = False) -> Iterator[None]:
 
 
 def why_not_written(path: Path) -> str | None:
-    """In words, what keeps a file or a folder from being made at `path`; nothing is made."""
+    """Describes why no file or folder can be created at `path`; None if it can. Creates nothing."""
     nearest = _nearest(path)
     if nearest != path and not os.path.isdir(nearest):  # noqa: PTH112, which raises where a folder is not to be read
         return f"{nearest} is a file"
@@ -67,10 +67,10 @@ def why_not_written(path: Path) -> str | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that `path` lies on, or would lie on."""
+    """Free bytes of the disk that `path` lies on, or would lie on."""
     return shutil.disk_usage(_nearest(path)).free
 
 
 def _nearest(path: Path) -> Path:
-    """`path`, or the first around it that is there."""
+    """`path`, or its nearest parent that exists."""
     return next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))

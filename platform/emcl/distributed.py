@@ -1,4 +1,4 @@
-"""Ranks and what they exchange. The only module that touches torch.distributed.
+"""Ranks and their communication. The only module that uses torch.distributed.
 
 Models and losses take a `Ranks` as an argument; `ALONE` is one process.
 """
@@ -22,9 +22,9 @@ from emcl.errors import UserError, first_line
 MEETING = timedelta(minutes=10)
 """How long the first rank that has started waits for the last."""
 LONGEST_WAIT = timedelta(days=1)
-"""How long a rank may wait for another in a collective. Not what ends a run whose ranks wait in vain: that is the
-watch's (train/watch.py), which knows what the others do and ends it long before. The backends' own 10 and 30 minutes
-would end validations, saving and features of frozen towers that are merely slow."""
+"""How long a rank may wait for another in a collective. It is not what ends a run whose ranks wait in vain: the
+watchdog (train/watchdog.py), which knows what the others do, ends it long before. The backends' own 10 and 30 minutes
+would abort validation, saving and features of frozen towers that are merely slow."""
 
 _exchanging: Callable[[], AbstractContextManager[None]] = nullcontext
 
@@ -35,13 +35,13 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """This process's rank, and the number of ranks."""
 
     rank: int = 0
     world_size: int = 1
     objects: Any = field(default=None, compare=False)
-    """The group that Python objects go through; where not given, that of tensors. Beside NCCL it is one of gloo: NCCL
-    would copy every object to each GPU, such as the whole score matrix of an evaluation."""
+    """The process group for Python objects; by default that for tensors. With NCCL it is a gloo group: NCCL would copy
+    every object to each GPU, such as the whole score matrix of an evaluation."""
 
     @property
     def first(self) -> bool:
@@ -99,12 +99,12 @@ class Ranks:
 
     def agree(self, error: Exception | None) -> None:
         """Raises the first rank's error on all ranks, so that none goes on to wait for one that has ended."""
-        first = next((found for found in self.gather_objects(error) if found is not None), None)
+        first = next((failure for failure in self.gather_objects(error) if failure is not None), None)
         if first is not None:
             raise first
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrites the tensors by rank 0's."""
+        """Overwrites the tensors with rank 0's."""
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
@@ -114,9 +114,9 @@ class Ranks:
             dist.barrier()
 
     def open_store(self, timeout: timedelta) -> dist.Store:
-        """A connection of its own to the store by which the ranks have met. It answers while a collective hangs.
+        """A separate connection to the rendezvous store. It answers even while a collective hangs.
 
-        Its holder is rank 0's process (torchrun's agent where that started the ranks).
+        The store's host is rank 0's process (torchrun's agent if that started the ranks).
 
         Raises:
             RuntimeError: it does not answer within `timeout`.
@@ -173,7 +173,7 @@ def _summed(tensor: Tensor) -> Tensor:
 
 
 def described() -> Ranks:
-    """This process among those that the launcher says there will be, before they have met."""
+    """This process's rank by the launcher's environment variables, before the rendezvous."""
     return Ranks(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
@@ -185,7 +185,7 @@ def device() -> torch.device:
 
 
 def quiet_start() -> None:
-    """Silences what DeepSpeed prints on import and start that no user can act on."""
+    """Silences messages of DeepSpeed at import and start that no user can act on."""
     import logging
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -197,8 +197,8 @@ def quiet_start() -> None:
 def compile_nothing() -> None:
     """Keeps DeepSpeed, on CPUs, from compiling a reduction for tensor-parallel inference, which nothing here calls.
 
-    That takes a compiler, half a minute, and 66 MiB of shared memory that stay, and a build that is killed leaves a
-    lock that all later runs wait for without a word.
+    It needs a compiler, half a minute, and 66 MiB of shared memory that is not freed, and a build that is killed leaves
+    a lock that all later runs wait for without any message.
     """
     import deepspeed
 
@@ -206,7 +206,7 @@ def compile_nothing() -> None:
 
 
 def start() -> Ranks:
-    """Joins the process group that the launcher describes; one process where there is none.
+    """Joins the launcher's process group; without a launcher, a group of one process.
 
     Raises:
         UserError: the launcher's port is taken, or some ranks do not come within `MEETING`.
@@ -215,21 +215,21 @@ def start() -> Ranks:
         return _joined()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    if os.environ["WORLD_SIZE"] == "1":  # nobody else needs to know it, so that several runs share a machine
+    if os.environ["WORLD_SIZE"] == "1":  # no other process needs it, so that several runs can share a machine
         os.environ["MASTER_PORT"] = str(_free_port())
     import deepspeed
 
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-        # NCCL's own thread would end the process with the name of a collective, before the watch has that of the rank
+        # NCCL's own thread would abort the process, before the watchdog names the rank
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     compile_nothing()
     backend = "nccl" if on_gpu else "gloo"
     store, rank, world_size = _meet()
     if world_size > 1 and (interface := _interface()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    # not told, NCCL's barrier takes the GPU of the rank's number, which need not be this process's
+    # without it, NCCL's barrier takes the GPU of the rank's number, which need not be this process's
     own = device() if on_gpu else None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT, device_id=own)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=LONGEST_WAIT)
@@ -240,7 +240,7 @@ def start() -> Ranks:
 
 
 _objects: Any = None
-"""The group for Python objects of this process, where it is not that of tensors."""
+"""The group for Python objects, if it is not that for tensors."""
 
 
 def _joined() -> Ranks:
@@ -248,27 +248,27 @@ def _joined() -> Ranks:
 
 
 def _interface() -> str | None:
-    """The network interface by which this process reaches the place where the ranks met.
+    """The network interface by which this process reaches the rendezvous host.
 
-    gloo by itself goes by the host's name, which on many clusters stands for an address that other nodes do not reach.
+    By default gloo resolves the host's name, which on many clusters gives an address that other nodes cannot reach.
     """
     import socket
 
     import psutil
 
     try:
-        family, kind, _, _, place = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        family, kind, _, _, remote = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:  # nothing is sent
-            probe.connect(place)
+            probe.connect(remote)
             address = probe.getsockname()[0]
     except OSError:
         return None
     interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if any(one.address == address for one in found)), None)
+    return next((name for name, addresses in interfaces if any(one.address == address for one in addresses)), None)
 
 
 def _meet() -> tuple[dist.Store, int, int]:
-    """The store by which the ranks find each other, this rank, and how many there are.
+    """The rendezvous store, this rank, and the number of ranks.
 
     Raises:
         UserError: as `start`.
@@ -290,7 +290,7 @@ def _meet() -> tuple[dist.Store, int, int]:
 
 
 def observe_exchanges(during: Callable[[], AbstractContextManager[None]]) -> None:
-    """Has `during()` entered around every collective on tensors that this process waits for, DeepSpeed's too."""
+    """Enters `during()` around every collective on tensors that this process waits for, DeepSpeed's too."""
     global _exchanging
     _exchanging = during
     from deepspeed.comm import comm
@@ -321,7 +321,7 @@ def stop() -> None:
 
 @contextmanager
 def pretended(world_size: int) -> Iterator[Ranks]:
-    """The first of so many ranks that are not there: collectives have the right shapes and exchange nothing."""
+    """Rank 0 of so many simulated ranks: collectives have the right shapes and exchange nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
     if world_size == 1:

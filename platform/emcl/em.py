@@ -1,6 +1,6 @@
 """Expectation-Maximization Contrastive Learning: the decomposition and its layer.
 
-This file needs torch alone and nothing else of this project, so it can be copied into any code base.
+This file needs only torch and nothing else of this project, so it can be copied into any code base.
 
     layer = EMCL(variant="compact", bases=32)
     video, text = layer(video, text)                        # in a training loop: (n, D) rows each, corrected
@@ -29,9 +29,9 @@ By X^T M = G Z / (1e-6 + |M|), |M[:, k]|^2 = Z[:, k]^T G Z[:, k] and X^T M = s m
 follow from the moments; w = 1 / |M[:, k]| and c = 0. X_hat is a constant to autograd, as published. Its bases
 collapse (two are distinct), X_hat fades as 1 / sqrt(N), and it is fitted anew on whatever rows are compared.
 
-`compact` keeps the paper's promise. EM fits K directions to the directions u = x / |x| of the rows, centred within each
-modality (each counts alike, however many rows it has), by alternating least squares, the noise-free limit of EM for
-probabilistic PCA (Roweis, NeurIPS 1997; Tipping and Bishop, 1999)::
+`compact` does what the paper intends. EM fits K directions to the directions u = x / |x| of the rows, centred within
+each modality (each counts alike, however many rows it has), by alternating least squares, the noise-free limit of EM
+for probabilistic PCA (Roweis, NeurIPS 1997; Tipping and Bishop, 1999)::
 
     codes  A = U Z (Z^T Z)^-1                 E-step: the best codes given the bases
     bases  Z = U^T A (A^T A)^-1               M-step: the best bases given the codes; then orthonormal
@@ -64,7 +64,7 @@ AllReduce = Callable[[Tensor], Tensor]
 VARIANTS = ("reference", "compact")
 _EPSILON = 1e-6
 _POWERS, _SQUARINGS, _TURNS = 2, 3, 6
-"""Of the search for the codes' own axes: QR iterations, the matrix squared so often before each; and Jacobi steps."""
+"""For the codes' eigenvectors: QR iterations, squarings of the matrix before each, and Jacobi steps."""
 _NOISE = 1e-6
 """A variance below this share of the squared norm is rounding, not signal."""
 
@@ -80,7 +80,7 @@ class Moments:
     @staticmethod
     @torch.no_grad()
     def of(rows: Tensor) -> Moments:
-        """Of rows (..., D)."""
+        """Moments of rows (..., D)."""
         flat = rows.detach().float().flatten(0, -2)  # (N, D)
         count = torch.full((), float(len(flat)), device=flat.device)
         return Moments(gram=_gram(flat), total=flat.sum(0), count=count)
@@ -88,7 +88,7 @@ class Moments:
     @staticmethod
     @torch.no_grad()
     def of_directions(rows: Tensor) -> Moments:
-        """Of the rows' directions; rows that are zero or not finite have none and do not count."""
+        """Moments of the rows' directions; rows that are zero or not finite have none and do not count."""
         flat = rows.detach().float().flatten(0, -2)
         norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)  # (N, 1)
         valid = norm.isfinite() & (norm > 0)
@@ -96,21 +96,21 @@ class Moments:
         return Moments(gram=_gram(unit), total=unit.sum(0), count=valid.sum().float())
 
     @staticmethod
-    def sum(parts: Sequence[Moments], all_reduce: AllReduce | None = None) -> list[Moments]:
-        """Each part summed over all ranks, by one message of the upper triangles."""
+    def sum(moments: Sequence[Moments], all_reduce: AllReduce | None = None) -> list[Moments]:
+        """Sums each of `moments` over all ranks, in one message of the upper triangles."""
         if all_reduce is None:
-            return list(parts)
-        width = parts[0].gram.shape[0]
-        upper = torch.triu_indices(width, width, device=parts[0].gram.device)
-        packed = torch.stack([torch.cat([p.gram[upper[0], upper[1]], p.total, p.count[None]]) for p in parts])
+            return list(moments)
+        width = moments[0].gram.shape[0]
+        upper = torch.triu_indices(width, width, device=moments[0].gram.device)
+        packed = torch.stack([torch.cat([p.gram[upper[0], upper[1]], p.total, p.count[None]]) for p in moments])
         packed = all_reduce(packed)
-        found = []
+        sums = []
         for row in packed:
-            gram = torch.zeros_like(parts[0].gram)
+            gram = torch.zeros_like(moments[0].gram)
             gram[upper[0], upper[1]] = row[: upper.shape[1]]
             gram = gram + gram.triu(1).T
-            found.append(Moments(gram=gram, total=row[upper.shape[1] : -1], count=row[-1]))
-        return found
+            sums.append(Moments(gram=gram, total=row[upper.shape[1] : -1], count=row[-1]))
+        return sums
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(gram=self.gram + other.gram, total=self.total + other.total, count=self.count + other.count)
@@ -118,7 +118,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """What EM found, as the linear map that it is: x -> x + beta (Z diag(w) Z^T x - |x| c)."""
+    """The result of EM, as a map: x -> x + beta (Z diag(w) Z^T x - |x| c)."""
 
     bases: Tensor  # Z (D, K)
     weights: Tensor  # w (K,)
@@ -157,7 +157,7 @@ def fit_reference(
     """
     cross = moments.total[:, None] * mu[None, :]  # X^T M, (D, K)
     for _ in range(iterations):
-        # In this order: a feature between two bases falls to one by its last bits.
+        # Keep this order of operations: rounding decides the basis of a feature between two.
         bases = torch.softmax(cross if temperature == 1 else cross / temperature, dim=1)  # Z, (D, K)
         bases = bases / (_EPSILON + bases.sum(0))
         unscaled = moments.gram @ bases  # X^T X Z, (D, K)
@@ -173,14 +173,14 @@ def fit_compact(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """EM for K bases of rows with this covariance (D, D), from orthonormal `start` (D, K).
 
-    With Z^T Z = 1, both steps together are Z <- orth(C Z): U^T A = N C Z, and (A^T A)^-1 leaves its span.
+    With Z^T Z = 1, both steps together are Z <- orth(C Z): U^T A = N C Z, and (A^T A)^-1 does not change its span.
 
     Returns:
         orthonormal bases (D, K), sorted by the variance of their codes; those variances (K,); and with `observe` the
         objective, the mean squared reconstruction error, before the first iteration and after each.
     """
     total = covariance.diagonal().sum()
-    tiny = _tiny(total)  # times the bases, so that one of no variance stays one
+    tiny = _tiny(total)  # times the bases, so that a basis without variance is kept
     bases, objective = start, []
     for _ in range(iterations):
         image = covariance @ bases
@@ -195,15 +195,15 @@ def fit_compact(
 
 
 def _own_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Axes (K, K) in which codes of this covariance are uncorrelated, by falling variance, and those variances (K,).
+    """Eigenvectors (K, K) of the codes' covariance, by falling variance, and the variances (K,).
 
-    By a fixed number of steps, since `eigh` looks whether it has converged, and the host would wait for the device in
-    every training step. QR iterations of a high power part variances that are far from each other; Jacobi rotations
-    of all pairs at once, made orthonormal, do the rest, faster and faster. What a first batch leaves mixed are axes of
-    nearly equal variance, whose weights are nearly equal too; the next step goes on from them.
+    By a fixed number of steps, since `eigh` checks for convergence, and the host would wait for the device in every
+    training step. QR iterations of a high power separate variances that are far from each other; Jacobi rotations of
+    all pairs at once, made orthonormal, do the rest, faster and faster. After the first batch only axes of nearly equal
+    variance are still mixed, whose weights are nearly equal too; the next step continues from them.
     """
     size = covariance.diagonal().sum().clamp_min(_EPSILON**2)
-    turned = (covariance / size).double()  # powers need the range
+    turned = (covariance / size).double()  # powers need the range of float64
     same = torch.eye(len(turned), dtype=turned.dtype, device=turned.device)
     rotation = same
     for step in range(_POWERS + _TURNS):
@@ -224,8 +224,8 @@ def _own_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
 class EMCL(nn.Module):
     """The EMCL layer: adds to every feature row its reconstruction from K bases that EM finds.
 
-    The state (float32, whatever precision the model is cast to) moves in training mode, and in `fit`. A compact layer
-    that has seen no rows adds nothing.
+    The state (float32, whatever precision the model is cast to) is updated in training mode, and by `fit`. A compact
+    layer that has seen no rows adds nothing.
 
     Args:
         bases: K.
@@ -235,7 +235,7 @@ class EMCL(nn.Module):
         momentum: alpha of the moving average.
         balance: how equally the bases contribute, 0 to 1 (compact).
         variant: `reference`, the published behaviour, or `compact`.
-        width: D; where not given, the first rows say it (compact).
+        width: D; by default that of the first rows (compact).
         seed: of the initial bases.
     """
 
@@ -286,46 +286,46 @@ class EMCL(nn.Module):
     def measure(self, *blocks: Tensor) -> list[Moments]:
         """The moments that this variant fits to: of all rows together, or of each modality's directions."""
         if self.variant == "reference":
-            parts = [Moments.of(block) for block in blocks]
-            return [sum(parts[1:], parts[0])]
+            moments = [Moments.of(block) for block in blocks]
+            return [sum(moments[1:], moments[0])]
         return [Moments.of_directions(block) for block in blocks]
 
     @torch.no_grad()
     def correction(self, measure: Callable[[], list[Moments]], *, all_reduce: AllReduce | None = None) -> Correction:
-        """The map for the present rows, whose moments `measure` gives where they are needed; moves the state."""
+        """The map for the present rows, whose moments `measure` gives if needed; updates the state in training."""
         if self.variant == "compact" and not self.training:
             return self._compact()
         with _without_tf32():
             return self._fitted(measure(), all_reduce)
 
-    def _fitted(self, parts: list[Moments], all_reduce: AllReduce | None) -> Correction:
-        with torch.autocast(parts[0].gram.device.type, enabled=False):  # sums over many rows want float32
-            parts = Moments.sum(parts, all_reduce)
-            return self._reference(parts[0]) if self.variant == "reference" else self._learn(parts, self.momentum)
+    def _fitted(self, moments: list[Moments], all_reduce: AllReduce | None) -> Correction:
+        with torch.autocast(moments[0].gram.device.type, enabled=False):  # sums over many rows need float32
+            moments = Moments.sum(moments, all_reduce)
+            return self._reference(moments[0]) if self.variant == "reference" else self._learn(moments, self.momentum)
 
     def _reference(self, moments: Moments) -> Correction:
         bases, weights, mean_code = fit_reference(
             moments, self.mu, iterations=self.iterations, temperature=self.temperature
         )
         if self.training:
-            kept = torch.where(mean_code.isfinite().all(), mean_code, self.mu)  # rows of a broken step leave no trace
+            kept = torch.where(mean_code.isfinite().all(), mean_code, self.mu)  # no update if it is not finite
             self.mu.mul_(self.momentum).add_(kept, alpha=1 - self.momentum)
         return Correction(bases=bases, weights=weights, offset=None, beta=self.beta, constant=True)
 
-    def _learn(self, parts: Sequence[Moments], momentum: float) -> Correction:
-        """Takes the rows' moments into the moving sums and goes on with EM from the present bases."""
-        self._take(parts, momentum)
+    def _learn(self, moments: Sequence[Moments], momentum: float) -> Correction:
+        """Adds the rows' moments to the moving sums and continues EM from the present bases."""
+        self._take(moments, momentum)
         bases, _, _ = fit_compact(self._covariance(), self.start, iterations=self.iterations, observe=False)
         self.start.copy_(bases)
         return self._compact()
 
-    def _take(self, parts: Sequence[Moments], momentum: float) -> None:
-        """Moves the sums by each modality's moments, an equal weight each."""
+    def _take(self, moments: Sequence[Moments], momentum: float) -> None:
+        """Updates the moving sums with each modality's moments, with equal weights."""
         if "start" not in self.state_names:
-            self._allocate(parts[0].gram.shape[0], parts[0].gram.device)
-        gram, total = torch.stack([part.gram for part in parts]), torch.stack([part.total for part in parts])
-        count = torch.stack([part.count for part in parts])
-        # no .item(): the device need not be waited for
+            self._allocate(moments[0].gram.shape[0], moments[0].gram.device)
+        gram, total = torch.stack([each.gram for each in moments]), torch.stack([each.total for each in moments])
+        count = torch.stack([each.count for each in moments])
+        # no .item(), which would wait for the device
         whole = (gram.sum((1, 2)) + total.sum(1)).isfinite()  # (modalities,)
         present = ((count > 0) & whole).float()
         share = present / present.sum().clamp_min(1)
@@ -363,7 +363,7 @@ class EMCL(nn.Module):
     def fit(self, video: Any, text: Any | None = None) -> Self:
         """Finds the bases of features (n, D) of one or two modalities, NumPy or torch; forgets what was fitted before.
 
-        With all rows at hand, what EM tends to is taken at once: the leading eigenvectors of the covariance.
+        With all rows at hand, the limit of EM is computed directly: the leading eigenvectors of the covariance.
 
         Raises:
             ValueError: not two-dimensional, of different widths, or the reference variant, which fits the rows that
@@ -383,7 +383,7 @@ class EMCL(nn.Module):
 
     @torch.no_grad()
     def transform(self, features: Any) -> Any:
-        """Corrected features (n, D), of the kind and type that was given; each row depends on that row alone."""
+        """Corrected features (n, D), of the kind and type of the input; each row depends on that row alone."""
         rows = _as_tensor(features)
         if self.variant == "reference":
             raise ValueError("the reference variant has no bases: call the layer on all rows that are compared")
@@ -443,8 +443,7 @@ class EMCL(nn.Module):
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """float32 products with all their bits, whatever the run allows elsewhere: a feature between two bases falls to one
-    by its last."""
+    """Full float32 products, whatever the run allows elsewhere: rounding decides the basis of a feature between two."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,7 +1,6 @@
 """The one exception that users are meant to see.
 
-Entry points print its message as a single line and exit with 2; every other exception is our own
-mistake and keeps its traceback.
+Entry points print its message as a single line and exit with 2; every other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the thing and the way out, in one line."""
+    """Something the user can fix. The message says what is wrong and how to fix it, in one line."""
 
 
 class OneRankError(UserError):
-    """What one rank alone has found: that rank says it, where others leave it to the first."""
+    """An error of one rank only: that rank prints it, whereas rank 0 prints all other errors."""
 
 
 @contextmanager
 def said_of(name: str) -> Iterator[None]:
-    """Puts a name before what a `UserError` within says."""
+    """Prefixes the message of a `UserError` raised within by a name."""
     try:
         yield
     except UserError as error:
@@ -28,10 +27,10 @@ def said_of(name: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line: line breaks and what else is not printed stand as escapes."""
+    """An error's message in one line: line breaks and unprintable characters are escaped."""
     return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in str(error))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line; its kind, where it says nothing."""
+    """The first line of an error's message; its type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]

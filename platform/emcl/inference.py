@@ -20,10 +20,10 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from tqdm import tqdm
 
-from emcl.ahead import in_order
 from emcl.config import Config, fingerprint_text, resolve
 from emcl.data.batch import videos_of
 from emcl.data.decode import DecodeError, decode, square
+from emcl.devices import Devices, choose_devices
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
@@ -31,7 +31,7 @@ from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
 from emcl.model.open_clip_backbone import OpenClipBackbone, model_json
 from emcl.model.pooling import mean_of_frames
 from emcl.multitask import VideoLanguageModel
-from emcl.placement import Placement, placement
+from emcl.prefetch import in_order
 from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
 from emcl.task import Compares, Offer, Prediction
 from emcl.task.prediction import COMPARE, compares, only_task
@@ -39,7 +39,7 @@ from emcl.train.export import open_export
 
 
 class QuestionError(UserError):
-    """A task that is asked something was asked nothing, or the other way round."""
+    """A question is missing for a task that needs one, or given for a task that takes none."""
 
 
 class VideoError(UserError):
@@ -65,7 +65,7 @@ Video = str | Path | Span | np.ndarray | Tensor
 
 
 class VideoTextModel:
-    """Embeds videos and sentences, compares them as training did, and says what its tasks predict of a video.
+    """Embeds videos and sentences, compares them as in training, and gives its tasks' predictions for a video.
 
     Made by `load`. Not thread-safe; nothing is downloaded and no pickle is run.
     """
@@ -76,19 +76,19 @@ class VideoTextModel:
         config: Config,
         files: Sequence[Path],
         *,
-        where: Placement | None = None,
+        devices: Devices | None = None,
         batch_size: int = 16,
         compare_by: str | None = None,
     ) -> None:
-        """`files` are what the model was read from; `compare_by` the task by which it compares, where it has several.
+        """`files` are what the model was read from; `compare_by` is the task by which it compares, if several can.
 
         Raises:
-            UserError: it does not compare by that.
+            UserError: it does not compare by that task.
         """
         self.config, self.files, self.batch_size = config, list(files), batch_size
-        self.where = where or placement()
-        self.replicas = self.where.replicas(model.eval())
-        self.model, self.device = self.replicas[0], self.where.devices[0]
+        self.devices = devices or choose_devices()
+        self.replicas = self.devices.replicas(model.eval())
+        self.model, self.device = self.replicas[0], self.devices.first
         self.module: EMCLLayer | None = None
         """The compact EMCL as an inference module, see `fit_emcl`."""
         self._compare_by = compare_by
@@ -97,14 +97,14 @@ class VideoTextModel:
 
     @property
     def offers(self) -> dict[str, Offer]:
-        """What its tasks say of a video, by their names."""
+        """The predictions that its tasks offer, by the tasks' names."""
         return {name: task.offer for name, task in self.model.heads.items() if task.offer is not None}
 
     def encode_video(
         self, videos: Video | list[Video] | tuple[Video, ...], *, progress: bool | None = None
     ) -> VideoFeatures:
-        """One video or several, each a file or its frames: decoded by threads while the batches before are encoded,
-        on every GPU that is there.
+        """One video or several, each a file or its frames: decoded by threads while the batches before are encoded, on
+        all GPUs.
 
         Args:
             progress: whether a bar is shown; where not given, for more videos than two batches.
@@ -116,16 +116,18 @@ class VideoTextModel:
         hidden = not progress if progress is not None else len(listed) <= 2 * self.batch_size
         encoded = []
         with tqdm(total=len(listed), desc="encoding", unit="video", disable=hidden, leave=False) as bar:
-            for part in self._encoded(listed):
-                encoded.append(part)
-                bar.update(len(part))
+            for batch in self._encoded(listed):
+                encoded.append(batch)
+                bar.update(len(batch))
         if not encoded:
             empty = torch.zeros(0, self.config.data.frames, self.model.backbone.embed_dim)
             return VideoFeatures(empty, torch.zeros(empty.shape[:2], dtype=torch.bool))
-        return VideoFeatures(torch.cat([part.frames for part in encoded]), torch.cat([part.mask for part in encoded]))
+        return VideoFeatures(
+            torch.cat([batch.frames for batch in encoded]), torch.cat([batch.mask for batch in encoded])
+        )
 
     def _encoded(self, videos: Sequence[Video]) -> Iterator[VideoFeatures]:
-        """Batch by batch; no more of them are in memory than are under way."""
+        """Batch by batch; only batches in progress are in memory."""
         with (
             ThreadPoolExecutor(os.cpu_count() or 1) as decoders,
             ThreadPoolExecutor(len(self.replicas)) as encoders,
@@ -150,7 +152,7 @@ class VideoTextModel:
         return VideoFeatures(frames_BTD.float().cpu(), videos.mask_BT)
 
     def _precision(self) -> Any:
-        kind = self.where.dtype
+        kind = self.devices.dtype
         return nullcontext() if kind == torch.float32 else torch.autocast(self.device.type, kind)
 
     @torch.no_grad()
@@ -160,14 +162,14 @@ class VideoTextModel:
         if not texts:
             return torch.zeros(0, self.model.backbone.embed_dim)
         backbone = self.model.backbone
-        parts = backbone.tokenize(texts).split(4 * self.batch_size)
+        chunks = backbone.tokenize(texts).split(4 * self.batch_size)
         with self._precision():
-            return torch.cat([backbone.encode_text(tokens).float().cpu() for tokens in parts])
+            return torch.cat([backbone.encode_text(tokens).float().cpu() for tokens in chunks])
 
     def fit_emcl(self, videos: VideoFeatures, texts: Tensor | None = None, **settings: Any) -> VideoTextModel:
         """Fits the compact EMCL to a collection; `similarity` compares corrected features from then on.
 
-        For a model that has no EMCL of its own, such as a plain CLIP. Each query is still judged by itself.
+        For a model that has no EMCL of its own, such as a plain CLIP. Each query is still scored independently.
 
         Args:
             videos: of the collection.
@@ -215,17 +217,17 @@ class VideoTextModel:
         verb: str | None = None,
         top: int = 1,
     ) -> list[list[Prediction]]:
-        """What a task says of each video, the likeliest first.
+        """A task's predictions for each video, the likeliest first.
 
         Args:
             question: for a task that is asked one (see `offers`).
-            task: by name; not needed where only one can be meant.
-            verb: takes the tasks of one verb alone, such as `caption`.
-            top: predictions of a video at most; some tasks have one alone.
+            task: by name; not needed if only one fits.
+            verb: restricts to tasks with this verb, such as `caption`.
+            top: predictions of a video at most; some tasks have only one.
 
         Raises:
-            UserError: no task, or several, can be meant; `top` below 1; or a file that does not decode.
-            QuestionError: the task is asked a question and there is none, or is asked nothing and there is one.
+            UserError: no task fits, or several do; `top` below 1; or a file that does not decode.
+            QuestionError: the task needs a question and there is none, or takes none and there is one.
         """
         head = self.model.heads[self.task_for(task, verb, question=question)]
         if top < 1:
@@ -233,10 +235,10 @@ class VideoTextModel:
         features = self._features(video)
         if not len(features):
             return []
-        parts = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
+        batches = zip(features.frames.split(self.batch_size), features.mask.split(self.batch_size), strict=True)
         predictions: list[list[Prediction]] = []
         with self._precision():
-            for frames, mask in parts:
+            for frames, mask in batches:
                 encoded = Encoded(frames.to(self.device), mask.to(self.device))
                 predictions += head.predict(self.model.backbone, encoded, question, top=top)
         if not all(predictions):
@@ -244,7 +246,7 @@ class VideoTextModel:
         return predictions
 
     def caption(self, video: VideoFeatures | Video | list[Video], *, task: str | None = None) -> list[str]:
-        """A caption of each video, written as `generation` of the task's settings says.
+        """A caption of each video, generated by the task's `generation` settings.
 
         Raises:
             UserError: as `predict`, by tasks that caption.
@@ -266,7 +268,7 @@ class VideoTextModel:
         return [(answer.text, answer.probability) for answer in answers]
 
     def task_for(self, task: str | None = None, verb: str | None = None, *, question: str | None) -> str:
-        """The task that is meant, of those that predict (and do `verb`); arguments as `predict`.
+        """The selected task among those that predict (with this `verb`); arguments as `predict`.
 
         Raises:
             UserError, QuestionError: as `predict`.
@@ -283,7 +285,7 @@ class VideoTextModel:
         return name
 
     def fingerprint(self) -> str:
-        """Of weights and settings: what was embedded with one model is compared with no other."""
+        """Hash of weights and settings, so that embeddings of different models are never compared."""
         digest = hashlib.sha256(fingerprint_text(self.config).encode())
         for file in self.files:
             with file.open("rb") as stream:
@@ -291,7 +293,7 @@ class VideoTextModel:
         return digest.hexdigest()
 
     def check_compare_by(self) -> None:
-        """Raises UserError: several tasks could compare, and none is named; a model may do without any."""
+        """Raises UserError: several tasks could compare, and none is named; it is no error if none can."""
         if self._able_to_compare():
             self._comparing()
 
@@ -325,7 +327,7 @@ class VideoTextModel:
                 raise UserError(f"{span.path}: no such file")
             try:
                 return decode(
-                    span.path, frames=data.frames, size=data.size, fps=data.fps, start=span.start, end=span.end,
+                    span.path, frames=data.frames, size=data.image_size, fps=data.fps, start=span.start, end=span.end,
                     keyframes=data.keyframes,
                 )  # fmt: skip
             except DecodeError as error:
@@ -334,11 +336,11 @@ class VideoTextModel:
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
             raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")
         chosen = frames
-        if len(frames) > data.frames:  # the middle of each of as many equal slices
+        if len(frames) > data.frames:  # the middle frame of each of as many equal slices
             chosen = frames[((np.arange(data.frames) + 0.5) * len(frames) / data.frames).astype(int)]
         scaler = VideoReformatter()
         images = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in chosen)
-        return np.stack([square(image, data.size, scaler) for image in images])
+        return np.stack([square(image, data.image_size, scaler) for image in images])
 
 
 class VideoFeatures:
@@ -376,16 +378,16 @@ def load(
         UserError: no export there, or weights that do not fit, or the run does not compare by `task`.
     """
     if pretrained is not None:
-        where, config = placement(device, precision), _plain_clip(str(path), Path(pretrained))
-        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], where=where, compare_by=task)
+        devices, config = choose_devices(device, precision), _plain_clip(str(path), Path(pretrained))
+        return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], devices=devices, compare_by=task)
     folder = RunFolder.open(Path(path)).export
     model, config = open_export(folder)
-    where = placement(device, precision, trained=config.precision)
-    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], where=where, compare_by=task)
+    devices = choose_devices(device, precision, trained=config.precision)
+    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], devices=devices, compare_by=task)
 
 
 def _plain_clip(name: str, weights: Path) -> Config:
-    """A video is the mean of its frames, and nothing was trained on videos."""
+    """The configuration of a plain CLIP: a video is the mean of its frames, and nothing was trained on videos."""
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; give a checkpoint of {name}")
     settings = model_json(name)
@@ -393,7 +395,7 @@ def _plain_clip(name: str, weights: Path) -> Config:
     words = settings["text_cfg"].get("context_length", 77)
     overrides = [
         f"model.name={name}", f"model.pretrained={weights}", "model.temporal=mean", "emcl.enabled=false",
-        f"data.size={size}", f"data.words={words}", "data.frames=12",
+        f"data.image_size={size}", f"data.max_tokens={words}", "data.frames=12",
         "tasks.retrieval.pooling_temperature=1e6",  # of the pooling by text: so high that it is the mean
     ]  # fmt: skip
     config = resolve(["retrieval"], overrides=overrides)

@@ -18,16 +18,16 @@ from emcl.arguments import Parser, add_help, task_names, whole
 from emcl.config import Config
 from emcl.disk import why_not_written
 from emcl.errors import OneRankError, UserError, one_line
+from emcl.resources import is_file
 from emcl.run_folder import RUNS, RunFolder
 from emcl.secrets import masked
-from emcl.shipped import is_file
 from emcl.train.run_config import AUTO, config_of_run, find_run
 
 LAUNCHED, MODULE = "deepspeed platform/launch.py", "deepspeed --module emcl.launch"
 EXAMPLES = """Trains or evaluates: `{command} --task retrieval [key=value ...]`.
 
 {command} --task retrieval                      the sample set, end to end
-{command} --task retrieval optim.lr=1e-4 emcl.k=16 deepspeed=configs/deepspeed/zero3.json
+{command} --task retrieval optim.lr=1e-4 emcl.bases=16 deepspeed=configs/deepspeed/zero3.json
 {command} --task retrieval --evaluate runs/NAME
 {command} --task retrieval --resume
 {command} --recipe msrvtt_retrieval data.root=shards/msrvtt --dry-run      what it would take
@@ -122,9 +122,9 @@ def check(options: argparse.Namespace) -> Callable[[], Config]:
     Raises:
         UserError: one line for the user.
     """
-    from emcl.data.at_hand import check_local
-    from emcl.data.order import check_divisible
-    from emcl.model.limits import check_limits
+    from emcl.data.sampler import check_divisible
+    from emcl.data.shard_checks import check_local
+    from emcl.model.architecture_limits import check_limits
     from emcl.registry import early_settings_of
     from emcl.train.deepspeed_file import read_deepspeed
 
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None, command: str = LAUNCHED) -> int:
     """One rank from the command line to its end; the exit status. `--help` says `command`."""
     options = parse(arguments, command)
     # after the options: `--help` must not wait for torch
-    from emcl.train.stop import AGAIN, Stopped
+    from emcl.train.preemption import AGAIN, Stopped
 
     try:
         chosen = check(options)
@@ -228,7 +228,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as evaluate.dsl=true")
     options = parser.parse_intermixed_args(arguments)
     chosen = {"--task": options.task, "--recipe": options.recipe}
-    passed_on = [part for option, value in chosen.items() if value for part in (option, value)]
+    passed_on = [text for option, value in chosen.items() if value for text in (option, value)]
     return train(["--evaluate", options.run, *passed_on, *options.overrides])
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.data.batch import Batch
+from emcl.data.captions import TextSource
 from emcl.data.loader import Collator
-from emcl.data.text import TextSource
 from emcl.distributed import ALONE, Ranks
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import Encoded, build_backbone
@@ -38,9 +38,9 @@ class VideoLanguageModel(nn.Module):
         return cast("dict[str, Task]", dict(self.tasks.items()))
 
     def forward(self, *, batch: Batch | None = None, call: Callable[[], Any] | None = None) -> Any:
-        """The losses of a batch; or what `call` returns, any other part of the work.
+        """The losses of a batch; or what `call` returns, for any other work.
 
-        All work goes through here, since ZeRO-3 keeps its books by forward passes of the whole model.
+        All work goes through here, since ZeRO-3 tracks weights by forward passes of the whole model.
         """
         if call is not None:
             return call()
@@ -73,7 +73,7 @@ def check_tasks(config: Config) -> dict[str, type[Task]]:
     """The classes of a run's tasks by name.
 
     Raises:
-        UserError: a name that PyTorch needs itself, such as `values`, or a task of an earlier version.
+        UserError: a name that PyTorch reserves, such as `values`, or a task of an earlier version.
     """
     kinds = {name: task_class(config.kind_of(name)) for name in config.tasks}
     for name, kind in kinds.items():
@@ -88,7 +88,7 @@ def check_tasks(config: Config) -> dict[str, type[Task]]:
 def collators(
     config: Config, texts: TextSource, *, training: bool, only: Sequence[str] | None = None
 ) -> dict[str, Collator]:
-    """What makes each task's part of a batch (or that of the tasks of `only`)."""
+    """The collators that make each task's part of a batch (only for the tasks of `only`, if given)."""
     return {
         name: task_class(config.kind_of(name)).collator(settings, config, texts, training=training)
         for name, settings in config.tasks.items()

@@ -1,4 +1,4 @@
-"""What pictures for people are made of: figures without a window system, frames beside each other, data URLs."""
+"""Helpers for pictures: figures without a window system, frames side by side, data URLs."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ FramesOf = Callable[[int], Frames]
 
 
 def strip(clip: Frames) -> Frames:
-    """Some frames beside each other."""
+    """Some frames side by side."""
     chosen = clip[np.linspace(0, len(clip) - 1, SHOWN).round().astype(int)]
     return np.concatenate(list(chosen), axis=1)
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """Inches, without a window system."""
+    """A figure of this size in inches, without a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,7 +50,7 @@ def drawn(draw: Callable[[Figure], None]) -> str:
 
 
 def strip_url(clip: Frames) -> str:
-    """Some frames beside each other, as a data URL."""
+    """Some frames side by side, as a data URL."""
     from PIL import Image
 
     blob = io.BytesIO()
@@ -59,10 +59,10 @@ def strip_url(clip: Frames) -> str:
 
 
 def frames_of(shards: ShardSet, config: Config, row: int) -> Frames:
-    """Some small frames of a sample, to be looked at."""
-    found = shards.rows[row]
-    start, end = found.sample.start, found.sample.end
-    return decode(shards.read(found), frames=6, size=112, start=start, end=end, fps=config.data.fps)
+    """Some small frames of a sample, for display."""
+    entry = shards.rows[row]
+    start, end = entry.sample.start, entry.sample.end
+    return decode(shards.read(entry), frames=6, size=112, start=start, end=end, fps=config.data.fps)
 
 
 def _data_url(blob: bytes, kind: str) -> str:

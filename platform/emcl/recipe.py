@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from emcl.errors import UserError, first_line
+from emcl.resources import find_file
 from emcl.settings import Tree
-from emcl.shipped import find_file
 
 Overrides = Sequence[tuple[str, str]]
 """Keys and their text."""
@@ -23,7 +23,7 @@ class _AsWritten(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if key.value != "<<"]
-        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
         if twice is not None:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {twice!r} stands twice in one group")
         return node

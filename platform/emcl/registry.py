@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from emcl.components import DISTRIBUTION, load_entry
 from emcl.errors import UserError
-from emcl.nearest import nearest
 from emcl.settings import as_group
+from emcl.suggestions import nearest
 
 GROUP = "emcl.tasks"
 SETTINGS = "emcl.settings"
-DISTRIBUTION = "emcl-platform"
-"""This package, as pip knows it."""
 EVERY_TASK = "all"
 """Stands for every installed task, and every further name of one that a run has."""
 
@@ -29,7 +28,7 @@ def task_class(name: str) -> Any:
     Raises:
         UserError: no such task; names the nearest and lists all.
     """
-    return task_entry(name).load()
+    return load_entry(task_entry(name), f"task {name}")
 
 
 def task_entry(name: str) -> EntryPoint:
@@ -76,5 +75,5 @@ def early_settings_of(name: str) -> Any | None:
     package = task_entry(name).dist
     for entry in entry_points(group=SETTINGS, name=name):
         if entry.dist and package and entry.dist.name == package.name:
-            return as_group(entry.load())
+            return as_group(load_entry(entry, f"task {name}"))
     return None

@@ -1,20 +1,20 @@
-"""A run's folder: the names of all that is in it, who may write there, and with what it was configured.
+"""A run's folder: its file names, its lock, and its configuration.
 
-Without PyTorch, so that what is wrong with a run that is named is said at once. In `runs/NAME/`:
+Without PyTorch, so that errors about a given run come at once. In `runs/NAME/`:
 
     config.yaml, run.json             the settings, all resolved; where it is recorded, whether it has a checkpoint
-    checkpoints/step-N/               what `--resume` goes on from, the newest few
+    checkpoints/step-N/               what `--resume` continues from, the newest few
     best/                             the model chosen on validation, as an export: model.safetensors, config.yaml,
                                       scores.json; `emcl.load` and `--evaluate` take it wherever it is copied to
     scores-SPLIT.json                 figures of an evaluation
     TASK-SPLIT.txt, TASK-SPLIT.png, items-TASK-SPLIT.json
                                       the same as a table and a picture; what they are made of
     embeddings-SPLIT.safetensors, similarity-SPLIT.safetensors, options-test.json, captions-SPLIT.json
-                                      what tasks keep besides, and `emcl options`; of another package's task, or of one
-                                      under a further name (`kinds`), with `TASK-` before it
+                                      further files of tasks and of `emcl options`; with `TASK-` before it for another
+                                      package's task, or for one under another name (`kinds`)
     bad_clips.txt, bad-batch-STEP-rankR.pt, profile/, mlflow_unsent.json
-                                      what did not decode; batches without a finite gradient; of `--profile`; what
-                                      MLflow has not got yet
+                                      what did not decode; batches without a finite gradient; output of `--profile`;
+                                      what could not be sent to MLflow
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from emcl.config import Config, from_dict
 from emcl.disk import aside, why_not_written, write_whole
 from emcl.errors import UserError
 from emcl.recipe import read_yaml
+from emcl.resources import is_file
 from emcl.run_lock import InUseError, RunLock
 from emcl.settings import Tree
-from emcl.shipped import is_file
 
 RUNS = "runs"
 CONFIG, WEIGHTS, EXPORT_SCORES = "config.yaml", "model.safetensors", "scores.json"
-"""Of an export; a run's own settings have the same name."""
+"""Files of an export; a run's own settings have the same name."""
 BEST = "best"
 SAVED = "saved"
-"""In `run.json`: whether a checkpoint ever stood."""
+"""In `run.json`: whether a checkpoint was ever saved."""
 STEP = "step-"
 MANIFEST = "manifest.json"
 """In a checkpoint: how many ranks and which ZeRO stage wrote it, the optimiser's groups; size and checksum of every
 other file. It is written last."""
 EMBEDDINGS, SIMILARITY = "embeddings-{split}.safetensors", "similarity-{split}.safetensors"
-"""What retrieval keeps of a split; the second holds `similarity` (texts, videos)."""
+"""What retrieval saves for a split; the second holds `similarity` (texts, videos)."""
 CAPTIONS, OPTIONS = "captions-{split}.json", "options-{split}.json"
-"""All captions of a split, in COCO's format; of `emcl options`."""
+"""All captions of a split, in COCO's format; the results of `emcl options`."""
 
 
 class TakenError(UserError):
@@ -59,13 +59,13 @@ class TakenError(UserError):
 
 
 class RunFolder:
-    """A run by its folder. `create` and `resume` hold it for this process until the end of a `with`.
+    """A run's folder. `create` and `resume` lock it for this process until the end of a `with`.
 
-    `open` is for what reads a run and for scores, which may be written while it trains.
+    `open` is for reading a run and for writing scores, which is allowed while it trains.
     """
 
     def __init__(self, path: Path) -> None:
-        """The names alone: nothing is looked at or made."""
+        """Only builds names: reads and creates nothing."""
         self.path = path
         self.config_file, self.facts_file = path / CONFIG, path / "run.json"
         self.best, self.checkpoints = path / BEST, path / "checkpoints"
@@ -74,7 +74,7 @@ class RunFolder:
         self._lock_file = path / ".lock"
         self._lock: RunLock | None = None
         self._made: list[Path] = []
-        """This folder and those around it that were not there, from the inside out: they go if it stays empty."""
+        """The folders that were created, this one and its parents, innermost first: deleted if it stays empty."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -96,10 +96,10 @@ class RunFolder:
         return self.path / f"items-{task}-{split}.json"
 
     def kept(self, name: str, split: str, *, alias: str = "") -> Path:
-        """A file that a task keeps besides, such as EMBEDDINGS.
+        """A further file that a task saves, such as EMBEDDINGS.
 
         Args:
-            alias: what its name begins with (`Config.alias_of`), so that two tasks of a kind have files of their own.
+            alias: prefix of its name (`Config.alias_of`), so that two tasks of a kind have separate files.
         """
         return self.path / f"{f'{alias}-' if alias else ''}{name.format(split=split)}"
 
@@ -108,10 +108,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, runs: Path, name: str | None, tasks: Sequence[str]) -> RunFolder:
-        """A new run below `runs`, held by this process; without a name, one is made from tasks and time.
+        """A new run below `runs`, locked by this process; without a name, one is made from tasks and time.
 
         Raises:
-            UserError: the name is a run's already, or it cannot be written there.
+            UserError: a run has the name already, or the folder cannot be written.
         """
         wanted = name or f"{'-'.join(tasks)[:150]}-{time.strftime('%Y%m%d-%H%M%S')}"
         for number in count(1):
@@ -131,10 +131,10 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path) -> RunFolder:
-        """A run that goes on, held by this process.
+        """A run to be continued, locked by this process.
 
         Raises:
-            UserError: no run with a checkpoint there, or another process holds it.
+            UserError: no run with a checkpoint there, or another process has locked it.
         """
         folder = cls(path)
         folder.check_resumable()
@@ -143,7 +143,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """To read: a run's folder, or an export. The best one of a run stands for its run.
+        """Opens a run's folder, or an export, for reading. The `best/` of a run opens the run.
 
         Raises:
             UserError: neither is there.
@@ -157,12 +157,12 @@ class RunFolder:
 
     @classmethod
     def around(cls, path: Path) -> RunFolder:
-        """The run that a folder is, or whose best model it is."""
+        """The run of this folder, or the run whose `best/` it is."""
         return cls(path.parent if path.name == BEST and cls(path.parent).has_config() else path)
 
     @property
     def export(self) -> Path:
-        """The directory of the best model: `best/`, or the folder itself where it is an export.
+        """The directory of the best model: `best/`, or the folder itself if it is an export.
 
         Raises:
             UserError: there is none.
@@ -177,11 +177,11 @@ class RunFolder:
         return is_file(self.config_file)
 
     def whole_checkpoints(self) -> list[Path]:
-        """Those that were finished, oldest first; whether they are as they were written is not looked at."""
+        """The finished checkpoints, oldest first; their checksums are not verified."""
         return checkpoints_in(self.checkpoints)
 
     def config(self) -> Config:
-        """The run's settings; where it is only a best model, those of that.
+        """The run's settings; those of the export if it is only that.
 
         Raises:
             UserError: its file is wrong.
@@ -197,26 +197,26 @@ class RunFolder:
         return facts if isinstance(facts, dict) else {}
 
     def write_start(self, config_yaml: str, facts: dict[str, Any]) -> None:
-        """What it says of itself from its start."""
+        """Writes the configuration and `run.json` at the start."""
         write_whole(self.config_file, config_yaml)
         write_whole(self.facts_file, json.dumps({**facts, SAVED: bool(self.whole_checkpoints())}, indent=1))
 
     def note_saved(self) -> None:
-        """Once its first checkpoint stands: from now on it can go on, and its name is taken."""
+        """Called after the first checkpoint: from then on it can be resumed, and its name is taken."""
         facts = self.facts()
         if not facts.get(SAVED):
             write_whole(self.facts_file, json.dumps({**facts, SAVED: True}, indent=1))
 
     def check_written(self) -> None:
-        """Raises UserError: scores could not be kept here."""
+        """Raises UserError: scores cannot be written here."""
         if why := why_not_written(self.path):
             raise UserError(f"{self} keeps the scores of its model, and {why}: score a copy of it")
 
     def check_new(self) -> None:
-        """Whether a run may begin here; one that ended before its first checkpoint is no hindrance, whatever it left.
+        """Checks that a run may begin here; files of one that ended before its first checkpoint are ignored.
 
         Raises:
-            TakenError: a run saved something, which another would write over.
+            TakenError: a run saved something, which would be overwritten.
         """
         checkpoints = self.whole_checkpoints()
         models = [path for path in (self.best, aside(self.best), self.path / WEIGHTS) if path.exists()]
@@ -254,7 +254,7 @@ class RunFolder:
             raise UserError(f"{self} cannot be written to ({error.strerror}); {way_out}") from None
 
     def release(self) -> None:
-        """Others may hold it; a folder that was made for it and has stayed empty goes."""
+        """Releases the lock; deletes a folder that was created for it and has stayed empty."""
         if self._lock is None:
             return
         empty = bool(self._made) and self.path.is_dir() and list(self.path.iterdir()) == [self._lock_file]
@@ -264,16 +264,16 @@ class RunFolder:
             self._remove_made()
 
     def _remove_made(self) -> None:
-        with suppress(OSError):  # another run has come, whose lock is in there
+        with suppress(OSError):  # another run's lock is in there
             for path in self._made:
                 path.rmdir()
 
     def _clear(self) -> None:
-        """What an earlier run left that ended before it saved anything: this one is not to go on counting from it."""
+        """Deletes what an earlier run left that saved nothing: this one must not continue from it."""
         for path in (self.bad_clips, self.unsent):
             path.unlink(missing_ok=True)
-        for part in self.checkpoints.glob(f"{STEP}*"):
-            shutil.rmtree(part, ignore_errors=True)
+        for leftover in self.checkpoints.glob(f"{STEP}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -296,13 +296,13 @@ def saved_config(folder: Path) -> Config:
 
 
 def tasks_in(saved: Tree) -> list[str]:
-    """Of `saved_settings`: what the run was trained for."""
+    """The tasks in `saved_settings` of a run."""
     tasks = saved.get("tasks")
     return list(tasks) if isinstance(tasks, dict) else []
 
 
 def saved_settings(folder: Path) -> Tree:
-    """What a run or an export was configured with as its file has it, unchecked.
+    """What a run or an export was configured with as in its file, unchecked.
 
     Raises:
         UserError: it is no YAML.
@@ -314,7 +314,7 @@ def saved_settings(folder: Path) -> Tree:
 
 
 def export_identity(export: Path) -> str:
-    """Tells the models that a run has chosen from each other: a hash of the step and the figures that chose one."""
+    """Identifies a run's best model: a hash of the step and the scores by which it was chosen."""
     try:
         return hashlib.sha256((export / EXPORT_SCORES).read_bytes()).hexdigest()
     except OSError:

@@ -1,4 +1,4 @@
-"""One process a run: a second one in the same folder would write over the first one's checkpoints."""
+"""One process per run: a second one in the same folder would overwrite the first one's checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InUseError(UserError):
 
 
 class RunLock:
-    """Held until `release`, and by no process that has ended, however it did.
+    """Held until `release` or until the process ends, however it ends.
 
     Raises:
         InUseError: another process holds it; says which.
@@ -55,7 +55,7 @@ class RunLock:
             return False
 
     def release(self, *, remove: bool = False) -> None:
-        """Others may have it from now on; with `remove`, its file goes, too."""
+        """Releases it; with `remove`, its file is deleted, too."""
         if remove:
             self.path.unlink(missing_ok=True)
         self._file.close()

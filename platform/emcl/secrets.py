@@ -1,4 +1,4 @@
-"""What must not be seen by others is replaced by *** in whatever leaves the run's own folder: MLflow, logs, exports."""
+"""Replaces secrets by *** in everything that leaves the run's own folder: MLflow, logs, exports."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import re
 
 NAMES = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-"""Of environment variables and of a URL's parameters whose values are secrets."""
+"""Names of environment variables and of a URL's parameters whose values are secrets."""
 SHORTEST = 6
-"""Characters: a shorter value stands for too much else."""
+"""Characters: a shorter value would match too much other text."""
 _CREDENTIALS = re.compile(r"(\w[\w+.-]*://)[^/\s@]+@")
 _PARAMETER = re.compile(r"([?&]([\w.-]+)=)([^&\s\"']+)")
 _SIGNED = re.compile(r"sig|signature", re.IGNORECASE)
@@ -24,7 +24,7 @@ def masked(text: str) -> str:
     return _PARAMETER.sub(_hide, text)
 
 
-def _hide(found: re.Match[str]) -> str:
-    name = found.group(2)
+def _hide(match: re.Match[str]) -> str:
+    name = match.group(2)
     secret = NAMES.search(name) or _SIGNED.search(name)
-    return found.group(1) + (MASK if secret else found.group(3))
+    return match.group(1) + (MASK if secret else match.group(3))

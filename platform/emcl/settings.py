@@ -14,33 +14,42 @@ Files and the command line are read as text, and each field takes its own: a str
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import EnumType
 from functools import cache
+from operator import attrgetter
 from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic import dataclasses as pydantic_dataclasses
 from pydantic.fields import FieldInfo
 
 from emcl.errors import UserError, first_line
-from emcl.nearest import nearest
+from emcl.inline_values import parse_list, parse_table, shown
+from emcl.suggestions import nearest
 
 Group = TypeVar("Group", bound=type)
 Tree = dict[str, Any]
 """Settings by name: text, lists of text, or trees of them; values that are no text are taken as they are."""
 NOTHING = ("null", "Null", "NULL", "None", "~", "")
 """What stands for no value, where a setting may have none."""
-LONGEST_SHOWN = 200
-"""Characters of a value that an error shows."""
 _CHECKS = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Unit:
     """What a number counts: `Annotated[float, Unit("seconds")]`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Formerly:
+    """A name that a setting had: `max_tokens: Annotated[int, Formerly("words")]`. It works for one release more.
+
+    What a run or an export has kept under it is read for good.
+    """
 
     name: str
 
@@ -58,7 +67,7 @@ Tokens = Annotated[int, Unit("tokens")]
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def group(kind: Group) -> Group:
     """Makes a class with annotated fields a group of settings."""
-    return pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=_CHECKS)(kind)  # type: ignore[return-value]
+    return _readable(pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=_CHECKS)(kind))
 
 
 @cache
@@ -72,12 +81,37 @@ def as_group(kind: Any) -> Any:
         return kind
     if hasattr(kind, "__pydantic_fields__"):
         raise TypeError(f"{kind.__qualname__} extends a group of settings: make it one by `@group` (emcl.settings)")
-    return pydantic_dataclasses.dataclass(kind, frozen=kind.__dataclass_params__.frozen, config=_CHECKS)
+    return _readable(pydantic_dataclasses.dataclass(kind, frozen=kind.__dataclass_params__.frozen, config=_CHECKS))
+
+
+def _readable(kind: Any) -> Any:
+    """The group with its settings under their former names besides, as others' code reads them."""
+    for former, name in former_names(kind).items():
+        setattr(kind, former, property(attrgetter(name)))
+    return kind
 
 
 def fields(kind: Any) -> dict[str, FieldInfo]:
     """A group's, by name; none of anything else, a plain dataclass that extends a group too."""
     return vars(kind).get("__pydantic_fields__", {}) if isinstance(kind, type) else {}
+
+
+def former_names(kind: Any) -> dict[str, str]:
+    """A group's settings that had another name: the new one by the old."""
+    return {
+        former.name: name
+        for name, field in fields(kind).items()
+        for former in field.metadata
+        if isinstance(former, Formerly)
+    }
+
+
+def former_keys(kind: Any, prefix: str = "") -> dict[str, str]:
+    """Former keys of settings in a group and the groups within it, such as `data.words`, with the new ones."""
+    keys = {f"{prefix}{former}": f"{prefix}{name}" for former, name in former_names(kind).items()}
+    for name, group_within in subgroups(kind).items():
+        keys |= former_keys(group_within, f"{prefix}{name}.")
+    return keys
 
 
 def subgroups(kind: Any) -> Mapping[str, Any]:
@@ -87,34 +121,43 @@ def subgroups(kind: Any) -> Mapping[str, Any]:
     return {name: field.annotation for name, field in fields(kind).items() if fields(field.annotation)}
 
 
-def merge(kind: Any, base: Tree, layer: Any, prefix: str = "") -> None:
+def merge(kind: Any, base: Tree, layer: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Puts `layer` over `base`: groups are joined, and any other value takes the place of the one before.
 
+    Returns:
+        The keys in `layer` that are former names of settings, each with the new one, which `base` gets instead.
+
     Raises:
-        UserError: something else than settings where a group stands.
+        UserError: something else than settings where a group stands, or a setting under both of its names.
     """
     if isinstance(layer, str):
-        layer = _mapping(layer) if layer else {}  # a file may name a group and set nothing in it
+        layer = parse_table(layer) if layer else {}  # a file may name a group and set nothing in it
     if not isinstance(layer, Mapping):
-        raise UserError(f"{prefix.rstrip('.')}={_shown(layer)} is no group of settings ({_known(kind)})")
-    within = subgroups(kind)
-    for name, value in layer.items():
+        raise UserError(f"{prefix.rstrip('.')}={shown(layer)} is no group of settings ({_known(kind)})")
+    within, former, met = subgroups(kind), former_names(kind), list[tuple[str, str]]()
+    for given, value in layer.items():
+        name: Any = former.get(given, given)
+        if name != given:
+            if name in layer:
+                raise UserError(f"{prefix}{given} is {prefix}{name} now: give it once")
+            met.append((f"{prefix}{given}", f"{prefix}{name}"))
         if name in within:
-            merge(within[name], base.setdefault(name, {}), value, f"{prefix}{name}.")
+            met += merge(within[name], base.setdefault(name, {}), value, f"{prefix}{name}.")
         elif isinstance(value, _Entry):
             base[name] = {**_table(base.get(name), f"{prefix}{name}"), **value}
         else:
             base[name] = value
+    return met
 
 
 def _table(before: Any, key: str) -> Mapping[str, Any]:
     """What a setting that is a table holds so far."""
-    table = _mapping(before) if isinstance(before, str) else before
+    table = parse_table(before) if isinstance(before, str) else before
     if isinstance(table, Mapping):
         return table
     if before is None or before in NOTHING:
         return {}
-    raise UserError(f"{key}={_shown(before)} is not a table {{name: value}}")
+    raise UserError(f"{key}={shown(before)} is not a table {{name: value}}")
 
 
 class _Entry(dict[str, str]):
@@ -149,17 +192,17 @@ def _shaped(annotation: Any, value: Any) -> Any:
     if isinstance(value, str) and optional and value in NOTHING:
         return None
     if fields(inner):
-        value = _mapping(value) if isinstance(value, str) else value
+        value = parse_table(value) if isinstance(value, str) else value
         if not isinstance(value, Mapping):
             return value
         known = fields(inner)
         return {name: _shaped(known[name].annotation, one) if name in known else one for name, one in value.items()}
     origin, arguments = get_origin(inner), get_args(inner)
     if origin in _SEVERAL:
-        value = _flow(value) if isinstance(value, str) else value
+        value = parse_list(value) if isinstance(value, str) else value
         return [_shaped(arguments[0], one) for one in value] if isinstance(value, list) else value
     if origin is dict:
-        value = _mapping(value) if isinstance(value, str) else value
+        value = parse_table(value) if isinstance(value, str) else value
         return (
             {name: _shaped(arguments[1], one) for name, one in value.items()} if isinstance(value, Mapping) else value
         )
@@ -184,71 +227,6 @@ def _type(annotation: Any) -> tuple[Any, list[Any], bool]:
 def _flat(metadata: Iterable[Any]) -> list[Any]:
     """`Field(gt=0)` as the bounds that it stands for."""
     return [bound for one in metadata for bound in (one.metadata if isinstance(one, FieldInfo) else [one])]
-
-
-def _flow(text: str) -> Any:
-    """`[one, two]`; any other text as it is."""
-    try:
-        several = yaml.load(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError):
-        return text
-    return several if isinstance(several, list) else text
-
-
-def _mapping(text: str) -> Any:
-    """`{name: value, ...}`, whose names may be patterns of shards: with braces, colons and dots in them."""
-    inside = text.strip()
-    if not (inside.startswith("{") and inside.endswith("}")):
-        return text
-    entries: Tree = {}
-    for entry in _split(inside[1:-1]):
-        cut = _colon(entry)
-        if cut < 0:
-            return text
-        name = _bare(entry[:cut])
-        if not name:
-            return text
-        if name in entries:
-            raise UserError(f"{name} stands twice in {_shown(text)}")
-        entries[name] = _bare(entry[cut + 1 :])
-    return entries
-
-
-def _depths(text: str) -> Iterator[tuple[int, str, int]]:
-    """(place, character, brackets around it) of what is outside quotes, which open where a name or value does."""
-    depth, quote, last = 0, "", ","
-    for place, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-            continue
-        if character in "'\"" and last in ",:{[":
-            quote = character
-        elif character in "{[":
-            depth += 1
-        elif character in "}]":
-            depth -= 1
-        last = last if character.isspace() else character
-        yield place, character, depth
-
-
-def _split(text: str) -> list[str]:
-    """At the commas that no bracket holds."""
-    cuts = [place for place, character, depth in _depths(text) if character == "," and not depth]
-    parts = [text[start + 1 : end] for start, end in zip([-1, *cuts], [*cuts, len(text)], strict=True)]
-    return [part for part in parts if part.strip()]
-
-
-def _colon(entry: str) -> int:
-    """Where an entry's value begins: its colon before a space, or its last one; -1 without one, or with several."""
-    colons = [place for place, character, depth in _depths(entry) if character == ":" and not depth]
-    spaced = [place for place in colons if entry[place + 1 : place + 2].isspace()]
-    return -1 if len(spaced) > 1 else (spaced or colons or [-1])[-1]
-
-
-def _bare(text: str) -> str:
-    """Without spaces and quotes around it."""
-    text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 _SEVERAL = (list, tuple, set, frozenset)
@@ -325,53 +303,37 @@ def _known(kind: Any) -> str:
 def _explained(kind: Any, tree: Any, error: ValidationError, prefix: str) -> str:
     """One line on the first thing that pydantic found in `tree`."""
     first = error.errors(include_url=False)[0]
-    place = [str(part) for part in first["loc"]]
-    owner, field, depth = _field(kind, place)
-    where = prefix + "".join(f"{part}." for part in place[: depth - 1 if field else depth])
+    path = [str(key) for key in first["loc"]]
+    owner, field, depth = _field(kind, path)
+    where = prefix + "".join(f"{key}." for key in path[: depth - 1 if field else depth])
     if first["type"] == "unexpected_keyword_argument":
-        return f"unknown configuration key {where + place[-1]!r}{nearest(place[-1], fields(owner))} ({_known(owner)})"
+        return f"unknown configuration key {where + path[-1]!r}{nearest(path[-1], fields(owner))} ({_known(owner)})"
     if first["type"] == "value_error":  # a check of a group's own, whose words begin with the field's name
         return where + first["msg"].removeprefix("Value error, ")
     if field is None:
-        return f"{where.rstrip('.')}={_shown(first['input'])}: {first_line(ValueError(first['msg']))} ({_known(owner)})"
-    key, value, annotation, metadata = place[depth - 1], first["input"], field.annotation, field.metadata
+        return f"{where.rstrip('.')}={shown(first['input'])}: {first_line(ValueError(first['msg']))} ({_known(owner)})"
+    key, value, annotation, metadata = path[depth - 1], first["input"], field.annotation, field.metadata
     inner, _, _ = _type(annotation)
-    if len(place) > depth and get_origin(inner) is dict:  # one of its entries
-        key, annotation, metadata = f"{key}.{place[depth]}", get_args(inner)[1], []
-    elif len(place) > depth:
-        for part in place[:depth]:
-            tree = tree[part]
+    if len(path) > depth and get_origin(inner) is dict:  # one of its entries
+        key, annotation, metadata = f"{key}.{path[depth]}", get_args(inner)[1], []
+    elif len(path) > depth:
+        for name in path[:depth]:
+            tree = tree[name]
         value = tree
-    value = _shown(value)
+    value = shown(value)
     near = nearest(value, map(str, get_args(inner))) if get_origin(inner) is Literal else ""
     words = wanted(annotation, metadata)
     words = words.replace("number", "finite number", 1) if first["type"] == "finite_number" else words
     return f"{where}{key}={value} is not {words}{near}"
 
 
-def as_typed(value: Any) -> str:
-    """A value as one types it."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{name}: {as_typed(one)}' for name, one in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(as_typed, value))}]"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
-
-
-def _shown(value: Any) -> str:
-    text = as_typed(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
-
-
-def _field(kind: Any, place: Sequence[str]) -> tuple[Any, FieldInfo | None, int]:
-    """The group in which a place lies, its field there, if it has one, and how many parts of the place lead to it."""
-    for depth, part in enumerate(place, start=1):
-        if part not in fields(kind):
+def _field(kind: Any, path: Sequence[str]) -> tuple[Any, FieldInfo | None, int]:
+    """The group in which a path lies, its field there, if it has one, and how many parts of the path lead to it."""
+    for depth, name in enumerate(path, start=1):
+        if name not in fields(kind):
             return kind, None, depth - 1
-        field = fields(kind)[part]
+        field = fields(kind)[name]
         if not fields(_type(field.annotation)[0]):
             return kind, field, depth
         kind = _type(field.annotation)[0]
-    return kind, None, len(place)
+    return kind, None, len(path)

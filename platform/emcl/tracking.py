@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from emcl.async_sender import AsyncSender, Message
 from emcl.config import Config, flatten
 from emcl.disk import write_whole
 from emcl.errors import first_line
-from emcl.outbox import Message, Outbox
 from emcl.secrets import masked
 from emcl.version import __version__
 
@@ -27,7 +27,7 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 TIMEOUT = 5.0
 PARAM_LENGTH = 6000
 DRAIN = 60.0
-"""Seconds that the end of a run waits for a store that is away."""
+"""Seconds that the end of a run waits for a store that does not answer."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED")
 
 
@@ -49,10 +49,10 @@ class Tracker:
 
 
 class MLflowTracker(Tracker):
-    """An MLflow run. What is recorded is sent by a thread; while the store is away it is kept, and none is sent twice.
+    """An MLflow run. Records are sent by a thread, kept while the store does not answer, and never sent twice.
 
-    With `continued`, the run of that id goes on: what it holds already of a metric is not written twice. What could
-    not be sent at all is kept in the file `unsent`, and sent when that run goes on.
+    With `continued`, the run of that id goes on: values of a metric that it has already are not written again. Records
+    that could not be sent are saved in the file `unsent`, and sent when that run is resumed.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class MLflowTracker(Tracker):
             )
         self.run_id = self._id = str(self._run.info.run_id)
         mlflow.set_tag("commit", commit())
-        self._outbox = Outbox(_is_refusal, lambda text: log.warning("MLflow at %s %s", masked(uri), masked(text)))
+        self._sender = AsyncSender(_is_refusal, lambda text: log.warning("MLflow at %s %s", masked(uri), masked(text)))
         if continued is not None and self._unsent and self._unsent.is_file():
             self._owed = True
             for entries in json.loads(self._unsent.read_text()):
@@ -102,17 +102,17 @@ class MLflowTracker(Tracker):
         self._put_metrics([[_allowed(key), float(value), now, step] for key, value in values.items()])
 
     def _put_metrics(self, entries: list[list[Any]]) -> None:
-        self._outbox.put(Message(lambda again: self._send_metrics(entries, again), entries))
+        self._sender.put(Message(lambda again: self._send_metrics(entries, again), entries))
 
     def _send_metrics(self, entries: list[list[Any]], again: bool) -> None:
-        """All of them in one request; `again`, only what the store does not hold."""
+        """All of them in one request; on a retry (`again`), only what the store does not have."""
         if again:
-            self._last = {}  # the store may have more than it answered for
+            self._last = {}  # the store may have more than it confirmed
         new = [self._mlflow.entities.Metric(*entry) for entry in entries if entry[3] > self._logged(entry[0])]
         self._client.log_batch(self._id, metrics=new)
 
     def _logged(self, key: str) -> int:
-        """The last step that the run held of a metric when it was continued, or when the store came back."""
+        """The last step of a metric in the store when the run was continued, or when the store came back."""
         if self._last is None:
             return -1
         if key not in self._last:
@@ -121,16 +121,16 @@ class MLflowTracker(Tracker):
         return self._last[key]
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        self._outbox.put(Message(lambda _: self._client.log_artifact(self._id, str(path), folder)))
+        self._sender.put(Message(lambda _: self._client.log_artifact(self._id, str(path), folder)))
 
     def text(self, content: str, name: str) -> None:
-        self._outbox.put(Message(lambda _: self._client.log_text(self._id, masked(content), name)))
+        self._sender.put(Message(lambda _: self._client.log_text(self._id, masked(content), name)))
 
     def tag(self, name: str, value: str) -> None:
-        self._outbox.put(Message(lambda _: self._client.set_tag(self._id, name, masked(value))))
+        self._sender.put(Message(lambda _: self._client.set_tag(self._id, name, masked(value))))
 
     def finish(self, status: str = "FINISHED") -> None:
-        left = self._outbox.close(DRAIN)
+        left = self._sender.close(DRAIN)
         if left and self._unsent:
             write_whole(self._unsent, json.dumps(left))
             log.warning("%d records of metrics could not be sent; --resume sends them from %s", len(left), self._unsent)
@@ -140,7 +140,7 @@ class MLflowTracker(Tracker):
             self._mlflow.end_run(status)
         except Exception as error:
             log.warning("MLflow at %s did not take the run's end (%s)", masked(self.uri or ""), first_line(error))
-        if self._asked_for is None:  # a later run of this process is to choose by itself
+        if self._asked_for is None:  # a later run of this process chooses for itself
             os.environ.pop(VARIABLE, None)
 
 
@@ -154,7 +154,7 @@ def open_tracker(
 ) -> Tracker:
     """The run's tracker on rank 0; the null object elsewhere and where tracking is off.
 
-    With `continued`, that MLflow run goes on, where the store knows it. `unsent` is the file for what it does not get.
+    With `continued`, that MLflow run goes on, if the store knows it. `unsent` is the file for unsent records.
     """
     if not (first_rank and config.tracking.enabled):
         return Tracker()
@@ -164,7 +164,7 @@ def open_tracker(
     if wanted and wanted.startswith("http") and not _answers(wanted):
         log.warning("MLflow at %s does not answer; recording in the local store %s instead", masked(wanted), local)
         wanted = None
-    # the client's own retries take minutes; a server that answers now and not later is given up sooner
+    # the client's own retries take minutes; give up sooner on a server that stops answering
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     chosen = wanted or local
@@ -194,7 +194,7 @@ def _knows(uri: str, run_id: str) -> bool:
 def commit() -> str:
     """The checkout's commit, with `-dirty` where files differ from it; outside a checkout, the package's version.
 
-    An environment may lie in somebody else's repository, whose commit says nothing of this code.
+    An environment may be inside another repository, whose commit says nothing about this code.
     """
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
@@ -205,8 +205,8 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
-    return found.stdout.strip()
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+    return result.stdout.strip()
 
 
 def _answers(uri: str) -> bool:
@@ -214,13 +214,13 @@ def _answers(uri: str) -> bool:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT):
             return True
     except urllib.error.HTTPError:
-        return True  # it is there, and wants a password perhaps
+        return True  # it answers, perhaps it wants a password
     except (OSError, ValueError):
         return False
 
 
 def _parameter(key: str) -> str:
-    """A mixture's shards are part of a name, and MLflow's have none of `*{}`."""
+    """A mixture's shards are part of a name, and MLflow's names must not contain `*{}`."""
     return re.sub(r"[^\w\-./: ]", "_", key)
 
 

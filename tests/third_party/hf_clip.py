@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from emcl.config import Config
-from emcl.data.text import Tokenizer
+from emcl.data.captions import Tokenizer
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone
-from emcl.model.settings import ModelConfig
+from emcl.model.model_settings import ModelConfig
 from emcl.model.tower import TextTower, Tower, Towers
 
 PADDING = 0
@@ -54,7 +54,7 @@ class HfClip(Backbone):
     config_class = HfClipConfig
 
     @classmethod
-    def build_towers(cls, config: ModelConfig, *, words: int, load_weights: bool) -> Towers:
+    def build_towers(cls, config: ModelConfig, *, max_tokens: int, load_weights: bool) -> Towers:
         attention = cls.options(config).attention
         if load_weights and config.pretrained:
             clip = CLIPModel.from_pretrained(config.pretrained, attn_implementation=attention)
@@ -73,16 +73,18 @@ class HfClip(Backbone):
         )
 
     @classmethod
-    def tokenizer(cls, config: ModelConfig, words: int) -> Tokenizer:
-        return SimpleTokenizer(context_length=words)
+    def tokenizer(cls, config: ModelConfig, max_tokens: int) -> Tokenizer:
+        return SimpleTokenizer(context_length=max_tokens)
 
     @classmethod
     def check(cls, config: Config) -> None:
         shape = cls.shape(config.model)
-        if config.data.size != shape.vision_config.image_size:
-            raise UserError(f"data.size={config.data.size} is not the {shape.vision_config.image_size} of the model")
-        if config.data.words > shape.text_config.max_position_embeddings:
-            raise UserError(f"data.words={config.data.words} is more than the model's positions")
+        if config.data.image_size != shape.vision_config.image_size:
+            raise UserError(
+                f"data.image_size={config.data.image_size} is not the {shape.vision_config.image_size} of the model"
+            )
+        if config.data.max_tokens > shape.text_config.max_position_embeddings:
+            raise UserError(f"data.max_tokens={config.data.max_tokens} is more than the model's positions")
 
     @classmethod
     def shape(cls, config: ModelConfig) -> CLIPConfig:

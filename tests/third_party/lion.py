@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from emcl.train.optimizer import OptimizerKind
-from emcl.train.settings import OptimConfig
+from emcl.train.train_settings import OptimConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

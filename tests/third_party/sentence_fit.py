@@ -11,9 +11,8 @@ from other_settings import SentenceFitConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
-from emcl.data.captions import DrawnCaptions
+from emcl.data.captions import DrawnCaptions, TextSource
 from emcl.data.loader import Collator
-from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.model.pooling import mean_of_frames
@@ -23,8 +22,8 @@ from emcl.task import Offer, Prediction, Record, Scorer, Scores, Task
 class FitScorer(Scorer):
     """Each video with its own caption, and with that of the video before it in the batch."""
 
-    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
-        texts = part.text if part else self.evaluation.split.filler().to(self.evaluation.device)
+    def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
+        texts = inputs.text if inputs else self.evaluation.split.filler().to(self.evaluation.device)
         fits_2B = self.evaluation.run(lambda: self.task.pairs(self.evaluation.backbone, encoded, texts).sigmoid())
         self.records += zip(rows, (fits_2B.T > 0.5).tolist(), strict=False)
 
@@ -47,10 +46,10 @@ class SentenceFitTask(Task):
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return DrawnCaptions(texts)
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        fits_2B = self.pairs(backbone, encoded, part.text)
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
+        fits_2B = self.pairs(backbone, encoded, inputs.text)
         wanted_2B = torch.stack([torch.ones_like(fits_2B[0]), torch.zeros_like(fits_2B[0])])
-        here_B = part.present_B.to(fits_2B.dtype)
+        here_B = inputs.present_B.to(fits_2B.dtype)
         loss = (F.binary_cross_entropy_with_logits(fits_2B, wanted_2B, reduction="none") * here_B).sum()
         return {"cross_entropy": self.weight * loss / ranks.sum(here_B.sum()).clamp_min(1)}
 

@@ -11,8 +11,8 @@ from other_settings import TemporalOrderConfig
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.captions import TextSource
 from emcl.data.loader import Collator
-from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.task import Case, Offer, Prediction, Record, Result, Scorer, Scores, Shown, Task, TaskReport
@@ -24,7 +24,7 @@ WORDS = ("forwards", "backwards")
 class OrderScorer(Scorer):
     """Every other video is turned; a record is whether it was, and how likely that seems."""
 
-    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+    def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
         turned_B = torch.tensor([row % 2 for row in rows] or [0], device=encoded.frames_BTD.device)
         share_B2 = self.evaluation.run(lambda: self.task.logits(encoded, turned_B).softmax(1))
         self.records += zip(rows, zip(turned_B.tolist(), share_B2.tolist(), strict=True), strict=False)
@@ -51,9 +51,9 @@ class OrderReport(TaskReport):
     def cases(self, result: Result, picture: PictureOf) -> dict[str, list[Case]]:
         items = result.items
 
-        def case(place: int) -> Case:
-            outcome = f"found so by {items['certainty'][place]:.0f}%"
-            return Case(f"shown {items['order'][place]}", outcome, [Shown.of(items["id"][place], picture)])
+        def case(index: int) -> Case:
+            outcome = f"found so by {items['certainty'][index]:.0f}%"
+            return Case(f"shown {items['order'][index]}", outcome, [Shown.of(items["id"][index], picture)])
 
         return best_and_worst(items["certainty"], case) if items else {}
 
@@ -74,9 +74,9 @@ class TemporalOrderTask(Task):
     def collator(cls, settings: Any, config: Config, texts: TextSource, *, training: bool) -> Collator:
         return _coins
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
-        loss = F.cross_entropy(self.logits(encoded, part["backwards"]), part["backwards"], reduction="sum")
-        count = ranks.sum(torch.tensor(len(part["backwards"]), device=loss.device))
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
+        loss = F.cross_entropy(self.logits(encoded, inputs["backwards"]), inputs["backwards"], reduction="sum")
+        count = ranks.sum(torch.tensor(len(inputs["backwards"]), device=loss.device))
         return {"cross_entropy": self.weight * loss / count}
 
     def logits(self, encoded: Encoded, backwards_B: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Shards to batches: the sample schema, the order, decoding, transforms."""
+"""From shards to batches: sample schema, sampling order, decoding, transforms."""

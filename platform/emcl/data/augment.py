@@ -1,8 +1,8 @@
-"""RandAugment for clips: timm draws in the loader, and the pixels are changed on the training device.
+"""RandAugment for clips: timm draws the operations in the loader; the training device applies them.
 
-One draw a clip, the same for all its frames. It follows from the clip's seed by timm's own objects, whose image
-operations are replaced by notes of what they would have done. A batch carries the notes of all its clips as a plan,
-grouped by operation, which `image_ops.augmented` carries out without looking at a value on the device.
+Each clip gets one draw, used for all its frames. timm's own objects make it from the clip's seed; their image
+operations are replaced by functions that only record what they would have done. A batch carries the records of all its
+clips as a plan, grouped by operation. `image_ops.augmented` applies it without reading any value back from the device.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from torch import Tensor
 from emcl.errors import UserError
 
 Plan = dict[str, Any]
-"""`operations`, a list of `Operation` in their order, and `numbers`, one float64 tensor with all that they take: a
-tensor of its own for each would cost a copy to the device, and a file that a loader process shares."""
+"""`operations`, a list of `Operation` in order, and `numbers`, one float64 tensor with all their parameters: a separate
+tensor for each would cost one more copy to the device, and one more file shared by a loader process."""
 Array = NDArray[Any]
 
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x_rel", "translate_y_rel")
 TABLES = ("invert", "posterize", "solarize", "solarize_add", "brightness")
-"""Operations that give every pixel value another one, whatever the image."""
+"""Operations that map each pixel value to another one, independent of the image."""
 BLENDS = ("contrast", "color", "sharpness")
-"""Operations that mix the image with another one made of it, by a factor."""
+"""Operations that blend the image with an image computed from it, by a factor."""
 WHOLE = ("auto_contrast", "equalize")
-"""Operations without an argument, by the image's histogram."""
+"""Operations without an argument, computed from the image's histogram."""
 BLUR = "gaussian_blur"
 BICUBIC = 3
-"""PIL's number of that way to resample."""
+"""PIL's number for bicubic resampling."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where an array lies in a plan's numbers, and what it is."""
+    """Where an array is stored in a plan's numbers, with its shape and type."""
 
     start: int
     shape: tuple[int, ...]
@@ -52,11 +52,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of operation on several clips' frames."""
+    """One kind of operation, applied to frames of several clips."""
 
     kind: str
     arrays: dict[str, Slice]
-    """`frames`, the frames' places in the batch, and what each of them, or for `affine` each clip, takes."""
+    """`frames`, the frames' indices in the batch, and the parameters for each frame (for `affine`: for each clip)."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Drawn:
     """timm's name of the function."""
     argument: float = 0.0
     cubic: bool = False
-    """Of the geometric ones: resampled bicubically, otherwise bilinearly."""
+    """For geometric operations: bicubic resampling, otherwise bilinear."""
 
 
 class Augmentation:
-    """timm's RandAugment by its string (`rand-m7-n4-mstd0.5-inc1`).
+    """timm's RandAugment, configured by its string (`rand-m7-n4-mstd0.5-inc1`).
 
     Raises:
-        UserError: no such string.
+        UserError: timm does not accept the string.
     """
 
     def __init__(self, name: str) -> None:
@@ -91,29 +91,29 @@ class Augmentation:
             op.aug_fn = partial(_note, kind, desaturating=op.aug_fn.__name__ == "desaturate")
 
     def draw(self, seed: int) -> list[Drawn]:
-        """What timm would do to an image after `random` and NumPy are given this seed; both are left as they were."""
+        """What timm would do to an image with `random` and NumPy seeded so; restores both states afterwards."""
         state, numpy_state = random.getstate(), np.random.get_state()
         try:
             random.seed(seed)
             np.random.seed(seed % 2**32)
-            found: list[Drawn] = self._transform([])
-            return found
+            operations: list[Drawn] = self._transform([])
+            return operations
         finally:
             random.setstate(state)
             np.random.set_state(numpy_state)
 
     def plan(self, seeds: Sequence[int], counts: Sequence[int], height: int, width: int) -> Plan:
-        """Of a batch whose clips have these seeds and numbers of frames, one clip after another."""
+        """The plan of a batch whose clips have these seeds and frame counts, in the order of the clips."""
         return plan_of([self.draw(seed) for seed in seeds], counts, height, width)
 
 
 def augmentation(name: str) -> Augmentation | None:
-    """Of the setting `data.augment`; None for `none`."""
+    """Built from the setting `data.augment`; None for `none`."""
     return None if name == "none" else Augmentation(name)
 
 
 def _note(kind: str, done: list[Drawn], *arguments: float, desaturating: bool, **options: Any) -> list[Drawn]:
-    """In place of timm's function of an image: `done` and this operation, with the same calls of `random`."""
+    """Replaces timm's image function: appends this operation to `done`, with the same calls to `random`."""
     resample = options["resample"]
     if kind in GEOMETRIC and isinstance(resample, list | tuple):
         resample = random.choice(resample)
@@ -124,7 +124,7 @@ def _note(kind: str, done: list[Drawn], *arguments: float, desaturating: bool, *
 
 
 def plan_of(draws: Sequence[Sequence[Drawn]], counts: Sequence[int], height: int, width: int) -> Plan:
-    """The operations of several clips' draws; `counts` are the clips' frames, which lie one after another."""
+    """The operations of several clips' draws; `counts` are frames per clip, stored clip after clip."""
     ends = np.cumsum(counts)
     frames_of = [range(end - count, end) for end, count in zip(ends.tolist(), counts, strict=True)]
     operations: list[Operation] = []
@@ -146,29 +146,29 @@ _Group = tuple[str, dict[str, tuple[Array, torch.dtype]]]
 
 
 def _grouped(now: list[tuple[Drawn, range]], height: int, width: int) -> Iterator[_Group]:
-    """One operation of each clip that has one, those of a kind together."""
+    """One operation per clip, grouped by kind."""
     groups: dict[tuple[Any, ...], list[tuple[Drawn, range]]] = {}
     for op, frames in now:
         key: tuple[Any, ...] = ("table" if op.kind in TABLES else op.kind,)
-        if op.kind in GEOMETRIC:  # clips of as many frames
+        if op.kind in GEOMETRIC:  # grouped by number of frames
             key = ("affine", len(frames))
         groups.setdefault(key, []).append((op, frames))
     for (kind, *_), members in groups.items():
         if kind == "affine":
-            places = np.array([list(frames) for _, frames in members])
+            frame_indices = np.array([list(frames) for _, frames in members])
             matrices = np.array([matrix(op, height, width) for op, _ in members])
             cubic = np.array([op.cubic for op, _ in members])
             yield (
                 kind,
                 {
-                    "frames": (places, torch.int64),
+                    "frames": (frame_indices, torch.int64),
                     "matrix": (matrices, torch.float64),
                     "cubic": (cubic, torch.bool),
                 },
             )
             continue
         each = [op for op, frames in members for _ in frames]
-        arrays = {"frames": (np.array([place for _, frames in members for place in frames]), torch.int64)}
+        arrays = {"frames": (np.array([index for _, frames in members for index in frames]), torch.int64)}
         if kind == "table":
             arrays["table"] = (np.stack([_table(op) for op in each]), torch.uint8)
         elif kind in BLENDS:
@@ -179,7 +179,7 @@ def _grouped(now: list[tuple[Drawn, range]], height: int, width: int) -> Iterato
 
 
 def _table(op: Drawn) -> Array:
-    """What each of the 256 values becomes."""
+    """The output for each of the 256 pixel values."""
     values = np.arange(256)
     if op.kind == "invert":
         values = 255 - values
@@ -189,17 +189,17 @@ def _table(op: Drawn) -> Array:
         values = np.where(values < op.argument, values, 255 - values)
     elif op.kind == "solarize_add":
         values = np.where(values < 128, np.minimum(255, values + int(op.argument)), values)
-    else:  # brightness: a blend with black, in single precision as PIL has it
+    else:  # brightness: a blend with black, in single precision as in PIL
         values = np.clip(np.float32(op.argument) * values.astype(np.float32), 0, 255)
     return values.astype(np.uint8)
 
 
 def matrix(op: Drawn, height: int, width: int) -> list[float]:
-    """(a, b, c, d, e, f): an output pixel's centre (x, y) shows the input at (ax + by + c, dx + ey + f)."""
+    """(a, b, c, d, e, f): the output pixel centred at (x, y) samples the input at (ax + by + c, dx + ey + f)."""
     if op.kind == "rotate":
         angle = -math.radians(op.argument % 360.0)
         cosine, sine = round(math.cos(angle), 15), round(math.sin(angle), 15)
-        x, y = width / 2, height / 2  # the point that stays
+        x, y = width / 2, height / 2  # the fixed point
         return [cosine, sine, cosine * -x + sine * -y + x, -sine, cosine, -sine * -x + cosine * -y + y]
     return {
         "shear_x": [1, op.argument, 0, 0, 1, 0],
@@ -210,23 +210,23 @@ def matrix(op: Drawn, height: int, width: int) -> list[float]:
 
 
 BLUR_REACH = 3
-"""Pixels to each side that a box can hold; timm's blurs have radius 2 at most, their boxes 2 and a part."""
+"""Largest extent of a box to each side, in pixels; timm's blurs have radius 2 at most, their boxes 2 and a fraction."""
 BLUR_PASSES = 3
 
 
 def box_weights(radius: float) -> list[int]:
-    """Weights, in 2^-24, of the box whose three passes stand for a Gaussian of this radius (its sigma).
+    """Weights, in units of 2^-24, of the box filter whose three passes approximate a Gaussian with sigma = `radius`.
 
-    The box (Gwosdek et al., 2011) holds whole pixels to each side and a part of one more, so that its variance is the
+    The box (Gwosdek et al., 2011) has whole pixels to each side and a fraction of one more, so that its variance is one
     third of the Gaussian's.
     """
-    one, sigma = np.float32(1), np.float32(radius)  # in single precision, as PIL has it
+    one, sigma = np.float32(1), np.float32(radius)  # in single precision, as in PIL
     variance = sigma * sigma / np.float32(BLUR_PASSES)
     whole = math.floor((math.sqrt(12.0 * float(variance) + 1.0) - 1.0) / 2.0)
     next_one = np.float32(whole + 1)
-    part = np.float32(2 * whole + 1) * (np.float32(whole) * next_one - 3 * variance)
-    part /= 6 * (variance - next_one * next_one)
-    inner = int(np.float32(2**24) / ((whole + part) * 2 + one))
+    fraction = np.float32(2 * whole + 1) * (np.float32(whole) * next_one - 3 * variance)
+    fraction /= 6 * (variance - next_one * next_one)
+    inner = int(np.float32(2**24) / ((whole + fraction) * 2 + one))
     outer = (2**24 - (whole * 2 + 1) * inner) // 2
     reach = range(-BLUR_REACH, BLUR_REACH + 1)
     return [inner if abs(at) <= whole else outer if abs(at) == whole + 1 else 0 for at in reach]

@@ -1,32 +1,72 @@
-"""A batch's captions as the text tower's input: one drawn of each sample in training, all of them in evaluations."""
+"""A batch's captions as input of the text tower: one per sample in training, all of them in evaluation.
+
+The input is token ids, or the cached outputs of a frozen text tower (data/split.py).
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
-from emcl.data.text import Caption, TextSource
+
+Tokenizer = Callable[[list[str]], Tensor]
+"""Texts -> (n, L) token ids; L is the length of the longest text, or a fixed length."""
+
+
+class Caption(NamedTuple):
+    """One caption of one sample."""
+
+    row: int
+    number: int
+    """Index among the sample's captions."""
+    text: str
+
+
+class TextSource(Protocol):
+    """Makes the input of `Backbone.encode_text`."""
+
+    def text(self, captions: Sequence[Caption]) -> Tensor:
+        """One row per caption."""
+        ...
+
+    def filler(self) -> Tensor:
+        """One dummy text, for a rank that has nothing to encode while other ranks do."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """(n, L) token ids."""
+
+    tokenize: Tokenizer
+
+    def text(self, captions: Sequence[Caption]) -> Tensor:
+        return self.tokenize([caption.text for caption in captions])
+
+    def filler(self) -> Tensor:
+        return self.tokenize([""])
 
 
 @dataclass
 class Captions:
-    """One caption a sample."""
+    """One caption per sample."""
 
     text: Tensor
-    """What `Backbone.encode_text` takes, (B, ...)."""
+    """Input of `Backbone.encode_text`, (B, ...)."""
     present_B: Tensor
-    """Which samples have any."""
+    """Which samples have a caption."""
 
 
 @dataclass
 class DrawnCaptions:
-    """A collator: of each sample the draw's caption."""
+    """A collator that takes the drawn caption of each sample."""
 
     texts: TextSource
 
@@ -44,14 +84,14 @@ class EveryCaption:
     """All captions of a batch's samples."""
 
     text: Tensor | None
-    """What `Backbone.encode_text` takes; None where there is no caption."""
+    """Input of `Backbone.encode_text`; None if no sample has a caption."""
     rows: list[int]
-    """Of the shards: the sample that each caption is of."""
+    """Each caption's sample, as a row of the shards."""
 
 
 @dataclass
 class AllCaptions:
-    """A collator: every caption of each sample."""
+    """A collator that takes every caption of each sample."""
 
     texts: TextSource
 
@@ -62,7 +102,7 @@ class AllCaptions:
 
 
 def pick_caption(sample: Sample, draw: Draw) -> Caption | None:
-    """The draw's caption of a sample; one at random where it names none."""
+    """The caption that the draw names; if it names none, a random one."""
     if not sample.captions:
         return None
     index = draw.caption

@@ -1,4 +1,4 @@
-"""Video bytes to a few frames, with PyAV."""
+"""Decodes a few frames of a video with PyAV."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Frames = NDArray[np.uint8]
 
 
 LATE = 4.0
-"""Seconds into a video from where it is not read from its start."""
+"""Seconds: for frames later than this, reading starts with a seek instead of at the video's start."""
 REORDERED = 0.5
-"""Seconds: a seek may go by the order of decoding, which differs from that of showing by less."""
+"""Seconds subtracted from a seek target: seeks may use decoding times, which differ from presentation times by less."""
 LONGEST = 24 * 3600.0
-"""Seconds; a file that says more is damaged."""
+"""Seconds; a file that claims a longer duration is damaged."""
 CONTAINERS = {"format_whitelist": "mov,matroska,avi,mpeg,mpegvideo,mpegts,asf,flv", "protocol_whitelist": "file"}
-"""What FFmpeg may take a file for, whatever its name: a playlist would make it open other files, and URLs."""
+"""Formats that FFmpeg may detect, whatever the file name: a playlist would make it open other files and URLs."""
 
 
 class DecodeError(Exception):
@@ -47,9 +47,9 @@ def decode(
 ) -> Frames:
     """Up to `frames` frames, evenly spread over [start, end] of the video, resized and centre-cropped to a square.
 
-    The part is cut into equal slices and each gives the frame that is shown at its middle (at a random moment of
-    the slice with `jitter`), or with `keyframes` the last key frame before that which is in the slice, if there is one.
-    With `fps`, a short video gives only as many slices as it has seconds x fps.
+    [start, end] is cut into equal slices. Each slice gives the frame shown at its middle (with `jitter`, at a random
+    time within the slice); with `keyframes`, the last key frame of the slice before that time, if there is one.
+    With `fps`, there are at most seconds x fps slices.
 
     Returns:
         (n, size, size, 3) with 1 <= n <= frames.
@@ -62,13 +62,13 @@ def decode(
         count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
         offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
         times = begin + (np.arange(count) + offsets) * (finish - begin) / count
-        scaler = VideoReformatter()  # kept for all frames: to make one costs more than to use it
+        scaler = VideoReformatter()  # shared by all frames: creating one costs more than using it
         begins = begin + np.arange(count) * (finish - begin) / count if keyframes else None
         return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times, begins)])
 
 
 def duration(video: Path) -> float:
-    """Seconds, as the file says.
+    """Duration in seconds, as stated in the file.
 
     Raises:
         DecodeError: no video, or no duration.
@@ -79,7 +79,7 @@ def duration(video: Path) -> float:
 
 
 def codec(video: Path) -> str:
-    """FFmpeg's name of the video's coding, such as `h264`.
+    """FFmpeg's name of the video codec, such as `h264`.
 
     Raises:
         DecodeError: no video.
@@ -89,7 +89,7 @@ def codec(video: Path) -> str:
 
 
 def frame_rate(video: bytes | Path) -> Fraction | None:
-    """Frames a second, where the file says.
+    """Frames per second; None if the file does not state it.
 
     Raises:
         DecodeError: no video.
@@ -101,10 +101,10 @@ def frame_rate(video: bytes | Path) -> Fraction | None:
 def resampled(
     video: bytes | Path, rate: Fraction, *, start: float | None = None, end: float | None = None
 ) -> Iterator[av.VideoFrame]:
-    """The frames of [start, end] at `rate` a second, in full size, one at a time.
+    """Yields the frames of [start, end] at `rate` frames per second, in full size.
 
     Raises:
-        DecodeError: while going through them.
+        DecodeError: while iterating.
     """
     with _opened(video) as (container, stream):
         begin, finish = _span(container, stream, start, end)
@@ -113,7 +113,7 @@ def resampled(
 
 
 def picture(video: Path, start: float, end: float, short_side: int) -> Frames:
-    """The frame in the middle of a part, made smaller and uncropped: (height, width, 3).
+    """The middle frame of [start, end], downscaled and not cropped: (height, width, 3).
 
     Raises:
         DecodeError: nothing could be decoded.
@@ -125,10 +125,10 @@ def picture(video: Path, start: float, end: float, short_side: int) -> Frames:
 
 
 def moving_pictures(video: Path, short_side: int) -> Iterator[tuple[float, Frames]]:
-    """Every frame in order, small and uncropped, with its moment in seconds from the video's first.
+    """Yields every frame in order, downscaled and not cropped, with its time in seconds since the first frame.
 
     Raises:
-        DecodeError: while going through them.
+        DecodeError: while iterating.
     """
     with _opened(video) as (container, stream):
         origin = _span(container, stream, None, None)[0]
@@ -140,10 +140,10 @@ def moving_pictures(video: Path, short_side: int) -> Iterator[tuple[float, Frame
 
 @contextmanager
 def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The file and its video, decoded by one thread: the loader's processes are the parallelism.
+    """Opens a file and its video stream, decoded by one thread: the loader's processes provide the parallelism.
 
     Raises:
-        DecodeError: no video, or anything that FFmpeg does not like of it while it is open.
+        DecodeError: no video, or any FFmpeg error while it is open.
     """
     try:
         with av.open(
@@ -157,14 +157,14 @@ def _opened(video: bytes | Path) -> Iterator[tuple[av.container.InputContainer, 
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, ValueError) as error:
-        # FFmpeg's own words: the whole text would name the file, which may be a temporary one
+        # only FFmpeg's message: the full text includes the file name, which may be temporary
         raise DecodeError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
 
 
 def _span(
     container: av.container.InputContainer, stream: av.VideoStream, start: float | None, end: float | None
 ) -> tuple[float, float]:
-    """Seconds of the part to take, counted from the video's own first moment."""
+    """Start and end in seconds of the requested interval, on the stream's own time axis."""
     origin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
     if stream.duration and stream.time_base:
         length = float(stream.duration * stream.time_base)
@@ -187,13 +187,13 @@ def _at(
     times: NDArray[np.float64],
     begins: NDArray[np.float64] | None = None,
 ) -> Iterator[av.VideoFrame]:
-    """The frame shown at each of the rising `times`: the last one that starts no later.
+    """Yields the frame shown at each of the ascending `times`: the last one that starts no later.
 
-    With `begins`, a key frame that starts no earlier than that and no later than its time takes its place.
+    With `begins`, a key frame that starts between `begins` and the time is taken instead.
 
-    The packets up to the last of them are read first, and say when each frame is shown; then only what is needed is
-    decoded (`_chosen`). Where packets do not say it, or cannot be believed (AVI knows no order of showing, though its
-    video may have one), everything is decoded in sequence.
+    The packets up to the last time are read first; they state when each frame is shown. Then only the necessary packets
+    are decoded (`_chosen`). If packets do not state presentation times, or state wrong ones (AVI does not store the
+    presentation order, although its video may be reordered), everything is decoded in sequence.
     """
     unit = float(stream.time_base or 0)
     if times[0] > LATE and unit:
@@ -203,7 +203,7 @@ def _at(
     for packet in reading:
         packets.append(packet)
         if packet.pts is None or not unit or packet.dts is None or packet.dts * unit > times[-1]:
-            break  # the last: what follows is shown later still
+            break  # all later packets are shown later
     if not packets:
         raise DecodeError("no frame could be decoded")
     moments = [packet.pts for packet in packets if packet.pts is not None]
@@ -233,29 +233,29 @@ def _chosen(
     times: NDArray[np.float64],
     begins: NDArray[np.float64] | None,
 ) -> Iterator[av.VideoFrame]:
-    """The frames of `times`: from the key frame before each, those are decoded that others are made from, and those
-    that are wanted; groups of pictures in between are passed over whole."""
+    """The frames of `times`: after the key frame before each, only reference frames and wanted frames are decoded;
+    groups of pictures in between are skipped."""
     decoder = stream.codec_context
-    moments = [int(packet.pts or 0) for packet in packets]  # each packet's, in the stream's unit
+    moments = [int(packet.pts or 0) for packet in packets]  # of each packet, in units of stream.time_base
     shown = sorted(pts for pts, packet in zip(moments, packets, strict=True) if not packet.is_discard) or moments[:1]
     seconds = [_seconds(pts, stream) for pts in shown]
     wanted = [shown[max(0, bisect_right(seconds, moment) - 1)] for moment in times]
-    place_of = {pts: place for place, pts in enumerate(moments)}
-    keys = [place for place, packet in enumerate(packets) if packet.is_keyframe]
+    index_of = {pts: index for index, pts in enumerate(moments)}
+    keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
     if begins is not None:
-        starts = sorted(moments[place] for place in keys)
+        starts = sorted(moments[index] for index in keys)
         wanted = [_key_within(starts, pts, begin, stream) for pts, begin in zip(wanted, begins, strict=True)]
     needed = set(wanted)
     frames: dict[int, av.VideoFrame] = {}
     cursor = 0
     for pts in wanted:
-        before = bisect_right(keys, place_of[pts])
+        before = bisect_right(keys, index_of[pts])
         while before and moments[keys[before - 1]] > pts:  # shown later, though decoded earlier
             before -= 1
         start = keys[before - 1] if before else 0
         if begins is not None and pts not in frames and moments[start] == pts:
             frames = {pts: _alone(decoder, packets[start])}
-            cursor = -1  # the decoder has forgotten what came before
+            cursor = -1  # the decoder was flushed
         if pts not in frames and start > cursor:
             decoder.flush_buffers()
             cursor = start
@@ -270,7 +270,7 @@ def _chosen(
             frames = {later: frame for later, frame in frames.items() if later >= pts}
         if not frames:
             raise DecodeError("a frame could not be decoded")
-        yield frames.get(pts, frames[max(frames)])  # at a torn end, the last one there is
+        yield frames.get(pts, frames[max(frames)])  # in a truncated file, the last decoded frame
 
 
 def _key_within(starts: list[int], pts: int, begin: float, stream: av.VideoStream) -> int:
@@ -280,18 +280,18 @@ def _key_within(starts: list[int], pts: int, begin: float, stream: av.VideoStrea
 
 
 def _alone(decoder: av.VideoCodecContext, packet: av.Packet) -> av.VideoFrame:
-    """A key frame, which needs no other."""
+    """Decodes a key frame, which depends on no other frame."""
     decoder.flush_buffers()
     decoder.skip_frame = "DEFAULT"
-    found = [*decoder.decode(packet), *decoder.decode(None)]
+    frames = [*decoder.decode(packet), *decoder.decode(None)]
     decoder.flush_buffers()
-    if not found:
+    if not frames:
         raise DecodeError("a frame could not be decoded")
-    return found[0]
+    return frames[0]
 
 
 def _seconds(pts: int, stream: av.VideoStream) -> float:
-    """A packet's or a frame's moment; frames from a decoder's end know no unit of their own."""
+    """A timestamp in seconds; uses the stream's time base because frames flushed at the end have none."""
     unit = stream.time_base or Fraction(0)
     return pts * unit.numerator / unit.denominator
 
@@ -308,7 +308,7 @@ def square(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> Frames:
     """The frame resized to the short side `size` (bicubic) and centre-cropped: (size, size, 3)."""
     scale = size / min(frame.width, frame.height)
     width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    how: dict[str, Any] = {"interpolation": Interpolation.BICUBIC, "threads": 1}  # threads cost more than they give
+    how: dict[str, Any] = {"interpolation": Interpolation.BICUBIC, "threads": 1}  # more threads are slower
     scaled = scaler.reformat(frame, width, height, format="rgb24", **how)
     image: Any = scaled.to_ndarray()
     top, left = (height - size) // 2, (width - size) // 2

@@ -1,10 +1,10 @@
-"""RandAugment's image operations on batches of uint8 frames (n, H, W, 3), as PIL does them one image at a time.
+"""RandAugment's image operations on batches of uint8 frames (n, H, W, 3), equivalent to PIL's on single images.
 
-They run where the frames are, CPU or GPU, and never wait for a value: everything that decides shapes is in the plan
-(data/augment.py), which the host made. Results are PIL's, bit for bit, but for resampled ones (rotate, shear,
-translate): the same pixels with the same weights, summed in single precision where PIL has double, so that few
-pixels differ by 1 (in ten thousand; in a hundred where a bilinear shift is a simple fraction of a pixel, since true
-values are then whole numbers that PIL's sums now and then miss). `posterize` to 0 bits gives black; in PIL 13 it fails.
+They run on the frames' device (CPU or GPU) without synchronisation: everything that determines shapes is in the plan
+(data/augment.py), which the host made. Results equal PIL's bit for bit, except for resampled ones (rotate, shear,
+translate): these use the same pixels and weights, but sum in single precision where PIL uses double, so a few pixels
+differ by 1: one in ten thousand, or one in a hundred if a bilinear shift is a simple fraction of a pixel, since exact
+values are then integers that PIL's sums sometimes miss. `posterize` to 0 bits gives black; in PIL 13 it fails.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from emcl.data.augment import BLUR_PASSES, BLUR_REACH, Plan
 from emcl.data.batch import Batch
 
 FILL = 128
-"""Of what lies outside the frame; timm's."""
+"""Pixel value outside the frame, as in timm."""
 FRAMES_AT_ONCE = {"cpu": 12, "cuda": 192}
-"""So many keep a CPU's cache warm, and a GPU's memory free."""
+"""Chunk sizes that fit a CPU's cache and limit a GPU's memory."""
 NUDGE = 2.0**-11
-"""Added before a resampled value is cut to a whole number: sums of weights are 1 but for rounding."""
+"""Added before a resampled value is truncated to an integer: weights sum to 1 only up to rounding."""
 
 
 def augmented(batch: Batch) -> Batch:
-    """The batch with its frames augmented by its plan, if it has one."""
+    """Augments the batch's frames by its plan, if it has one."""
     if batch.augmentation is None or batch.videos is None:
         return batch
     videos = replace(batch.videos, frames=augment(batch.videos.frames, batch.augmentation))
@@ -37,7 +37,7 @@ def augmented(batch: Batch) -> Batch:
 
 @torch.no_grad()
 def augment(frames: Tensor, plan: Plan) -> Tensor:
-    """(n, H, W, 3) uint8 to the same; `frames` are left as they are."""
+    """Returns augmented frames (n, H, W, 3) uint8; does not modify `frames`."""
     frames = frames.clone()
     at_once = FRAMES_AT_ONCE.get(frames.device.type, FRAMES_AT_ONCE["cpu"])
     for operation in plan["operations"]:
@@ -46,21 +46,21 @@ def augment(frames: Tensor, plan: Plan) -> Tensor:
         if operation.kind == "affine":
             step = max(1, at_once // work["frames"].shape[1])
         for first in range(0, len(work["frames"]), step):
-            part = {name: array[first : first + step] for name, array in work.items()}
-            places = part.pop("frames")
-            chosen = frames.index_select(0, places.flatten()).view(*places.shape, *frames.shape[1:])
-            made = OPERATIONS[operation.kind](chosen, **part)
-            frames.index_copy_(0, places.flatten(), made.reshape(-1, *frames.shape[1:]))
+            chunk = {name: array[first : first + step] for name, array in work.items()}
+            indices = chunk.pop("frames")
+            chosen = frames.index_select(0, indices.flatten()).view(*indices.shape, *frames.shape[1:])
+            made = OPERATIONS[operation.kind](chosen, **chunk)
+            frames.index_copy_(0, indices.flatten(), made.reshape(-1, *frames.shape[1:]))
     return frames
 
 
 def table(frames: Tensor, table: Tensor) -> Tensor:
-    """Each value by its frame's table (n, 256)."""
+    """Maps each value by its frame's table (n, 256)."""
     return _looked_up(frames, table[:, None].expand(-1, 3, -1))
 
 
 def auto_contrast(frames: Tensor) -> Tensor:
-    """Each channel stretched to 0 to 255."""
+    """Stretches each channel to 0 to 255."""
     flat = frames.flatten(1, 2)
     low, high = (extreme.double()[..., None] for extreme in (flat.amin(1), flat.amax(1)))  # (n, 3, 1)
     values = torch.arange(256, device=frames.device, dtype=torch.float64)
@@ -70,7 +70,7 @@ def auto_contrast(frames: Tensor) -> Tensor:
 
 
 def equalize(frames: Tensor) -> Tensor:
-    """Each channel's values spread by their ranks."""
+    """Equalizes each channel's histogram."""
     index = _table_index(frames).flatten().long()
     histogram = torch.zeros(len(frames) * 3 * 256, dtype=torch.int32, device=frames.device)
     histogram = histogram.scatter_add_(0, index, torch.ones_like(index, dtype=torch.int32)).view(-1, 3, 256)
@@ -83,7 +83,7 @@ def equalize(frames: Tensor) -> Tensor:
 
 
 def contrast(frames: Tensor, factor: Tensor) -> Tensor:
-    """Blended with the mean of its grey."""
+    """Blends each frame with the mean of its greyscale version."""
     area = frames.shape[1] * frames.shape[2]
     mean = (_grey(frames).flatten(1).sum(1).double() / area + 0.5).floor().float()[:, None]  # (n, 1)
     values = torch.arange(256, device=frames.device, dtype=torch.float32)
@@ -91,12 +91,12 @@ def contrast(frames: Tensor, factor: Tensor) -> Tensor:
 
 
 def color(frames: Tensor, factor: Tensor) -> Tensor:
-    """Blended with its grey."""
+    """Blends each frame with its greyscale version."""
     return _blend(_grey(frames)[..., None].float(), frames.float(), factor[:, None, None, None])
 
 
 def sharpness(frames: Tensor, factor: Tensor) -> Tensor:
-    """Blended with a smoothed one: a pixel five times and its eight neighbours, the frame's edge left as it is."""
+    """Blends with a smoothed version: the pixel with weight 5 and its eight neighbours; the border is unchanged."""
     exact = frames.float()
     rows = exact[:, :-2] + exact[:, 1:-1] + exact[:, 2:]
     sums = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * exact[:, 1:-1, 1:-1]
@@ -106,23 +106,23 @@ def sharpness(frames: Tensor, factor: Tensor) -> Tensor:
 
 
 def gaussian_blur(frames: Tensor, weights: Tensor) -> Tensor:
-    """Three boxes along each row, then three along each column; `weights` (n, 7) are a box's, in 2^-24."""
+    """Three box filters along rows, then three along columns; `weights` (n, 7) of a box are in units of 2^-24."""
     for along in (2, 1):
         size = frames.shape[along]
         for _ in range(BLUR_PASSES):
             sums = torch.zeros(frames.shape, dtype=torch.int64, device=frames.device)
             for number in range(2 * BLUR_REACH + 1):
-                places = torch.arange(size, device=frames.device).add_(number - BLUR_REACH).clamp_(0, size - 1)
-                sums += frames.index_select(along, places).long() * weights[:, number, None, None, None]
+                positions = torch.arange(size, device=frames.device).add_(number - BLUR_REACH).clamp_(0, size - 1)
+                sums += frames.index_select(along, positions).long() * weights[:, number, None, None, None]
             frames = ((sums + (1 << 23)) >> 24).to(torch.uint8)
     return frames
 
 
 def affine(clips: Tensor, matrix: Tensor, cubic: Tensor) -> Tensor:
-    """Clips (c, T, H, W, 3) resampled, each by its matrix (c, 6), in double precision up to the weights.
+    """Resamples clips (c, T, H, W, 3), each by its matrix (c, 6); positions are computed in double precision.
 
-    Bicubically where `cubic` (c,) says so, otherwise bilinearly. All are done in one go, of 16 pixels to each, since a
-    GPU waits for the host's calls sooner than for its memory.
+    Bicubic where `cubic` (c,) is set, otherwise bilinear. Both use 16 input pixels per output pixel in one call, since
+    on a GPU the launches from the host are a bottleneck before memory is.
     """
     count, length, height, width, _ = clips.shape
     a, b, c, d, e, f = matrix[:, :, None, None].unbind(1)
@@ -135,11 +135,11 @@ def affine(clips: Tensor, matrix: Tensor, cubic: Tensor) -> Tensor:
     first = torch.arange(count, device=clips.device, dtype=torch.int32)[:, None, None, None, None] * (height * width)
     index = (rows[..., :, None] * width + columns[..., None, :] + first).flatten(0, 2).flatten(1)
     weights = (y_weights[..., :, None] * x_weights[..., None, :]).flatten(0, 2).flatten(1)
-    # a place's pixels in all frames of the clip are one row: found once, weighed together
+    # one row holds a pixel position in all frames of the clip, so that they are gathered and weighted together
     pixels = clips.permute(0, 2, 3, 1, 4).reshape(count * height * width, length * 3).float()
-    found = F.embedding_bag(index, pixels, per_sample_weights=weights, mode="sum")
-    found = torch.where(inside.view(-1, 1), found.add_(NUDGE).clamp_(0, 255), FILL).to(torch.uint8)
-    return found.view(count, height, width, length, 3).permute(0, 3, 1, 2, 4)
+    resampled = F.embedding_bag(index, pixels, per_sample_weights=weights, mode="sum")
+    resampled = torch.where(inside.view(-1, 1), resampled.add_(NUDGE).clamp_(0, 255), FILL).to(torch.uint8)
+    return resampled.view(count, height, width, length, 3).permute(0, 3, 1, 2, 4)
 
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
@@ -152,11 +152,11 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "gaussian_blur": gaussian_blur,
     "affine": affine,
 }
-"""By their names in a plan."""
+"""Name in a plan -> function."""
 
 
 def _taps(position: Tensor, size: int, cubic: Tensor) -> tuple[Tensor, Tensor]:
-    """The four pixels about each position on a line of `size` pixels, the outermost repeated, and their weights."""
+    """The four nearest pixels of each position on a line of `size` pixels (clamped at the border) and their weights."""
     middle = position - 0.5  # pixel k's centre is at k + 0.5
     before = middle.floor()
     t = (middle - before).float()
@@ -170,22 +170,22 @@ def _taps(position: Tensor, size: int, cubic: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _blend(one: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """From `one` (factor 0) over `other` (1) and beyond, cut to whole values."""
+    """Interpolates from `one` (factor 0) to `other` (factor 1), or extrapolates; truncates to integers."""
     return (one + factor * (other - one)).clamp(0, 255).to(torch.uint8)
 
 
 def _grey(frames: Tensor) -> Tensor:
-    """(n, H, W) int32, luma by ITU-R 601 in 2^-16."""
+    """(n, H, W) int32: ITU-R 601 luma, computed with weights in units of 2^-16."""
     red, green, blue = frames.int().unbind(-1)
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 
 
 def _table_index(frames: Tensor) -> Tensor:
-    """Each value's place in tables (n, 3, 256)."""
+    """Each value's index in flattened tables (n, 3, 256)."""
     tables = torch.arange(len(frames) * 3, device=frames.device, dtype=torch.int32).view(-1, 1, 1, 3)
     return frames.int() + 256 * tables
 
 
 def _looked_up(frames: Tensor, tables: Tensor) -> Tensor:
-    """Each value by its frame's and channel's table, of (n, 3, 256)."""
+    """Maps each value by its frame's and channel's table; tables are (n, 3, 256)."""
     return tables.flatten().index_select(0, _table_index(frames).flatten()).view_as(frames)

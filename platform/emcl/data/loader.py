@@ -1,4 +1,4 @@
-"""Samples to batches (data/batch.py): decoding, the tasks' own parts, the loaders for training and evaluation."""
+"""From samples to batches (data/batch.py): decoding, the tasks' collators, loaders for training and evaluation."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from torch.utils.data import DataLoader, Dataset
 
 from emcl.data.augment import Augmentation, augmentation
 from emcl.data.batch import Batch, Clip, number_of, videos_of
+from emcl.data.data_settings import DataConfig
 from emcl.data.decode import DecodeError, decode
 from emcl.data.loading_time import LoadingTime
-from emcl.data.order import Draw, RankBatches
+from emcl.data.sampler import Draw, RankBatchSampler
 from emcl.data.samples import Sample
-from emcl.data.settings import DataConfig
 from emcl.data.split import Split
 from emcl.data.workers import Lives
 
 Collator = Callable[[Sequence[Sample], Sequence[Draw]], Any]
-"""A task's part of a batch, made in the loader's process."""
+"""Makes a task's part of a batch, in the loader's process."""
 
 LOOK = 5.0
-"""Seconds after which silent workers are looked after in training."""
+"""Seconds without a batch after which the workers are checked in training."""
 
 _ATTEMPTS = 20
-"""Neighbours to try in place of a clip that does not decode."""
+"""How many consecutive samples are tried, from one that does not decode."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A sample with its frames."""
+    """A sample with its decoded frames."""
 
     draw: Draw
     sample: Sample
     frames: Clip | None
-    """None where it does not decode."""
+    """None if decoding failed."""
     bad: list[str] = field(default_factory=list)
-    """Samples that did not decode on the way to this one, and why."""
+    """Samples tried before this one that did not decode, with the reason."""
 
 
 class Clips(Dataset[Loaded]):
@@ -52,14 +52,14 @@ class Clips(Dataset[Loaded]):
     ) -> None:
         self.split, self.data, self.training = split, data, training
         self.video_of = video_of
-        """Which row's video each row is shown with, in place of its own."""
+        """For each row, the row whose video is used instead of its own."""
         self.spent = LoadingTime()
-        """On the samples since somebody looked last."""
+        """Time spent on samples since the last reset."""
         self._cache: dict[int, Clip] = {}
         self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
 
     def frames(self, index: int, seed: int | None) -> Clip:
-        """Of a row of the split; remembered ones, or those of the cache, where there are any."""
+        """The frames of a row of the split: cached features or frames if available, otherwise decoded."""
         remembered = self.split.remembered_frames(index)
         if remembered is not None:
             return remembered
@@ -73,7 +73,7 @@ class Clips(Dataset[Loaded]):
             clip = decode(
                 video,
                 frames=self.data.frames,
-                size=self.data.size,
+                size=self.data.image_size,
                 fps=self.data.fps,
                 start=row.sample.start,
                 end=row.sample.end,
@@ -87,7 +87,7 @@ class Clips(Dataset[Loaded]):
         return clip
 
     def __getitem__(self, draw: Draw) -> Loaded:
-        """The drawn sample; in training, a broken one is replaced by the next that decodes, and named."""
+        """The drawn sample; in training, a broken one is replaced by the next that decodes and is listed in `bad`."""
         shards, bad = self.split.shards, []
         for attempt in range(_ATTEMPTS if self.training else 1):
             index = (draw.row + attempt) % len(shards)
@@ -105,7 +105,7 @@ class Clips(Dataset[Loaded]):
 
 
 class Collate:
-    """Joins the clips and lets every task take its part."""
+    """Joins the clips and calls every task's collator."""
 
     def __init__(
         self,
@@ -145,10 +145,10 @@ class Collate:
 
 
 def training_loader(
-    split: Split, data: DataConfig, batches: RankBatches, collators: Mapping[str, Collator]
+    split: Split, data: DataConfig, batches: RankBatchSampler, collators: Mapping[str, Collator]
 ) -> DataLoader[Any]:
-    """Of which `data/steps.py` takes a step's batches; it looks after the workers every LOOK seconds."""
-    # remembered features are of frames as they are
+    """The loader behind `data/resilient_loader.py`, which checks the workers every LOOK seconds."""
+    # cached features were computed from unaugmented frames
     plans = augmentation(data.augment) if split.features is None else None
     collate = Collate(collators, frames=data.frames, augmentation=plans)
     return _loader(Clips(split, data, training=True), data, batches, collate, look=LOOK if data.workers else 0)
@@ -168,18 +168,18 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """Every sample (or those of `rows`) exactly once over all ranks.
 
-    With `shuffle_seed`, each video's frames in a random order; with `swap_seed`, each sample with another's video.
+    With `shuffle_seed`, frames of each video are shuffled; with `swap_seed`, each sample gets another sample's video.
     """
     wanted = range(len(split)) if rows is None else rows
-    mine = [Draw(row, None, row) for row in wanted[rank::world_size]]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    draws = [Draw(row, None, row) for row in wanted[rank::world_size]]
+    batches = [draws[start : start + batch_size] for start in range(0, len(draws), batch_size)]
     collate = Collate(collators, frames=data.frames, shuffle_seed=shuffle_seed)
     video_of = None
     if swap_seed is not None:
         ring = random.Random(swap_seed).sample(range(len(split)), len(split))
         video_of = [0] * len(split)
-        for place, row in enumerate(ring):  # the next in a ring: nobody keeps their own
-            video_of[row] = ring[(place + 1) % len(ring)]
+        for position, row in enumerate(ring):  # the next one in a cycle, so that no sample keeps its own video
+            video_of[row] = ring[(position + 1) % len(ring)]
     return _loader(Clips(split, data, training=False, video_of=video_of), data, batches, collate)
 
 
@@ -196,7 +196,7 @@ def _loader(clips: Clips, data: DataConfig, batches: Any, collate: Collate, *, l
 
 
 class _Timed:
-    """Adds what the clips of a batch took to load; beside the data set in the loader's process."""
+    """Adds the loading time of a batch's clips; runs in the loader's process, next to the data set."""
 
     def __init__(self, clips: Clips, collate: Collate) -> None:
         self.clips, self.collate = clips, collate

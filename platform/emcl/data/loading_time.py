@@ -1,22 +1,22 @@
-"""What loader processes spend their time on, told with each batch."""
+"""How loader processes spend their time; sent with each batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 CLEARLY = 0.5
-"""The share of the time from which one clip, or reading, is what it was spent on."""
+"""A clip, or reading, is named as the cause if it took more than this share of the time."""
 
 
 @dataclass(frozen=True)
 class LoadingTime:
-    """Of some samples, or of one."""
+    """Loading time of one or several samples."""
 
     reading: float = 0.0
-    """Seconds in which the shards gave the videos' bytes."""
+    """Seconds spent reading the videos' bytes from shards."""
     decoding: float = 0.0
     slowest: float = 0.0
-    """Seconds of the sample that took longest."""
+    """Seconds of the slowest sample."""
     slowest_id: str = ""
 
     @staticmethod
@@ -30,7 +30,7 @@ class LoadingTime:
         )
 
     def detail(self) -> str:
-        """In words, for a rank that the others wait for."""
+        """A short text on the main cause, for a rank that the others wait for."""
         total = self.reading + self.decoding
         if total == 0:
             return ""

@@ -1,4 +1,4 @@
-"""What is trained on: one set of shards, or several mixed by weight, and the order of their samples."""
+"""The training data: one set of shards, or several mixed by weight, and the order of their samples."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emcl.data.order import Draw, Order
-from emcl.data.settings import DataConfig
+from emcl.data.data_settings import DataConfig
+from emcl.data.sampler import Draw, ShardSampler
 from emcl.data.shards import ShardSet, find_shards
 from emcl.errors import UserError
 from emcl.recipe import read_yaml
-from emcl.shipped import configs_folder, is_file
+from emcl.resources import configs_folder, is_file
 
 
 def training_patterns(data: DataConfig) -> dict[str, float]:
-    """Shards of each set with its weight; a name of configs/data stands for the `train` of that file.
+    """Shard pattern of each set -> its weight; a file name of configs/data stands for that file's `train`.
 
     Raises:
         UserError: a named file sets no `data.train`.
@@ -42,27 +42,27 @@ def _pattern(name: str, root: str) -> str:
         raise UserError(f"data.mixture: {path} sets no data.train") from None
 
 
-def open_training(data: DataConfig, seed: int) -> tuple[ShardSet, Order | Mixture]:
-    """All sets' shards as one, and the order of global batches over them."""
+def open_training(data: DataConfig, seed: int) -> tuple[ShardSet, ShardSampler | MixtureSampler]:
+    """The shards of all sets as one set, and the sampler of global batches."""
     patterns = training_patterns(data)
     paths = [find_shards(pattern) for pattern in patterns]
-    shards = ShardSet([path for part in paths for path in part], data.max_bad_fraction)
-    orders, first = [], 0
-    for part in paths:
-        orders.append(_order(shards, range(first, first + len(part)), data, seed, alone=len(paths) == 1))
-        first += len(part)
-    if len(orders) == 1:
-        return shards, orders[0]
+    shards = ShardSet([path for set_paths in paths for path in set_paths], data.max_bad_fraction)
+    samplers, first = [], 0
+    for set_paths in paths:
+        samplers.append(_sampler(shards, range(first, first + len(set_paths)), data, seed, alone=len(paths) == 1))
+        first += len(set_paths)
+    if len(samplers) == 1:
+        return shards, samplers[0]
     counts = shares(list(patterns.values()), data.batch_size)
-    return shards, Mixture(orders=tuple(orders), counts=counts, seed=seed)
+    return shards, MixtureSampler(samplers=tuple(samplers), counts=counts, seed=seed)
 
 
-def _order(shards: ShardSet, chosen: range, data: DataConfig, seed: int, *, alone: bool) -> Order:
+def _sampler(shards: ShardSet, chosen: range, data: DataConfig, seed: int, *, alone: bool) -> ShardSampler:
     rows = [row for row in shards.rows if row.shard in chosen]
     counts = None
     if data.pairs == "caption":
         counts = tuple(len(row.sample.captions[: data.captions_per_video]) for row in rows)
-    return Order(
+    return ShardSampler(
         lengths=tuple(shards.lengths[number] for number in chosen),
         captions=counts,
         batch_size=data.batch_size if alone else 1,
@@ -73,15 +73,15 @@ def _order(shards: ShardSet, chosen: range, data: DataConfig, seed: int, *, alon
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Global batches with a fixed number of samples of each set; a pure function of (seed, step).
+class MixtureSampler:
+    """Global batches with a fixed number of samples from each set; a pure function of (seed, step).
 
-    Each set is gone through in its own epochs, however often that is.
+    Each set has its own epochs, independent of the other sets.
     """
 
-    orders: tuple[Order, ...]
+    samplers: tuple[ShardSampler, ...]
     counts: tuple[int, ...]
-    """Of each set in every batch."""
+    """Samples of each set in every batch."""
     seed: int
 
     @property
@@ -90,24 +90,24 @@ class Mixture:
 
     @property
     def steps_per_epoch(self) -> int:
-        """As many samples as all sets hold together."""
-        return max(1, sum(order.size for order in self.orders) // self.batch_size)
+        """Steps until as many samples were drawn as all sets contain together."""
+        return max(1, sum(sampler.size for sampler in self.samplers) // self.batch_size)
 
     def batch(self, step: int) -> list[Draw]:
         pairs = [
             pair
-            for order, count in zip(self.orders, self.counts, strict=True)
-            for pair in order.pairs(step * count, (step + 1) * count)
+            for sampler, count in zip(self.samplers, self.counts, strict=True)
+            for pair in sampler.pairs(step * count, (step + 1) * count)
         ]
-        random.Random(f"{self.seed}/mixture/{step}").shuffle(pairs)  # each rank gets its part of every set
+        random.Random(f"{self.seed}/mixture/{step}").shuffle(pairs)  # so that each rank gets samples of every set
         return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]
 
 
 def shares(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:
-    """How many of a batch's samples each weight gets: whole numbers, by largest remainders.
+    """Samples of each set in a batch: integers proportional to the weights, by the largest-remainder method.
 
     Raises:
-        UserError: a weight that gets none.
+        UserError: a set would get no sample.
     """
     exact = [batch_size * weight / sum(weights) for weight in weights]
     counts = [int(number) for number in exact]

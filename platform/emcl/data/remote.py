@@ -1,8 +1,8 @@
-"""Shards by URL: each is copied to a local cache once, whole and checked, and read from there.
+"""Shards by URL: each is copied to a local cache once, checked for completeness, and read from there.
 
     data.train=https://host/shards/train-{000000..000015}.tar    or train-*.tar, where `emcl prepare` left an index.json
 
-The cache is $EMCL_CACHE, ~/.cache/emcl where not set. Several processes of a machine wait for one copy.
+The cache is $EMCL_CACHE (default: ~/.cache/emcl). Several processes of a machine share one copy: the others wait.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from emcl.disk import in_turn
 from emcl.errors import UserError, first_line
 
 STORES = ("s3", "gs", "gcs", "az", "abfs", "abfss", "file")
-"""What fsspec writes to; each but `file` wants its package (s3fs, gcsfs, adlfs)."""
+"""Schemes that fsspec can write to; each except `file` needs its package (s3fs, gcsfs, adlfs)."""
 SCHEMES = ("http", "https", *STORES)
-"""An allow-list: `pipe:` would run a command."""
+"""An allow-list, because `pipe:` would run a command."""
 TRIES, PATIENCE, AT_ONCE = 5, 1.0, 4
-"""Attempts; seconds before the second, doubled each time; copies at once."""
+"""Number of attempts; seconds before the second, doubled each time; parallel copies."""
 SILENCE = 60.0
-"""Seconds without a byte, after which an attempt has failed."""
+"""Seconds without any data after which an attempt has failed."""
 CHUNK = 2**20
 
 
@@ -45,7 +45,7 @@ def localise(pattern: str) -> list[Path]:
     """Local copies of a URL's shards: a single one, a brace pattern, or a glob where the folder has an index.json.
 
     Raises:
-        UserError: an unknown scheme, nothing there, or a shard that cannot be had whole.
+        UserError: an unknown scheme, no matching shard, or a shard that cannot be copied completely.
     """
     scheme = pattern.partition(":")[0]
     if scheme not in SCHEMES:
@@ -66,14 +66,14 @@ def localise(pattern: str) -> list[Path]:
 
 
 def cache_folder(url: str) -> Path:
-    """Of the shards beside `url`."""
+    """The local folder for all shards of the same remote folder as `url`."""
     folder, _, _ = url.rpartition("/")
     root = Path(os.environ.get("EMCL_CACHE") or Path.home() / ".cache" / "emcl")
     return root / "shards" / hashlib.sha256(folder.encode()).hexdigest()[:16]
 
 
 def check_published(url: str) -> None:
-    """Whether `publish` can reach a URL, before shards are made for it.
+    """Checks that `publish` can write to a URL, before shards are made for it.
 
     Raises:
         UserError: a scheme that cannot be written to, or a store that does not answer.
@@ -84,7 +84,7 @@ def check_published(url: str) -> None:
 
 @contextmanager
 def _store(url: str, otherwise: str) -> Iterator[tuple[Any, str]]:
-    """fsspec's file system behind a URL and the path there; what goes wrong is one error for the user."""
+    """fsspec's file system of a URL, and the path in it; any failure becomes a UserError."""
     scheme = url.partition(":")[0]
     if scheme not in STORES:
         raise UserError(f"{url}: shards are written to {', '.join(STORES)} or local paths, not by {scheme}:")
@@ -92,12 +92,12 @@ def _store(url: str, otherwise: str) -> Iterator[tuple[Any, str]]:
 
     try:
         yield fsspec.core.url_to_fs(url)
-    except Exception as error:  # each store has its own kinds
+    except Exception as error:  # each store has its own exception classes
         raise UserError(f"{url}: not to be written ({first_line(error)}); {otherwise}") from None
 
 
 def publish(folder: Path, url: str) -> int:
-    """Copies a folder of shards to a URL, its `index.json` last; what stands there as the index says is left.
+    """Copies a folder of shards to a URL, `index.json` last; shards already there as the index states are skipped.
 
     Returns how many shards were copied.
 
@@ -107,11 +107,11 @@ def publish(folder: Path, url: str) -> int:
     index = json.loads((folder / "index.json").read_text())
     others = [name for name in ("report.json", "index.json") if (folder / name).is_file()]
     with _store(url, f"the shards are whole in {folder}") as (store, root):
-        there = _published(store, f"{root}/index.json")
+        published = _published(store, f"{root}/index.json")
         wanted = [
             name
             for name, facts in index["shards"].items()
-            if there.get(name) != facts
+            if published.get(name) != facts
             or not store.exists(f"{root}/{name}")
             or store.size(f"{root}/{name}") != facts["bytes"]
         ]
@@ -122,7 +122,7 @@ def publish(folder: Path, url: str) -> int:
 
 
 def _published(store: Any, path: str) -> dict[str, Any]:
-    """The shards of an index that is there already."""
+    """The shards listed by an index that was published before."""
     try:
         return dict(json.loads(store.cat_file(path))["shards"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -138,7 +138,7 @@ def _index(folder: str) -> dict[str, Any]:
 
 
 def _copy(url: str, known: Mapping[str, Any] | None, *, again: bool = False) -> Path:
-    """The cached file; fetched where it is missing, or `again`."""
+    """The cached file; fetched if it is missing, or always with `again`."""
     path = cache_folder(url) / url.rpartition("/")[2]
     path.parent.mkdir(parents=True, exist_ok=True)
     with in_turn(path.with_name(f".{path.name}.lock")):
@@ -148,28 +148,28 @@ def _copy(url: str, known: Mapping[str, Any] | None, *, again: bool = False) -> 
 
 
 def _fetch(url: str, path: Path, known: Mapping[str, Any] | None) -> None:
-    part = path.with_name(f".{path.name}.part")
+    partial_path = path.with_name(f".{path.name}.part")
     for attempt in range(TRIES):
         try:
-            _download(url, part, known)
-            part.replace(path)
+            _download(url, partial_path, known)
+            partial_path.replace(path)
             return
         except FileNotFoundError:
             raise UserError(f"{url}: not there") from None
         except ImportError as error:
             raise UserError(f"{url}: {error}") from None
-        except Exception as error:  # each file system has its own kinds
-            part.unlink(missing_ok=True)
+        except Exception as error:  # each file system has its own exception classes
+            partial_path.unlink(missing_ok=True)
             if attempt + 1 == TRIES:
                 reason = first_line(error)
                 raise UserError(f"{url}: not to be had in {TRIES} tries ({reason})") from None
             time.sleep(PATIENCE * 2**attempt)
 
 
-def _download(url: str, part: Path, known: Mapping[str, Any] | None) -> None:
-    """Raises OSError where less arrived than was promised, or something else than the index says."""
+def _download(url: str, partial_path: Path, known: Mapping[str, Any] | None) -> None:
+    """Raises OSError if the download is incomplete, or differs from the checksum in the index."""
     digest, count = hashlib.sha256(), 0
-    with _open(url) as (source, promised), part.open("wb") as out:
+    with _open(url) as (source, promised), partial_path.open("wb") as out:
         while chunk := source.read(CHUNK):
             out.write(chunk)
             digest.update(chunk)
@@ -182,9 +182,9 @@ def _download(url: str, part: Path, known: Mapping[str, Any] | None) -> None:
 
 @contextmanager
 def _open(url: str) -> Iterator[tuple[Any, int | None]]:
-    """The stream, and how long it should be.
+    """The stream, and its expected length.
 
-    HTTP goes by the standard library: fsspec asks twice, and takes an error 500 for a missing file.
+    HTTP uses the standard library: fsspec sends two requests, and treats an error 500 as a missing file.
     """
     if url.startswith("http"):
         try:

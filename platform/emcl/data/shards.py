@@ -1,8 +1,8 @@
-"""Finding shards and reading single samples out of them.
+"""Finds shards and reads single samples from them.
 
 A shard is a plain WebDataset tar. webdataset itself reads tars as streams, which ties the order of samples to
-the number of workers and ranks; here a tar's headers are read once, and every sample is then a byte range of its
-file, so that the order can be a pure function of (seed, step). Only videos and JSON are ever looked at.
+the number of workers and ranks. Here a tar's headers are read once and every sample is then a byte range of its
+file, so that the order can be a pure function of (seed, step). Only videos and JSON are read.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from emcl.data.bad import check_bad_fraction
+from emcl.data.bad_samples import check_bad_fraction
 from emcl.data.remote import is_remote, localise
 from emcl.data.samples import VIDEO_ENDINGS, Sample
 from emcl.errors import UserError, first_line
-from emcl.shipped import is_file
+from emcl.resources import is_file
 
 OPEN_FILES = 16
 LARGEST_JSON = 64 * 2**20
-"""Bytes: a member that says more is not read into memory."""
+"""Bytes; a larger JSON member is not read into memory."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample: where its video's bytes are, and what its JSON says."""
+    """One sample: the byte range of its video, and the content of its JSON."""
 
     shard: int
     offset: int
@@ -48,12 +48,12 @@ def find_shards(pattern: str) -> list[Path]:
     Raises:
         UserError: nothing matches, or a file of a brace pattern is missing.
     """
-    found: list[Path] = []
-    for part in pattern.split("::"):
-        if is_remote(part):
-            found += localise(part)
+    shards: list[Path] = []
+    for one_pattern in pattern.split("::"):
+        if is_remote(one_pattern):
+            shards += localise(one_pattern)
             continue
-        paths = _matching(part)
+        paths = _matching(one_pattern)
         missing = [path for path in paths if not is_file(path)]
         if missing or not paths:
             which = (
@@ -62,44 +62,44 @@ def find_shards(pattern: str) -> list[Path]:
                 else "no such file"
             )
             raise UserError(
-                f"no shard matches {part}: {which}; make shards with `emcl prepare`, or give data.train=PATTERN"
+                f"no shard matches {one_pattern}: {which}; make shards with `emcl prepare`, or give data.train=PATTERN"
             )
-        found += paths
-    return found
+        shards += paths
+    return shards
 
 
-def _matching(part: str) -> list[Path]:
+def _matching(pattern: str) -> list[Path]:
     try:
-        if Path(part).is_dir():
-            return sorted(Path(part).glob("*.tar"))
-        if any(sign in part for sign in "*?["):
-            return [Path(name) for name in sorted(glob.glob(part))]  # noqa: PTH207, the pattern may be absolute
-        return [Path(name) for name in braceexpand(part)]
+        if Path(pattern).is_dir():
+            return sorted(Path(pattern).glob("*.tar"))
+        if any(sign in pattern for sign in "*?["):
+            return [Path(name) for name in sorted(glob.glob(pattern))]  # noqa: PTH207, the pattern may be absolute
+        return [Path(name) for name in braceexpand(pattern)]
     except (OSError, ValueError) as error:  # a name that is too long, braces that do not close
-        raise UserError(f"{part} is no pattern of shards: {first_line(error)}") from None
+        raise UserError(f"{pattern} is no pattern of shards: {first_line(error)}") from None
 
 
 class ShardSet:
-    """Some shards, indexed: `rows` in the order of files and members. Safe to hand to loader processes.
+    """Indexed shards: `rows` are in the order of files and members. Can be passed to loader processes.
 
-    A torn shard or a sample without its JSON or video is an error, but where `max_bad_fraction` of the samples may be
-    so: they are left out then, the same ones on every rank, and named in `damaged`.
+    A truncated shard, or a sample without its JSON or video, is an error. With `max_bad_fraction`, up to that
+    fraction of the samples may be damaged: they are skipped on every rank alike, and listed in `damaged`.
 
     Raises:
-        UserError: what is damaged, or no sample at all.
+        UserError: too many damaged samples, or no sample at all.
     """
 
     def __init__(self, paths: Sequence[Path], max_bad_fraction: float = 0.0) -> None:
         self.paths = list(paths)
         with ThreadPoolExecutor(8) as pool:
-            parts = list(pool.map(_index, range(len(self.paths)), self.paths))
-        self.rows: list[Row] = [row for part in parts for row in part.rows]
-        self.lengths = [len(part.rows) for part in parts]
-        self.damaged = [line for part in parts for line in part.damaged]
+            indexed = list(pool.map(_index, range(len(self.paths)), self.paths))
+        self.rows: list[Row] = [row for shard in indexed for row in shard.rows]
+        self.lengths = [len(shard.rows) for shard in indexed]
+        self.damaged = [line for shard in indexed for line in shard.damaged]
         self._files: OrderedDict[tuple[int, int], int] = OrderedDict()
         if self.damaged and not max_bad_fraction:
             raise UserError(self.damaged[0])
-        lost = sum(part.lost for part in parts)
+        lost = sum(shard.lost for shard in indexed)
         check_bad_fraction(self.damaged, len(self.rows) + lost, max_bad_fraction, "samples are lost", count=lost)
         if not self.rows:
             raise UserError(f"no sample in {len(self.paths)} shard(s), the first {self.paths[0]}")
@@ -108,11 +108,11 @@ class ShardSet:
         return len(self.rows)
 
     def origin(self) -> tuple[str, str]:
-        """The benchmark that the first sample is of, and its protocol as `emcl prepare` noted it; empty if unknown."""
+        """The first sample's benchmark, and its protocol as recorded by `emcl prepare`; empty if unknown."""
         return self.rows[0].sample.source, str(_prepared(self.paths[0].parent, "protocol") or "")
 
     def read(self, row: Row) -> bytes:
-        """The video's bytes. At most OPEN_FILES tars are open in a process."""
+        """The video's bytes. A process keeps at most OPEN_FILES tars open."""
         key = (os.getpid(), row.shard)  # a descriptor opened before a fork is not shared
         if key not in self._files:
             while len(self._files) >= OPEN_FILES:
@@ -139,17 +139,17 @@ def open_shards(pattern: str) -> ShardSet:
 
 @dataclass
 class _Indexed:
-    """What one shard holds."""
+    """The content of one shard."""
 
     rows: list[Row]
     damaged: list[str]
     lost: int
-    """Samples, as far as it is known."""
+    """Number of lost samples, as far as known."""
 
 
 def _index(number: int, path: Path) -> _Indexed:
-    """All of a shard that can be read."""
-    found = _Members(path)
+    """Indexes all readable samples of a shard."""
+    members = _Members(path)
     torn = None
     try:
         if not _ends_as_a_tar(path):
@@ -157,22 +157,22 @@ def _index(number: int, path: Path) -> _Indexed:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 if member.isfile():
-                    found.take(tar, member)
+                    members.take(tar, member)
     except (tarfile.TarError, OSError) as error:
         torn = torn or f"{path} is not a whole tar ({error}): copy or prepare the shard again"
     if not torn:
-        found.check_pairs()
-    whole = found.videos.keys() & found.texts.keys() - found.bad.keys()
-    rows = [Row(number, *place, found.texts[key]) for key, place in found.videos.items() if key in whole]
-    lost = len(found.bad)
+        members.check_pairs()
+    whole = members.videos.keys() & members.texts.keys() - members.bad.keys()
+    rows = [Row(number, *byte_range, members.texts[key]) for key, byte_range in members.videos.items() if key in whole]
+    lost = len(members.bad)
     if torn:
         promised = _prepared(path.parent, "shards", path.name, "samples")
         lost = max(1, lost, (promised if isinstance(promised, int) else 0) - len(rows))
-    return _Indexed(rows, [*([torn] if torn else []), *found.bad.values()], lost)
+    return _Indexed(rows, [*([torn] if torn else []), *members.bad.values()], lost)
 
 
 class _Members:
-    """A tar's videos and JSON by key, and what is bad of them. Names are never used as paths: `..` does nothing."""
+    """A tar's videos and JSON by key, and the bad ones. Names are never used as paths, so `..` is harmless."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -182,10 +182,10 @@ class _Members:
         self._size = path.stat().st_size if path.is_file() else 0
 
     def take(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        """Sorts one member in.
+        """Adds one member.
 
         Raises:
-            tarfile.ReadError: its content is not all there.
+            tarfile.ReadError: its content is truncated.
         """
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
@@ -216,18 +216,18 @@ class _Members:
 
 
 def _prepared(folder: Path, *keys: str) -> object:
-    """An entry of the `index.json` that `emcl prepare` left beside its shards; None where there is none."""
+    """An entry of the `index.json` that `emcl prepare` wrote next to the shards; None if there is none."""
     try:
-        found = json.loads((folder / "index.json").read_text())
+        entry = json.loads((folder / "index.json").read_text())
         for key in keys:
-            found = found[key]
-        return found
+            entry = entry[key]
+        return entry
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _ends_as_a_tar(path: Path) -> bool:
-    """Two blocks of zeros; without them a torn tar may look like a shorter one."""
+    """Whether the file ends with two blocks of zeros; without this check a truncated tar may look complete."""
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - 1024))
         return stream.read() == bytes(1024)

@@ -1,39 +1,40 @@
-"""One of a run's splits: its samples, their order in training, their captions and frames as the model takes them."""
+"""A split of a run: its samples, their order in training, and their captions and frames as model inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from emcl.data.features import Feature, read_features
+from emcl.data.captions import Caption, Tokenizer, Tokens
+from emcl.data.data_settings import DataConfig
 from emcl.data.mixture import open_training
-from emcl.data.order import BatchOrder
+from emcl.data.sampler import BatchSampler
 from emcl.data.samples import Sample
-from emcl.data.settings import DataConfig
 from emcl.data.shards import ShardSet, open_shards
-from emcl.data.text import Caption, Tokenizer, Tokens
+
+Feature = dict[str, Tensor]
+"""Features of one sample: `frames` (n, W) and `captions` (c, W')."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Made by `open_split` or `open_training_split`; the same on every rank, and safe to hand to loader processes.
+    """Made by `open_split` or `open_training_split`; the same on every rank. Can be passed to loader processes.
 
-    It is the `TextSource` of its captions: token ids, or remembered outputs of a frozen text tower.
+    It is the `TextSource` of its captions: token ids, or cached outputs of a frozen text tower.
     """
 
     shards: ShardSet
     tokens: Tokens | None = None
-    """None where frames alone are wanted."""
-    order: BatchOrder | None = None
-    """Of training: which samples form global batch i."""
+    """None if only frames are needed."""
+    sampler: BatchSampler | None = None
+    """For training: which samples form global batch i."""
     features: Sequence[Feature] | None = None
-    """Remembered outputs of both frozen towers, a sample each."""
+    """Cached outputs of both frozen towers, one entry per sample (model/feature_cache.py)."""
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -41,39 +42,33 @@ class Split:
     def sample(self, row: int) -> Sample:
         return self.shards.rows[row].sample
 
-    def with_features(self, paths: Sequence[Path]) -> Split:
-        """From the files of remembered features, one a shard."""
-        features = [feature for path in paths for feature in read_features(path)]
-        assert len(features) == len(self)
-        return replace(self, features=features)
-
     def remembered_frames(self, row: int) -> NDArray[np.float32] | None:
-        """(n, W) outputs of the frozen image trunk for a sample's frames, if they are remembered."""
+        """(n, W) cached outputs of the frozen image trunk for a sample's frames; None if not cached."""
         return None if self.features is None else self.features[row]["frames"].float().numpy()
 
     def text(self, captions: Sequence[Caption]) -> Tensor:
-        """What `Backbone.encode_text` takes, a row for each caption."""
+        """Input of `Backbone.encode_text`, one row per caption."""
         if self.features is None:
             assert self.tokens is not None
             return self.tokens.text(captions)
         return torch.stack([self.features[caption.row]["captions"][caption.number] for caption in captions]).float()
 
     def filler(self) -> Tensor:
-        """One text of no meaning, for a rank that has nothing to encode while others do."""
+        """One dummy text, for a rank that has nothing to encode while other ranks do."""
         if self.features is None:
             assert self.tokens is not None
             return self.tokens.filler()
         return torch.zeros(1, self.features[0]["captions"].shape[1])
 
     def black_frame(self, size: int) -> Tensor:
-        """One frame of no meaning, as `VideoFrames.frames` has it."""
+        """One dummy frame, in the format of `VideoFrames.frames`."""
         if self.features is None:
             return torch.zeros(1, size, size, 3, dtype=torch.uint8)
         return torch.zeros(1, self.features[0]["frames"].shape[1])
 
 
 def open_split(pattern: str, tokenizer: Tokenizer | None = None) -> Split:
-    """Of validation or test.
+    """Opens a validation or test split.
 
     Raises:
         UserError: shards that are missing or damaged.
@@ -82,10 +77,10 @@ def open_split(pattern: str, tokenizer: Tokenizer | None = None) -> Split:
 
 
 def open_training_split(data: DataConfig, seed: int, tokenizer: Tokenizer | None = None) -> Split:
-    """All sets of `data` as one, with the order of their global batches.
+    """Opens all training sets of `data` as one split, with the sampler of global batches.
 
     Raises:
         UserError: shards that are missing or damaged, or too few samples for a batch.
     """
-    shards, order = open_training(data, seed)
-    return Split(shards, Tokens(tokenizer) if tokenizer else None, order)
+    shards, sampler = open_training(data, seed)
+    return Split(shards, Tokens(tokenizer) if tokenizer else None, sampler)

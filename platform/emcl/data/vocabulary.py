@@ -1,7 +1,7 @@
-"""The words that a caption decoder knows: the tokens of a tokenizer that the training captions use.
+"""The vocabulary of a caption decoder: the tokens of a tokenizer that occur in the training captions.
 
-CLIP's BPE has 49,408 tokens, of which a data set's captions use few: its softmax would be most of the decoder's work,
-and no other token could ever be generated with sense.
+CLIP's BPE has 49,408 tokens, of which a data set's captions use few. A softmax over all of them would be most of the
+decoder's work, and the unused tokens could never be generated meaningfully.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ class Vocabulary(Protocol):
     end: int
 
     def encode(self, caption: str) -> list[int]:
-        """Ids without start and end; what the vocabulary does not hold is left out."""
+        """Ids without start and end; tokens outside the vocabulary are dropped."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The caption up to the first end."""
+        """The caption up to the first end token."""
         ...
 
 
 class UsedTokens:
-    """The used part of a tokenizer, numbered without gaps after padding, start and end."""
+    """The used tokens of a tokenizer, numbered without gaps after padding, start and end."""
 
     padding, start, end = PADDING, START, END
 
     def __init__(self, tokenizer: Any, used: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(used)
-        self._places = {token: place for place, token in enumerate(self._ids, 3)}
+        self._number_of = {token: number for number, token in enumerate(self._ids, 3)}
         self.size = 3 + len(self._ids)
 
     @staticmethod
     def of_captions(folder: str | None, captions: Iterable[str]) -> str:
-        """The used tokens as text, for the configuration: a bit a token, in base64."""
+        """The used tokens as text for the configuration: one bit per token, in base64."""
         tokenizer = _tokenizer(folder)
         used = {token for caption in captions for token in tokenizer.encode(caption)}
         bits = np.zeros(max(used, default=0) + 1, bool)
@@ -58,25 +58,25 @@ class UsedTokens:
 
     @staticmethod
     def of_first(count: int) -> str:
-        """So many tokens from the first on, CLIP's most frequent ones: where the captions are not known yet."""
+        """The first `count` tokens, CLIP's most frequent ones; used while the captions are not known yet."""
         return base64.b64encode(np.packbits(np.ones(count, bool)).tobytes()).decode()
 
     @staticmethod
     def open(folder: str | None, bits: str) -> UsedTokens:
-        """From what `of_captions` gave; `folder` holds a Hugging Face tokenizer, CLIP's BPE is taken without one."""
+        """Opens the result of `of_captions`; `folder` has a Hugging Face tokenizer, None means CLIP's BPE."""
         used = np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(bits), np.uint8)))
         return UsedTokens(_tokenizer(folder), used.tolist())
 
     def encode(self, caption: str) -> list[int]:
-        return [self._places[token] for token in self._tokenizer.encode(caption) if token in self._places]
+        return [self._number_of[token] for token in self._tokenizer.encode(caption) if token in self._number_of]
 
     def decode(self, ids: Sequence[int]) -> str:
         kept: list[int] = []
-        for place in ids:
-            if place == END:
+        for number in ids:
+            if number == END:
                 break
-            if place > END:
-                kept.append(self._ids[place - 3])
+            if number > END:
+                kept.append(self._ids[number - 3])
         return self._tokenizer.decode(kept)
 
 

@@ -1,8 +1,9 @@
-"""Loader processes: started, seen to live, and ended for certain.
+"""Starts loader processes, checks that they run, and ends them reliably.
 
-A forked process has every lock as it was at that moment. One that another thread of its parent held (gloo's, NCCL's,
-the watch's) is never let go in it: it hangs before its first line, where SIGTERM is still the run's polite request to
-save, and does not end it. Two starts of a thousand hung there on a busy machine; which lock it was is not known.
+A forked process inherits every lock in its current state. A lock held by another thread of the parent (gloo's, NCCL's,
+the watchdog's) is never released in the child, which then hangs before its first line. SIGTERM does not end it there,
+because the handler that asks a run to save is still installed. On a busy machine, two starts in a thousand hung like
+this; which lock it was is not known.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from tqdm import tqdm
 from emcl.errors import OneRankError
 
 BIRTH = 60.0
-"""Seconds in which a process has to say that it lives; it takes some hundredths."""
+"""Seconds within which a process must report that it runs; usually it takes some hundredths."""
 STARTS = 3
-"""How often all of a loader's processes are started before that is an error."""
+"""How often all processes of a loader are started before it is an error."""
 _LOOK = 0.01
 
 
 class Lives:
-    """Which workers have come to life: each one's first act, in memory that it shares with its parent."""
+    """Which workers are running: each sets its flag first, in memory shared with its parent."""
 
     def __init__(self, workers: int) -> None:
         self._lives = RawArray("b", workers)
@@ -44,13 +45,13 @@ class Lives:
 
 
 def start_workers(loader: DataLoader[Any], rank: int) -> Iterator[Any]:
-    """The batches of a rank's loader whose `worker_init_fn` is a `Lives`; processes of it that hang are replaced.
+    """The batches of a rank's loader whose `worker_init_fn` is a `Lives`; restarts all processes if some hang.
 
-    PyTorch's handler of SIGCHLD raises for a dead worker wherever the main thread is, in the middle of a step if need
-    be; without it the death is found when a batch is asked for.
+    PyTorch's SIGCHLD handler raises for a dead worker wherever the main thread is, even in the middle of a step. So it
+    is removed; a dead worker is then detected when the next batch is requested.
 
     Raises:
-        OneRankError: they hang again and again.
+        OneRankError: they hang STARTS times.
     """
     if not loader.num_workers:
         return iter(loader)
@@ -73,16 +74,16 @@ def start_workers(loader: DataLoader[Any], rank: int) -> Iterator[Any]:
 
 
 def end_workers(iterator: Iterator[Any]) -> None:
-    """At once, also those that wait for a file server, which SIGTERM does not end and this process would wait for."""
+    """Kills all workers; SIGTERM does not end those blocked on a file server, and this process would wait for them."""
     _kill(_processes(iterator))
 
 
 def _processes(iterator: Any) -> list[BaseProcess]:
-    return list(iterator._workers)  # PyTorch has no public name for them
+    return list(iterator._workers)  # PyTorch has no public attribute for them
 
 
 def _stuck(workers: list[BaseProcess], lives: Lives) -> list[BaseProcess]:
-    """Looks are counted, not the clock: a job that was suspended as a whole goes on."""
+    """Counts checks instead of seconds, so that a suspended and resumed job does not time out."""
     for _ in range(max(1, round(BIRTH / _LOOK))):
         late = [one for number, one in enumerate(workers) if number not in lives and one.is_alive()]
         if not late:
@@ -95,7 +96,7 @@ def _kill(workers: list[BaseProcess]) -> None:
     for one in workers:
         one.kill()
     for one in workers:
-        one.join(5)  # one in the kernel may stay a while
+        one.join(5)  # one blocked in the kernel may stay longer
 
 
 def _without_handler(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -103,6 +104,6 @@ def _without_handler(loader: DataLoader[Any]) -> Iterator[Any]:
         return iter(loader)
     before = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    of_torch = getattr(before, "__module__", "").startswith("torch.")  # of a loader that somebody else started
+    of_torch = getattr(before, "__module__", "").startswith("torch.")  # set by a loader started elsewhere
     signal.signal(signal.SIGCHLD, signal.SIG_DFL if of_torch or before is None else before)
     return iterator

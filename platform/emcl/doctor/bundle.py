@@ -1,7 +1,7 @@
 """`emcl bundle`: what a machine without internet needs, as one tar.
 
 The small one runs `emcl doctor` on a machine that has PyTorch, torchvision and transformers: this project's wheel,
-those of what else the check imports, some sample shards, and check.sh, which says the rest. The full one (`--full`) has
+those of what else the check imports, some sample shards, and check.sh with instructions. The full one (`--full`) has
 every wheel for `pip install --no-index`, some gigabytes.
 """
 
@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 from emcl.doctor.trainers import CLIPS
 from emcl.errors import UserError
-from emcl.prepare.sample import generate
+from emcl.prepare.sample_set import generate
 from emcl.registry import DISTRIBUTION
 
 FOLDER = "emcl-bundle"
-"""What the tar unpacks to."""
+"""The folder in the tar."""
 CHECKED = ("deepspeed", "webdataset", "braceexpand", "open_clip_torch", "timm", "av", "omegaconf", "fsspec")
-"""What the check imports besides PyTorch; with what these need themselves."""
+"""Packages that the check imports besides PyTorch; their requirements are added."""
 AT_HAND = ("torch", "torchvision", "transformers")
-"""What the machine of a small bundle brings, with what these name as their requirements, in versions that fit them."""
+"""Packages that the target of a small bundle has, with their direct requirements in versions that fit."""
 SMALL_LIMIT = 60 * 10**6
 OLDEST_GLIBC, NEWEST_GLIBC = 17, 39
 CHECK = """#!/bin/sh
@@ -51,15 +51,15 @@ exec "${PYTHON:-python3}" -m pip install --no-index --find-links "$here/wheels" 
 
 
 def bundle(out: Path, source: Path, *, full: bool, python: str, machine: str) -> int:
-    """Writes the tar; its size in bytes.
+    """Writes the tar; returns its size in bytes.
 
     Args:
         source: the checkout.
-        python: of the target, such as `3.12`.
-        machine: of the target, such as `x86_64`.
+        python: version on the target, such as `3.12`.
+        machine: architecture of the target, such as `x86_64`.
 
     Raises:
-        UserError: no checkout, a wheel that is not to be had, or a small bundle that is not small.
+        UserError: no checkout, a wheel that is not available, or a small bundle that is too large.
     """
     if not (source / "setup.cfg").is_file():
         raise UserError(f"emcl bundle wants the checkout, whose wheel it builds: {source} has no setup.cfg")
@@ -104,13 +104,13 @@ def closure(roots: Iterable[str], python: str, without: Set[str] = frozenset()) 
 
 
 def required(packages: Iterable[str], python: str) -> set[str]:
-    """These packages and those that they require themselves; canonical names."""
+    """These packages and their direct requirements; canonical names."""
     direct = {one.name for name in packages for one in _requirements(name, frozenset(), python)}
     return {canonicalize_name(name) for name in (*packages, *direct)}
 
 
 def _requirements(name: str, extras: frozenset[str], python: str) -> set[Requirement]:
-    """What a package that is installed here needs on Linux; of one that is not, its own pip will say it there."""
+    """The requirements on Linux of a package that is installed here."""
     environment = {
         "python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
         "platform_system": "Linux", "platform_machine": "x86_64",
@@ -128,7 +128,7 @@ def _requirements(name: str, extras: frozenset[str], python: str) -> set[Require
 
 
 def _fetch(package: str, wheels: Path, python: str, machine: str) -> None:
-    """A wheel of the very version that is installed here, for the target; built where there is only a source."""
+    """Downloads the wheel of the version installed here for the target; builds it if there is only a source."""
     platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(NEWEST_GLIBC, OLDEST_GLIBC - 1, -1)]
     platforms += [f"manylinux2014_{machine}", f"manylinux2010_{machine}", f"manylinux1_{machine}"]
     target = [f"--platform={platform}" for platform in platforms]

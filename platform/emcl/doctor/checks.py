@@ -1,4 +1,4 @@
-"""A check's outcome, and how all of them are run, shown and kept."""
+"""A check's outcome; running, showing and saving all checks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Check:
 
     name: str
     figure: str
-    """What was found, with its unit."""
+    """The measured value, with its unit."""
     wanted: str = ""
     passed: bool | None = None
-    """None where nothing is wanted: a measurement, or what this machine cannot check."""
+    """None if there is no criterion: a measurement, or what this machine cannot check."""
     detail: str = ""
     """A traceback, lines of code: for the JSON."""
 
@@ -40,11 +40,11 @@ def run_groups(
     say: Callable[[str], None],
     keep: Callable[[Mapping[str, list[Check]]], None] = lambda _: None,
 ) -> dict[str, list[Check]]:
-    """Each group's outcomes. One that raises has failed and the next goes on; after `seconds` none begins.
+    """Each group's outcomes. A group that raises has failed, and the next one runs; after `seconds` none starts.
 
     Args:
-        say: gets a line for each.
-        keep: gets all of them after each, so that a check that is killed leaves what it has found.
+        say: called with a line for each outcome.
+        keep: called with all outcomes after each, so that they are kept if the process is killed.
     """
     until = time.monotonic() + seconds
     outcomes: dict[str, list[Check]] = {}
@@ -62,7 +62,7 @@ def run_groups(
                 if time.monotonic() > until:
                     done.append(Check("the rest", f"not run: the {seconds / 60:.0f} minutes are over (--minutes)"))
                     break
-        except Exception as error:  # whatever a machine may do: the report is what the user sends us
+        except Exception as error:  # any error: the user sends us the report
             done.append(Check("stopped", first_line(error)[:200], passed=False, detail=traceback.format_exc()))
             say(f"  stopped: {first_line(error)[:200]}")
         say(f"{group}: {time.monotonic() - began:.0f} s")
@@ -80,7 +80,7 @@ def table(outcomes: Mapping[str, list[Check]]) -> str:
 
 
 def write_json(path: Path, machine: Mapping[str, Any], outcomes: Mapping[str, list[Check]]) -> None:
-    """What a bug report wants."""
+    """Writes the file for a bug report."""
     content = {
         "machine": dict(machine),
         "checks": {group: [asdict(one) for one in checks] for group, checks in outcomes.items()},

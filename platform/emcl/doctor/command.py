@@ -17,8 +17,8 @@ import torch
 
 from emcl.doctor.checks import Check, Checks, run_groups, table, write_json
 from emcl.doctor.exactness import exactness
-from emcl.doctor.feeding import feeding
-from emcl.doctor.prices import augmentation, comparing, deterministic
+from emcl.doctor.loader_speed import feeding
+from emcl.doctor.setting_costs import augmentation, comparing, deterministic
 from emcl.doctor.speed import emcl_share, speed
 from emcl.doctor.trainers import Bench, open_bench
 from emcl.doctor.training import host_waits, precisions, resuming, zero_stages
@@ -38,12 +38,12 @@ GROUPS: dict[str, Callable[[Bench], Any]] = {
     "deterministic": deterministic,
     "speed": speed,
 }
-"""In this order, since what comes last is what a slow machine leaves out."""
+"""In this order, since a slow machine leaves out the last ones."""
 PACKAGES = ("torch", "torchvision", "deepspeed", "transformers", "open_clip_torch", "timm", "av", "numpy")
 
 
 def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) -> bool:
-    """Runs the groups (or those of `only`), prints the table and writes it; whether nothing failed.
+    """Runs the groups (or those of `only`), prints the table and writes it; returns whether nothing failed.
 
     Raises:
         UserError: no such group or shards, or nowhere to write.
@@ -51,7 +51,7 @@ def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) 
     for name in only:
         if name not in GROUPS:
             raise UserError(f"--only {name}: none of {', '.join(GROUPS)}")
-    # PyTorch looks for it once, at the first product on a GPU, long before the checks that want it
+    # PyTorch reads it once, at the first product on a GPU, long before the checks that need it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     facts = machine()
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
@@ -78,7 +78,7 @@ def doctor(out: Path, shards: Path | None, only: Sequence[str], minutes: float) 
 
 
 def machine() -> dict[str, str]:
-    """What a figure depends on besides this code."""
+    """Versions and hardware that the results depend on."""
     from emcl.version import __version__
 
     facts = {"emcl": __version__, "python": sys.version.split()[0], "system": platform.platform()}

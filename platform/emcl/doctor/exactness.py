@@ -1,4 +1,4 @@
-"""The GPU's numbers beside the CPU's, in fp32 without TF32: features, EMCL, losses, gradients."""
+"""Compares the GPU's results with the CPU's, in fp32 without TF32: features, EMCL, losses, gradients."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from emcl.doctor.checks import Check
 from emcl.doctor.trainers import ALL_TASKS, Bench, batches_of, settings
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.train.arithmetic import set_arithmetic
-from emcl.train.start import open_splits
+from emcl.train.initialization import open_splits
 
 TOLERANCE = 1e-4
-"""Of a tensor's largest number; of a gradient's norm."""
+"""Relative to a tensor's largest number, or to a gradient's norm."""
 MODELS: dict[str, tuple[str, ...]] = {
     "sample model": (),
-    "ViT-B-32": ("model.name=ViT-B-32", "data.size=224", "data.frames=4", "emcl.k=8"),
+    "ViT-B-32": ("model.name=ViT-B-32", "data.image_size=224", "data.frames=4", "emcl.bases=8"),
 }
-"""Of ViT-B-32 few bases, and weights of which `_well_posed` says more."""
+"""ViT-B-32 has few bases, and weights that `_well_posed` changes."""
 NO_CHANCE = ("tasks.captioning.dropout=0", "tasks.msrvtt_qa.dropout=0")
-"""Dropout draws other numbers on each kind of device."""
+"""Dropout draws different numbers on each kind of device."""
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward and backward pass gave, on the CPU."""
+    """The results of a forward and backward pass, on the CPU."""
 
     features: Tensor
     similarity: Tensor
@@ -40,7 +40,7 @@ class Pass:
 
 
 def exactness(bench: Bench) -> Iterator[Check]:
-    """The bench's device beside the CPU, for both variants of EMCL and all tasks at once."""
+    """Compares the bench's device with the CPU, for both variants of EMCL and all tasks at once."""
     if not bench.on_gpu:
         yield Check("GPU beside CPU", "no GPU here")
         return
@@ -59,18 +59,18 @@ def compare(bench: Bench, config: Config, name: str, one: torch.device, other: t
     _well_posed(model)
     (batch,) = next(batches_of(training, config, 1, collators(config, training, training=True)))
     passes = [_pass(copy.deepcopy(model), batch, device) for device in (one, other)]
-    for part in ("features", "similarity", "loss"):
-        yield _check(f"{name}: {part}", _difference(*(getattr(found, part) for found in passes)))
+    for quantity in ("features", "similarity", "loss"):
+        yield _check(f"{name}: {quantity}", _difference(*(getattr(outcome, quantity) for outcome in passes)))
     yield _check(f"{name}: gradients", _gradient_difference(passes[0].gradients, passes[1].gradients))
 
 
 @torch.no_grad()
 def _well_posed(model: VideoLanguageModel) -> None:
-    """Makes the gradient one that rounding leaves alone: it should show what devices do, not where a model is broken.
+    """Makes the gradient insensitive to rounding, so that differences come from the devices and not from the model.
 
-    At random, ViT-B-32 hardly tells videos apart, and many of EMCL's bases have rounding alone to fit: the gradient
-    moves by 2e-3 as weights move by half of their last bit, on one CPU. With the matrices of its blocks doubled it
-    moves by 6e-6; but by 6e-3 again where a ReLU's input within rounding of 0 takes the other side.
+    With random weights, ViT-B-32 hardly separates videos, and many of EMCL's bases fit rounding errors only: the
+    gradient changes by 2e-3 as weights change by half of their last bit, on one CPU. With the matrices of its blocks
+    doubled it changes by 6e-6; but by 6e-3 again where a ReLU's input is within rounding of 0.
     """
     blocks: Any = getattr(model.backbone.image.trunk, "transformer", None)
     for weight in blocks.parameters() if blocks is not None else ():
@@ -89,7 +89,7 @@ def _pass(model: VideoLanguageModel, batch: Batch, device: torch.device) -> Pass
         encoded = model.encode(moved)
         video = encoded.frames_BTD
         text = model.backbone.encode_text(moved.tasks["retrieval"].text)
-        retrieval: Any = copy.deepcopy(model.heads["retrieval"])  # EMCL's state moves in training
+        retrieval: Any = copy.deepcopy(model.heads["retrieval"])  # EMCL's state is updated in training
         similarity = retrieval.similarity(text, video, encoded.video_mask_BT, model.ranks, retrieval.emcl)
     loss = total_loss(model(batch=moved))
     loss.backward()
@@ -102,7 +102,7 @@ def _difference(one: Tensor, other: Tensor) -> float:
 
 
 def _gradient_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest of any weight's, relative to its gradient, or to all of them where its own is next to nothing."""
+    """The largest of any weight's, relative to its gradient's norm, or to 1e-3 of the total norm if that is larger."""
     sizes = {name: gradient.norm() for name, gradient in one.items()}
     least = 1e-3 * torch.stack(list(sizes.values())).norm()
     return max(float((one[name] - other[name]).norm() / torch.maximum(size, least)) for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""How fast published towers train, what they take of the memory beside the plan, and EMCL's share of a step."""
+"""Training speed of published towers, their memory compared with the plan, and EMCL's share of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 2**30
 REPEATS = 3
 STEPS = {"cuda": 4, "cpu": 1}
 PLANNED_GAP = 0.10
-"""How far the plan may be off: the allocator's rounding and cuBLAS's workspaces are not in it."""
+"""Allowed relative error of the plan, which lacks the allocator's rounding and cuBLAS's workspaces."""
 TOWERS = {"ViT-B-32": 64, "ViT-L-14": 16}
 """Videos of 12 frames a step."""
 SMALL = {"sample model": 8}
@@ -40,20 +40,20 @@ def speed(bench: Bench) -> Iterator[Check]:
 
 
 def case_of(bench: Bench) -> tuple[str, list[str]]:
-    """The first of the towers that are timed, with its videos, and its settings."""
+    """Name with number of videos, and settings, of the first tower that is timed."""
     name, videos = next(iter((TOWERS if bench.on_gpu else SMALL).items()))
     return f"{name} x {videos}", _of(name, videos)
 
 
 def emcl_share(bench: Bench) -> Iterator[Check]:
-    """What of a step is EMCL's, by the same step without it."""
+    """EMCL's share of a step, by comparison with the same step without it."""
     name, overrides = case_of(bench)
     for variant in ("reference", "compact"):
         with trainer(bench, settings(bench, *overrides, f"emcl.variant={variant}"), f"emcl-{variant}") as made:
             ((_, batches),) = taken(made, 1)
             retrieval: Any = made.model.heads["retrieval"]
             layer, seconds = retrieval.emcl, {True: list[float](), False: list[float]()}
-            for enabled in (True, False, True, False):  # in turns, since a machine's speed drifts
+            for enabled in (True, False, True, False):  # alternating, since a machine's speed drifts
                 retrieval.emcl = layer if enabled else None
                 seconds[enabled] += seconds_a_step(made, batches)
             retrieval.emcl = layer
@@ -63,7 +63,7 @@ def emcl_share(bench: Bench) -> Iterator[Check]:
 
 
 def _of(name: str, videos: int) -> list[str]:
-    model = [] if name in SMALL else [f"model.name={name}", "data.size=224"]
+    model = [] if name in SMALL else [f"model.name={name}", "data.image_size=224"]
     return [*model, "data.frames=12", "precision=bf16", f"data.batch_size={videos}"]
 
 
@@ -107,7 +107,7 @@ def _memory(config: Any, case: str, peak: float) -> Check:
 
 
 def seconds_a_step(made: Trainer, batches: list[Batch]) -> list[float]:
-    """Some times over."""
+    """Seconds of a step, measured `REPEATS` times."""
     one_step(made, 0, batches)
     steps = STEPS.get(made.device.type, 1)
 
@@ -119,7 +119,7 @@ def seconds_a_step(made: Trainer, batches: list[Batch]) -> list[float]:
 
 
 def spread(seconds: list[float]) -> str:
-    """How far the times are apart, beside their median."""
+    """The range of the times, relative to their median."""
     return f"spread {100 * (max(seconds) - min(seconds)) / statistics.median(seconds):.0f}%"
 
 
@@ -133,12 +133,12 @@ def timed(device: torch.device, action: Callable[[], Any]) -> float:
 
 
 def median_seconds(device: torch.device, action: Callable[[], Any], times: int) -> float:
-    """Of so many times, after one that does not count."""
+    """Median of so many runs, after one that does not count."""
     return statistics.median([timed(device, action) for _ in range(1 + times)][1:])
 
 
 def product_rate(device: torch.device) -> float:
-    """FLOP a second that a large bf16 product reaches."""
+    """FLOP/s of a large bf16 matrix product."""
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_seconds(device, lambda: left @ right, 5)

@@ -14,17 +14,17 @@ from emcl import distributed
 from emcl.config import Config, resolve
 from emcl.data.batch import Batch
 from emcl.data.loader import Collator
-from emcl.data.order import RankBatches
+from emcl.data.resilient_loader import ResilientLoader
+from emcl.data.sampler import RankBatchSampler
 from emcl.data.split import Split
-from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.prepare.sample import generate
+from emcl.prepare.sample_set import generate
 from emcl.run_folder import RunFolder
 from emcl.tracking import Tracker
 from emcl.train.arithmetic import set_arithmetic
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
-from emcl.train.start import open_splits
 
 ALL_TASKS = ("retrieval", "captioning", "msrvtt_qa")
 CLIPS = {"train": 128, "val": 16, "test": 16}
@@ -32,7 +32,7 @@ CLIPS = {"train": 128, "val": 16, "test": 16}
 
 @dataclass(frozen=True)
 class Bench:
-    """Where the checks work: this device, some sample clips, a folder for what they write."""
+    """What the checks run on: this device, some sample clips, a folder for what they write."""
 
     ranks: Ranks
     device: torch.device
@@ -72,7 +72,7 @@ def settings(bench: Bench, *overrides: str, tasks: Sequence[str] = ("retrieval",
 
 @contextmanager
 def trainer(bench: Bench, config: Config, name: str, *, resuming: bool = False) -> Iterator[Trainer]:
-    """A trainer whose memory is given back at the end."""
+    """A trainer whose memory is freed at the end."""
     set_arithmetic(config)
     folder = RunFolder(bench.folder / name)
     made = Trainer(*open_splits(config), bench.ranks, bench.device, folder, resuming=resuming)
@@ -87,16 +87,16 @@ def trainer(bench: Bench, config: Config, name: str, *, resuming: bool = False) 
 
 
 def batches_of(
-    training: Split, config: Config, steps: int, parts: Mapping[str, Collator]
+    training: Split, config: Config, steps: int, collators: Mapping[str, Collator]
 ) -> Generator[list[Batch], None, None]:
-    """The micro-batches of the first so many steps, of one rank alone, without a model."""
-    assert training.order is not None
-    batches = RankBatches(training.order, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
-    yield from StepLoader(training, config.data, batches, parts).steps(0)
+    """The micro-batches of the first `steps` steps, for a single rank, without a model."""
+    assert training.sampler is not None
+    batches = RankBatchSampler(training.sampler, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
+    yield from ResilientLoader(training, config.data, batches, collators).steps(0)
 
 
 def free(device: torch.device) -> None:
-    """Gives back what nothing holds any more."""
+    """Frees unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -108,14 +108,14 @@ def losses_of(made: Trainer, steps: int) -> list[float]:
 
 
 def taken(made: Trainer, steps: int, start: int = 0) -> Iterator[tuple[int, list[Batch]]]:
-    """The batches of so many steps with their numbers."""
-    found = made._steps(start)
+    """The number and the batches of each of so many steps."""
+    stream = made._steps(start)
     for step in range(start, start + steps):
-        batches, _ = next(found)
+        batches, _ = next(stream)
         yield step, batches
 
 
 def one_step(made: Trainer, step: int, batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """As the loop does it."""
+    """One step, as in the training loop."""
     made._seed(step)
     return made._step(batches)

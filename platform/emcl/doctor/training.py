@@ -15,7 +15,7 @@ from emcl.train.engine import weights
 
 STEPS = 4
 CLOSE = {"bf16": 2e-2, "fp16": 1e-2}
-"""Of the fp32 run's losses."""
+"""Relative to the fp32 run's losses."""
 STAGES = 1e-4
 RESUMED = 6
 """Steps of a run that is continued from its middle."""
@@ -23,7 +23,7 @@ OURS = str(Path(__file__).resolve().parent.parent)
 
 
 def precisions(bench: Bench) -> Iterator[Check]:
-    """All tasks at once in each precision, beside fp32."""
+    """All tasks at once in each precision, compared with fp32."""
     with trainer(bench, settings(bench, tasks=ALL_TASKS), "fp32") as made:
         wanted = losses_of(made, STEPS)
     yield Check("fp32, all tasks: losses", ", ".join(f"{loss:.4f}" for loss in wanted))
@@ -32,28 +32,28 @@ def precisions(bench: Bench) -> Iterator[Check]:
             yield Check("fp16", "no GPU here")
             continue
         with trainer(bench, settings(bench, f"precision={precision}", tasks=ALL_TASKS), precision) as made:
-            found = losses_of(made, STEPS)
+            losses = losses_of(made, STEPS)
             skipped = int(made.engine.skipped_steps)
-        # fp16's first steps are left out while it searches for its loss scale: the weights are those of the start
-        compared = list(zip(found, wanted, strict=True))[: 1 if skipped else None]
+        # fp16 skips its first steps while it searches for its loss scale: the weights are those of the start
+        compared = list(zip(losses, wanted, strict=True))[: 1 if skipped else None]
         off = max(abs(one - other) / abs(other) for one, other in compared)
         yield Check(f"{precision}, all tasks: losses beside fp32's", f"{off:.1e}", f"<= {close:.0e}", off <= close)
 
 
 def zero_stages(bench: Bench) -> Iterator[Check]:
-    """ZeRO 1 to 3 give the losses of no ZeRO."""
+    """ZeRO 1 to 3 give the same losses as no ZeRO."""
     wanted: list[float] = []
     for stage in range(4):
         with trainer(bench, settings(bench, f"deepspeed=deepspeed/zero{stage}.json"), f"zero{stage}") as made:
-            found = losses_of(made, STEPS)
-        wanted = wanted or found
-        off = max(abs(one - other) / abs(other) for one, other in zip(found, wanted, strict=True))
+            losses = losses_of(made, STEPS)
+        wanted = wanted or losses
+        off = max(abs(one - other) / abs(other) for one, other in zip(losses, wanted, strict=True))
         if stage:
             yield Check(f"ZeRO-{stage} beside none: losses", f"{off:.1e}", f"<= {STAGES:.0e}", off <= STAGES)
 
 
 def host_waits(bench: Bench) -> Iterator[Check]:
-    """Lines of a step at which the host waits for the GPU, by PyTorch's own look-out for them."""
+    """Lines of a step at which the host waits for the GPU, by PyTorch's sync debug mode."""
     if not bench.on_gpu:
         yield Check("host waits in a step", "no GPU here")
         return
@@ -80,9 +80,9 @@ def host_waits(bench: Bench) -> Iterator[Check]:
 
 
 def resuming(bench: Bench) -> Iterator[Check]:
-    """With `deterministic=true`, a run continued from its middle, twice, ends with the unbroken run's very bits."""
+    """With `deterministic=true`, a run continued from its middle, twice, ends with the same bits as without a break."""
     half = RESUMED // 2
-    config = settings(bench, "deterministic=true", "emcl.k=8", tasks=ALL_TASKS)
+    config = settings(bench, "deterministic=true", "emcl.bases=8", tasks=ALL_TASKS)
     ends = []
     for attempt in range(3):
         with trainer(bench, config, "resumed", resuming=attempt > 0) as made:

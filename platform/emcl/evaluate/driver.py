@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from emcl.config import Config
-from emcl.data.bad import check_bad_fraction
+from emcl.data.bad_samples import check_bad_fraction
 from emcl.data.batch import Batch, VideoFrames
 from emcl.data.loader import evaluation_loader
 from emcl.data.split import Split
@@ -86,7 +86,7 @@ def collect(
         for key, scorer in scorers.items():
             scorer.update(encoded, batch.tasks.get(key), batch.rows)
         progress()
-    _check_bad([item for part in ranks.gather_objects(bad) for item in part], len(split), config)
+    _check_bad([item for of_rank in ranks.gather_objects(bad) for item in of_rank], len(split), config)
     return scorers
 
 
@@ -106,23 +106,23 @@ def _scorers(
 
 
 def split_name(split: str, config: Config) -> str:
-    """Of the files of an evaluation: a control's stand beside the model's."""
+    """The split's name in file names; evaluations that are controls have a suffix."""
     shuffled = "-shuffled" if config.evaluate.shuffle_frames else ""
     return split + shuffled + ("-swapped" if config.evaluate.swap_videos else "")
 
 
 def _control(config: Config) -> str:
-    """What a protocol says of an evaluation that is a control."""
+    """The protocol's note on an evaluation that is a control; else empty."""
     shuffled = "; frames shuffled" if config.evaluate.shuffle_frames else ""
     return shuffled + ("; CONTROL: each sample with another's video" if config.evaluate.swap_videos else "")
 
 
 def _nothing(split: Split, config: Config) -> Batch:
-    """One black frame that is no sample's, for a rank that has run out of samples."""
+    """A filler of one black frame, for a rank that has run out of samples."""
     mask = torch.zeros(1, config.data.frames, dtype=torch.bool)
     mask[0, 0] = True
     slots = torch.zeros(1, dtype=torch.long)
-    videos = VideoFrames(frames=split.black_frame(config.data.size), slots=slots, mask_BT=mask)
+    videos = VideoFrames(frames=split.black_frame(config.data.image_size), slots=slots, mask_BT=mask)
     return Batch(ids=[], rows=[], videos=videos)
 
 

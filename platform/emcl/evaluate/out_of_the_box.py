@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from emcl.em import EMCL
 from emcl.errors import UserError, first_line
-from emcl.evaluate.report import lines_of
-from emcl.metrics.retrieval import retrieval_metrics
+from emcl.evaluate.results import lines_of
+from emcl.metrics.retrieval_metrics import retrieval_metrics
 
 Metrics = dict[str, dict[str, float]]
 
@@ -29,10 +29,10 @@ class Features:
     @staticmethod
     def read(video: Path, text: Path) -> Features:
         """Raises UserError: a file that is no (n, D) array of finite numbers, or two of different widths."""
-        found = Features(read_rows(video), read_rows(text))
-        if found.video.shape[1] != found.text.shape[1]:
-            raise UserError(f"{video} has width {found.video.shape[1]}, {text} {found.text.shape[1]}: not one space")
-        return found
+        pair = Features(read_rows(video), read_rows(text))
+        if pair.video.shape[1] != pair.text.shape[1]:
+            raise UserError(f"{video} has width {pair.video.shape[1]}, {text} {pair.text.shape[1]}: not one space")
+        return pair
 
 
 def read_rows(path: Path) -> NDArray[np.float32]:
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> NDArray[np.float32]:
 
 
 def read_owner(path: Path | None, features: Features) -> NDArray[np.int64]:
-    """(texts,) each text's video: row i's is row i without a file.
+    """(texts,) each text's video; without a file, text i belongs to video i.
 
     Raises:
         UserError: not one row of `video` for each text.
@@ -64,13 +64,13 @@ def read_owner(path: Path | None, features: Features) -> NDArray[np.int64]:
 
 
 def recall(features: Features, owner: NDArray[np.int64]) -> Metrics:
-    """Of the cosines of texts and videos."""
+    """Recall by the cosines of texts and videos."""
     text, video = (F.normalize(torch.from_numpy(rows), dim=1) for rows in (features.text, features.video))
     return retrieval_metrics((text @ video.T).numpy(), owner)
 
 
 def fit(features: Features, *, bases: int, beta: float, balance: float) -> EMCL:
-    """A compact layer with the features' bases.
+    """A compact layer fitted to the features.
 
     Raises:
         UserError: more bases than the features are wide, or none.
@@ -83,7 +83,7 @@ def fit(features: Features, *, bases: int, beta: float, balance: float) -> EMCL:
 
 
 def open_layer(path: Path) -> EMCL:
-    """What `write` wrote.
+    """The layer that `write` saved.
 
     Raises:
         UserError: no such file, or something else is in it.
@@ -92,7 +92,7 @@ def open_layer(path: Path) -> EMCL:
         raise UserError(f"{path}: no such file; `emcl transform` writes bases.pt")
     try:
         return EMCL.load(path)
-    except Exception:  # torch.load raises many kinds for what is not its own, with advice that nobody should follow
+    except Exception:  # torch.load raises many kinds of error for other files, with unsafe advice
         raise UserError(f"{path} holds no EMCL bases; `emcl transform` writes bases.pt") from None
 
 
@@ -113,7 +113,7 @@ def write(folder: Path, features: Features, layer: EMCL) -> None:
 
 
 def comparison(before: Metrics, after: Metrics) -> str:
-    """Both, as text."""
+    """Both, as a table."""
     return lines_of(
         {
             f"{direction}, {when}/{name}": value

@@ -1,1 +1,1 @@
-"""Metrics as pure functions on arrays."""
+"""Metrics, as pure functions on arrays."""

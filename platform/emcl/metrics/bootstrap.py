@@ -1,4 +1,4 @@
-"""How far a mean would move with other test videos: the percentile bootstrap."""
+"""Confidence intervals over test videos by the percentile bootstrap."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ SAMPLES = 2000
 def interval(
     values: ArrayLike, clusters: ArrayLike | None = None, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bounds of the mean of `values` over test sets drawn with replacement.
+    """Bounds of the mean of `values` over test sets resampled with replacement.
 
     Args:
-        values: one of each query.
-        clusters: what is drawn, by its number: the video of each query, as the queries of one video go together. Each
-            query by itself where not given.
+        values: one per query.
+        clusters: each query's cluster, for example its video; clusters are resampled as a whole. Without it, queries
+            are resampled one by one.
     """
-    found = np.asarray(values, np.float64)
-    if found.size == 0:
+    values_Q = np.asarray(values, np.float64)
+    if values_Q.size == 0:
         raise ValueError("no value to resample")
-    groups = np.arange(len(found)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    groups = np.arange(len(values_Q)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
     count = int(groups.max()) + 1
-    total = np.bincount(groups, weights=found, minlength=count).astype(np.float64)
+    total = np.bincount(groups, weights=values_Q, minlength=count).astype(np.float64)
     size = np.bincount(groups, minlength=count).astype(np.float64)
     rng = np.random.default_rng(seed)
     means = [_mean(total, size, rng.integers(0, count, count)) for _ in range(SAMPLES)]
@@ -36,11 +36,11 @@ def interval(
 def interval_of(
     sums: ArrayLike, measure: Callable[[NDArray[np.float64]], float], *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Bounds of a measure of a whole corpus: of the sum of each video's numbers (videos, numbers)."""
-    found = np.asarray(sums, np.float64)
+    """Bounds of a corpus-level measure, computed from the sum over videos of `sums` (videos, statistics)."""
+    sums_VN = np.asarray(sums, np.float64)
     rng = np.random.default_rng(seed)
-    drawn = (rng.integers(0, len(found), len(found)) for _ in range(SAMPLES))
-    low, high = np.quantile([measure(found[rows].sum(0)) for rows in drawn], [(1 - level) / 2, (1 + level) / 2])
+    drawn = (rng.integers(0, len(sums_VN), len(sums_VN)) for _ in range(SAMPLES))
+    low, high = np.quantile([measure(sums_VN[rows].sum(0)) for rows in drawn], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

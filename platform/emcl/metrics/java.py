@@ -1,4 +1,4 @@
-"""The Java programs of pycocoevalcap, run in processes of their own that may hang or die without harm.
+"""Runs the Java programs of pycocoevalcap in separate processes, which may hang or die without harm.
 
 `python -m emcl.metrics.java ptb|meteor` reads JSON from standard input and writes JSON to standard output.
 """
@@ -20,14 +20,14 @@ from typing import Any
 OLDEST = 8
 """The Java version that both programs were compiled for."""
 TIMEOUT = 60.0
-"""Seconds for a program to start and answer a small request; more is given by the number of sentences."""
+"""Seconds for a program to start and answer a small request; PER_SENTENCE is added for each sentence."""
 PER_SENTENCE = 0.05
 
 Captions = Mapping[str, Sequence[str]]
 
 
 class JavaError(Exception):
-    """Why a program gave no answer; one line."""
+    """A program failed; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Java:
 
 @lru_cache(maxsize=1)
 def find_java() -> Java | str:
-    """The machine's Java, or in a few words what is missing."""
+    """The machine's Java, or a short text on what is missing."""
     path = shutil.which("java")
     if path is None:
         return "no Java (apt-get install default-jre-headless)"
@@ -46,17 +46,17 @@ def find_java() -> Java | str:
         done = subprocess.run([path, "-version"], capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"Java at {path} does not run: {error}"
-    found = re.search(r'version "(\d+)(?:\.(\d+))?', done.stderr + done.stdout)
-    if done.returncode or not found:
+    version_match = re.search(r'version "(\d+)(?:\.(\d+))?', done.stderr + done.stdout)
+    if done.returncode or not version_match:
         return f"Java at {path} does not run: {(done.stderr or done.stdout).strip()[:100]}"
-    major = int(found[2] or 0) if found[1] == "1" else int(found[1])  # 1.8 is 8
+    major = int(version_match[2] or 0) if version_match[1] == "1" else int(version_match[1])  # 1.8 is 8
     if major < OLDEST:
         return f"Java {major} at {path} is too old: {OLDEST} or newer is wanted (apt-get install default-jre-headless)"
     return Java(path, major)
 
 
 def ptb_tokens(captions: Captions, *, timeout: float | None = None) -> dict[str, list[str]]:
-    """Captions by pycocoevalcap's PTB tokenizer: lower case, no punctuation, tokens with a blank between.
+    """Tokenises captions with pycocoevalcap's PTB tokenizer: lower case, no punctuation, separated by spaces.
 
     Raises:
         JavaError: the program is missing, died, or took too long.
@@ -102,13 +102,13 @@ def _main(program: str) -> None:
     if program == "ptb":
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-        # whatever splits lines would shift all captions after it
+        # a line break within a caption would shift all captions after it
         wrapped = {
             key: [{"caption": " ".join(text.split())} for text in texts] for key, texts in content["captions"].items()
         }
         tokens = PTBTokenizer().tokenize(wrapped)
         if {key: len(lines) for key, lines in tokens.items()} != {key: len(texts) for key, texts in wrapped.items()}:
-            sys.exit("the tokenizer gave other lines than it was given")  # its own exit status is not looked at
+            sys.exit("the tokenizer gave other lines than it was given")  # its own exit status is not checked
         print(json.dumps(tokens))
     else:
         from pycocoevalcap.meteor.meteor import Meteor

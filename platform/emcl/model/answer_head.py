@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class AttentionPooling(nn.Module):
-    """A learned weight for each item: Linear, ReLU, Linear to 1, softmax (which a bias before it would not move)."""
+    """A learned weight for each item: Linear, ReLU, Linear to 1, softmax (a bias before it would have no effect)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class AnswerHead(nn.Module):
     """Pools frames (D) and question tokens (W), projects both to 4 D, classifies their concatenation.
 
     Args:
-        fusion: `concat`, as published, or `product`, which adds the product of the two: a question then chooses what of
-            the video is looked at, which the classifier would else have to learn for each pair of words by itself.
+        fusion: `concat`, as published, or `product`, which adds the product of the two: a question then selects parts
+        of the video, which the classifier would otherwise have to learn for each pair of words.
     """
 
     def __init__(self, frame_width: int, token_width: int, answers: int, dropout: float, fusion: str) -> None:

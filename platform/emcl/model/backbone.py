@@ -1,11 +1,12 @@
 """The shared backbone: frames and sentences to embeddings of one width. Every task works from one encoding.
 
-A kind of backbone brings two towers and their tokenizer (`Backbone.build_towers`, `Backbone.tokenizer`); the temporal
-encoder, freezing, recomputation and remembered features are the same for all. Kinds stand in `emcl.components`.
+A kind of backbone provides two towers and their tokenizer (`Backbone.build_towers`, `Backbone.tokenizer`); the temporal
+encoder, freezing, recomputation and cached features are the same for all. Kinds are listed in `emcl.components`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,17 +17,28 @@ from torch.utils.checkpoint import checkpoint
 from emcl.components import BACKBONES
 from emcl.config import Config
 from emcl.data.batch import VideoFrames
-from emcl.data.features import Origin
-from emcl.data.text import Tokenizer
+from emcl.data.captions import Tokenizer
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.batch_norm import keep_statistics_in_full_precision
-from emcl.model.settings import ModelConfig
+from emcl.model.model_settings import ModelConfig
 from emcl.model.temporal import TemporalTransformer
 from emcl.model.tower import Towers
 
 TOWERS = ("image", "text")
 _TOKENIZERS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Identifies towers whose outputs are cached."""
+
+    architecture: Mapping[str, Any]
+    """Its description as JSON, since the architecture behind a name may change."""
+    weights: Sequence[str | None]
+    """Files or folders of pretrained weights, or names of some; None where there are none."""
+    random: bool
+    """Whether some weights are initialised at random, by the seed."""
 
 
 @dataclass
@@ -36,11 +48,12 @@ class Encoded:
     frames_BTD: Tensor
     video_mask_BT: Tensor
     video_B: Tensor | None = None
-    """Which video each is: in training, those of one number are no negatives of each other (`Batch.video_B`)."""
+    """Which video each is: in training, those of one number are not negatives of each other (`Batch.video_B`)."""
     _of_all_ranks: Tensor | None = field(default=None, init=False, repr=False)
 
     def videos_of_all_ranks(self, ranks: Ranks) -> Tensor | None:
-        """`video_B` of all ranks' videos, in rank order. All ranks call it; only the first call of a batch sends."""
+        """`video_B` of all ranks' videos, in rank order. Called by all ranks; only the first call of a batch
+        communicates."""
         if self._of_all_ranks is None and self.video_B is not None:
             self._of_all_ranks = ranks.gather_rows(self.video_B)
         return self._of_all_ranks
@@ -52,17 +65,17 @@ class Backbone(nn.Module):
     `encode_...` go through modules' forward passes only, as ZeRO-3 needs.
 
     Args:
-        words: tokens of a text, start and end counted.
-        load_weights: whether pretrained ones are read; otherwise the caller fills them in.
+        max_tokens: tokens of a text, start and end counted.
+        load_weights: whether pretrained ones are read; otherwise the caller loads them.
     """
 
     config_class: ClassVar[type | None] = None
     """A frozen dataclass of the kind's own settings, `model.backbone_options`."""
 
-    def __init__(self, config: ModelConfig, *, words: int, load_weights: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, max_tokens: int, load_weights: bool = True) -> None:
         super().__init__()
-        self.config, self.words = config, words
-        towers = self.build_towers(config, words=words, load_weights=load_weights)
+        self.config, self.max_tokens = config, max_tokens
+        towers = self.build_towers(config, max_tokens=max_tokens, load_weights=load_weights)
         self.image, self.text = towers.image, towers.text
         keep_statistics_in_full_precision(self)
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
@@ -77,40 +90,40 @@ class Backbone(nn.Module):
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         _freeze(self, config.frozen)
 
-    # --- what a kind of backbone says
+    # --- what a kind of backbone defines
 
     @classmethod
-    def build_towers(cls, config: ModelConfig, *, words: int, load_weights: bool) -> Towers:
+    def build_towers(cls, config: ModelConfig, *, max_tokens: int, load_weights: bool) -> Towers:
         """Raises UserError: no such model, a missing file, or weights of another architecture."""
         raise NotImplementedError
 
     @classmethod
-    def tokenizer(cls, config: ModelConfig, words: int) -> Tokenizer:
-        """Of texts of up to `words` tokens, made without the model; loader processes get it with their split.
+    def tokenizer(cls, config: ModelConfig, max_tokens: int) -> Tokenizer:
+        """For texts of up to `max_tokens` tokens, made without the model; loader processes get it with their split.
 
         Raises:
-            UserError: its files are missing, or it has no room for so many tokens.
+            UserError: its files are missing, or it does not support so many tokens.
         """
         raise NotImplementedError
 
     @classmethod
     def completed(cls, config: ModelConfig) -> ModelConfig:
-        """`config` with what only a look into the pretrained weights tells (open_clip: the activation that they were
-        trained with). It is kept with a run, whose exports are rebuilt without those files."""
+        """`config` completed by what only the pretrained weights tell (open_clip: the activation that they were trained
+        with). It is stored with a run, so that its exports can be rebuilt without those files."""
         return config
 
     @classmethod
     def missing_weights(cls, config: ModelConfig) -> list[str]:
-        """A line for each file that is not there."""
+        """A line for each missing file."""
         return []
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Raises UserError: settings that its models have no room for, such as another `data.size`; before the work."""
+        """Raises UserError, before the work: settings that its models do not support, such as `data.image_size`."""
 
     @classmethod
     def origin(cls, config: ModelConfig) -> Origin:
-        """Decides which remembered features are of these towers."""
+        """Identifies these towers in the cache of features."""
         options = {config.backbone: dict(config.backbone_options)}
         return Origin(options, [config.pretrained, config.name], random=config.pretrained is None)
 
@@ -129,7 +142,7 @@ class Backbone(nn.Module):
         return self
 
     def encode_video(self, videos: VideoFrames) -> Tensor:
-        """Each frame in its place in time, as the others of its video condition it: (B, T, D)."""
+        """Frame embeddings in temporal order, each conditioned on the other frames of its video: (B, T, D)."""
         mask_BT, features_ND = videos.mask_BT, self.encode_frames(videos.frames)
         flat = features_ND.new_zeros((mask_BT.numel(), features_ND.shape[-1])).index_copy(0, videos.slots, features_ND)
         frames_BTD = flat.view(*mask_BT.shape, -1)
@@ -148,7 +161,7 @@ class Backbone(nn.Module):
         return self._run(self.text, text)
 
     def encode_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) -> each token in context (B, L, text.token_width), and which there are (B, L)."""
+        """Token ids (B, L) -> each token in context (B, L, text.token_width), and the token mask (B, L)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen_towers):
             return self.text.tokens(ids)
 
@@ -159,7 +172,7 @@ class Backbone(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """(n, L) token ids on the text tower's device."""
-        ids = _kept_tokenizer(type(self), self.config, self.words)(texts)
+        ids = _kept_tokenizer(type(self), self.config, self.max_tokens)(texts)
         return ids.to(next(self.text.parameters()).device)
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
@@ -169,7 +182,7 @@ class Backbone(nn.Module):
 
 
 def backbone_class(config: ModelConfig) -> type[Backbone]:
-    """The kind of backbone that is set.
+    """The configured kind of backbone.
 
     Raises:
         UserError: no such kind.
@@ -179,29 +192,29 @@ def backbone_class(config: ModelConfig) -> type[Backbone]:
 
 
 def build_backbone(config: Config, *, load_weights: bool = True) -> Backbone:
-    """Raises UserError as the kind's `build_towers` does, or for a frozen part that there is not."""
-    return backbone_class(config.model)(config.model, words=config.data.words, load_weights=load_weights)
+    """Raises UserError as the kind's `build_towers` does, or for a frozen part that does not exist."""
+    return backbone_class(config.model)(config.model, max_tokens=config.data.max_tokens, load_weights=load_weights)
 
 
 def tokenizer_of(config: Config) -> Tokenizer:
-    """Of the backbone that is set; kept, so that it is not made anew for every evaluation.
+    """The configured backbone's tokenizer; cached, so that it is not made anew for every evaluation.
 
     Raises:
         UserError: as its kind's `tokenizer`.
     """
-    return _kept_tokenizer(backbone_class(config.model), config.model, config.data.words)
+    return _kept_tokenizer(backbone_class(config.model), config.model, config.data.max_tokens)
 
 
 _tokenizers: dict[tuple[str, int], Tokenizer] = {}
 
 
-def _kept_tokenizer(kind: type[Backbone], config: ModelConfig, words: int) -> Tokenizer:
+def _kept_tokenizer(kind: type[Backbone], config: ModelConfig, max_tokens: int) -> Tokenizer:
     """Reading a vocabulary takes a tenth of a second, and collators are made anew for every evaluation."""
-    key = repr(config), words
+    key = repr(config), max_tokens
     if key not in _tokenizers:
         while len(_tokenizers) >= _TOKENIZERS_KEPT:
             del _tokenizers[next(iter(_tokenizers))]
-        _tokenizers[key] = kind.tokenizer(config, words)
+        _tokenizers[key] = kind.tokenizer(config, max_tokens)
     return _tokenizers[key]
 
 
@@ -210,7 +223,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _checkpoint_blocks(backbone: Backbone) -> list[nn.Module]:
-    """Lets each tower keep the inputs of its blocks alone; returns those that cannot, to be recomputed whole."""
+    """Turns on activation checkpointing by block; returns the towers that lack it, to be recomputed as a whole."""
     towers = [getattr(backbone, name) for name in TOWERS]
     for tower in towers:
         if hasattr(tower.trunk, "set_grad_checkpointing"):

@@ -1,8 +1,8 @@
 """Batch norms in a model that trains in half precision.
 
-DeepSpeed casts parameters and leaves buffers: weights and bias in bf16 beside statistics in fp32, which PyTorch refuses
-on CPUs. The other way, statistics in bf16, would round each step's small change of them away. So the layer itself works
-with its weights in the statistics' precision; its input and output stay in that of the model.
+DeepSpeed casts parameters but not buffers: weights and bias are in bf16 and statistics in fp32, which PyTorch does not
+support on CPUs. The other way, statistics in bf16 would lose each step's small update to rounding. So the layer
+computes with its weights cast to the statistics' precision; its input and output keep that of the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def keep_statistics_in_full_precision(model: nn.Module) -> None:
-    """Lets every batch norm of `model`, timm's with an activation too, take weights of less precision than buffers."""
+    """Lets every batch norm of `model`, timm's with an activation too, have weights of lower precision than buffers."""
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, _MixedPrecision):
             kind: Any = type(module)
@@ -23,7 +23,7 @@ def keep_statistics_in_full_precision(model: nn.Module) -> None:
 
 
 class _MixedPrecision:
-    """Goes before a kind of batch norm."""
+    """A mixin before a class of batch norm."""
 
     def forward(self: Any, inputs: Tensor) -> Tensor:
         statistics = self.running_mean

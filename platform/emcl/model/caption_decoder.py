@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emcl.errors import UserError, first_line
-from emcl.model.settings import Generation
+from emcl.model.model_settings import Generation
 
 
 class CaptionDecoder(nn.Module):
@@ -18,8 +18,8 @@ class CaptionDecoder(nn.Module):
 
     Args:
         frame_width: D.
-        size: of the vocabulary.
-        positions: longest caption in tokens, the start among them.
+        size: size of the vocabulary.
+        positions: longest caption in tokens, including the start.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class CaptionDecoder(nn.Module):
         shared: dict[str, Any] = {
             "add_cross_attention": True, "pad_token_id": self.padding, "bos_token_id": self.start,
             "eos_token_id": self.end, "resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout,
-            "attn_implementation": "sdpa",  # which takes the masks of `forward`
+            "attn_implementation": "sdpa",  # which supports the masks of `forward`
         }  # fmt: skip
         if pretrained is None:
             config = GPT2Config(
@@ -43,24 +43,25 @@ class CaptionDecoder(nn.Module):
             room = self.decoder.config.n_positions
             if positions > room:
                 raise UserError(
-                    f"words={positions - 1} is not a whole number of tokens from 2 to {room - 1}, the "
+                    f"max_tokens={positions - 1} is not a whole number of tokens from 2 to {room - 1}, the "
                     f"positions of {pretrained}"
                 )
         width = self.decoder.config.n_embd
         self.frames = nn.Sequential(nn.LayerNorm(frame_width), nn.Linear(frame_width, width))
 
     def forward(self, ids_NL: Tensor, frames_NTD: Tensor, mask_NT: Tensor, place_K: Tensor) -> Tensor:
-        """Logits (K, V) of the token after each of some of the `ids_NL`: a vocabulary wide, they are most of the work.
+        """Logits (K, V) of the token after each selected one of `ids_NL`; being as wide as the vocabulary, they are
+        most of the work.
 
         Args:
-            place_K: which, as places in the flattened ids; padding is left out.
+            place_K: indices of the selected tokens in the flattened ids; padding is left out.
         """
-        # whole masks: of one number a token transformers asks whether all are set, and a GPU's host waits for that
+        # full masks: for a mask of one number a token, transformers checks whether all are set, and the host would wait
         length = ids_NL.shape[1]
         causal_LL = torch.ones(length, length, dtype=torch.bool, device=ids_NL.device).tril()
         hidden_NLW = self.decoder.transformer(
             input_ids=ids_NL,
-            attention_mask=causal_LL[None, None],  # padding comes last, where no token looks
+            attention_mask=causal_LL[None, None],  # padding comes last, where no token attends
             encoder_hidden_states=self.frames(frames_NTD),
             encoder_attention_mask=mask_NT[:, None, None].expand(-1, -1, length, -1),
             use_cache=False,

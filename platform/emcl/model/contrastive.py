@@ -12,7 +12,7 @@ from emcl.distributed import ALONE, Ranks
 
 MAX_LOGIT_SCALE = math.log(100)
 ABSENT = -1e4
-"""A logit that no exponential sees, and finite: nothing becomes NaN where a whole row is absent."""
+"""A logit whose exponential is 0, but finite, so that a row without any pair does not become NaN."""
 
 
 def contrastive_loss(
@@ -24,9 +24,9 @@ def contrastive_loss(
     a column's log-sum over the texts of all ranks is exchanged as B numbers, so no rank holds all logits.
 
     Args:
-        present_B: which pairs of all ranks there are; the others are neither positives nor negatives, and the loss is
-            the mean over those that are there (0 without any).
-        video_B: which video each pair of all ranks is of; two pairs of one video are no negatives of each other.
+        present_B: which pairs of all ranks are present; the others are neither positives nor negatives, and the loss is
+            the mean over the present ones (0 without any).
+        video_B: which video each pair of all ranks is of; two pairs of one video are not negatives of each other.
     """
     own = ranks.share(logits_AB.shape[1])
     if present_B is None:

@@ -1,6 +1,6 @@
-"""A small convolutional image tower, for sets that are learnt from scratch on little compute.
+"""A small convolutional image tower, for data sets that are trained from scratch with little compute.
 
-There a convolution's built-in locality is worth more than a transformer's freedom.
+There a convolution's locality helps more than a transformer's flexibility.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WINDOW, FLOOR = 9, 0.1
-"""Side of the window of local contrast, in pixels; and the contrast that counts as none."""
+"""Side of the window of local contrast, in pixels; and what is added to the standard deviation."""
 
 
 class ConvTower(nn.Module):
     """Pixels (n, 3, S, S) -> (n, embed_dim).
 
-    It sees the pixels and their local contrast, in which a faint texture is as plain as a bright edge.
+    Its input is the pixels and their local contrast, in which a faint texture is as visible as a bright edge.
 
-    Each of `widths` is a convolution at full resolution whose strongest answers are kept at half of it: edges and
-    corners are seen before they are thinned out. The last map is read out by place, so the embedding knows where things
-    are, and by its mean and its strongest answers anywhere, so that what a thing looks like is learnt from all places
-    at once. No norms: four layers train without, in fewer steps and less time.
+    Each of `widths` is a convolution at full resolution, followed by max pooling to half of it. The last map is read
+    out by position, so that the embedding knows where things are, and by its mean and maximum over all positions, so
+    that the appearance of things is learnt from all positions at once. No norms: four layers train without, in fewer
+    steps and less time.
     """
 
     def __init__(self, widths: Sequence[int], image_size: int, embed_dim: int) -> None:
@@ -60,7 +60,7 @@ def local_contrast(pixels: Tensor) -> Tensor:
 
 
 def _local_mean(maps: Tensor) -> Tensor:
-    """Along one side, then the other; at the border, of what there is."""
+    """Mean over the window, along one axis, then the other; at the border, over the pixels inside the image."""
     half = WINDOW // 2
     rows = F.avg_pool2d(maps, (WINDOW, 1), 1, (half, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, WINDOW), 1, (0, half), count_include_pad=False)

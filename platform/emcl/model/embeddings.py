@@ -1,4 +1,4 @@
-"""A split's embeddings, kept: what a score can be made of again, in another way, without encoding anything."""
+"""A split's saved embeddings, from which scores can be computed again, in other ways, without encoding anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Embeddings:
     text: Tensor  # (texts, D)
     frames: Tensor  # (videos, T, D)
     mask: Tensor  # (videos, T) bool
-    owner: NDArray[np.int64]  # (texts,) each text's video, as its place in `frames`
+    owner: NDArray[np.int64]  # (texts,) each text's video, as its index in `frames`
     sentences: list[str]
     videos: list[str]
     """The samples' ids."""
@@ -35,15 +35,15 @@ class Embeddings:
         return mean_of_frames(self.frames, self.mask)
 
     def one_sentence(self) -> Embeddings:
-        """Each video's first text alone."""
+        """With only each video's first text."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
-        sentences = [self.sentences[place] for place in first]
+        sentences = [self.sentences[index] for index in first]
         return replace(self, text=self.text[torch.from_numpy(first)], owner=self.owner[first], sentences=sentences)
 
     def save(self, path: Path) -> None:
         tensors = {
             "text": self.text.contiguous(),
-            "frames": self.frames[self.mask].contiguous(),  # those that there are
+            "frames": self.frames[self.mask].contiguous(),  # only frames that are present
             "mask": self.mask.contiguous(),
             "owner": torch.from_numpy(self.owner),
         }
@@ -52,7 +52,7 @@ class Embeddings:
 
     @classmethod
     def open(cls, path: Path) -> Embeddings:
-        """Raises UserError: there is no such file, or another thing is in it."""
+        """Raises UserError: there is no such file, or it holds something else."""
         try:
             with safe_open(path, "pt") as file:
                 packed, mask = file.get_tensor("frames"), file.get_tensor("mask")

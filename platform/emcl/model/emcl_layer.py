@@ -1,4 +1,4 @@
-"""EMCL as a regulariser: the layer of em.py, which knows nothing of this project, by a run's settings."""
+"""EMCL as a regulariser: the layer of em.py, which is independent of this project, made from a run's settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from emcl.errors import UserError
 from emcl.model.regulariser import Regulariser
 
 INFERENCE_MODULE: dict[str, Any] = {"bases": 64, "beta": 0.5, "balance": 0.0}
-"""The compact variant on features of a model that was trained without it."""
+"""Settings of the compact variant for features of a model that was trained without it."""
 
 
 class EMCLLayer(EMCL, Regulariser):
@@ -20,10 +20,10 @@ class EMCLLayer(EMCL, Regulariser):
 
     @classmethod
     def create(cls, config: Config, width: int, **changes: Any) -> EMCLLayer:
-        """With `changes` of the layer's arguments."""
+        """From `emcl.*`, with `changes` to the layer's arguments."""
         chosen = config.emcl
         settings: dict[str, Any] = {
-            "bases": chosen.k,
+            "bases": chosen.bases,
             "iterations": chosen.iterations,
             "temperature": chosen.temperature,
             "beta": chosen.beta,
@@ -44,7 +44,7 @@ class EMCLLayer(EMCL, Regulariser):
 
     @property
     def transductive(self) -> bool:  # type: ignore[override]
-        """The reference is fitted anew to whatever is compared."""
+        """The reference is fitted anew to the rows that are compared."""
         return self.variant == "reference"
 
     @property

@@ -20,16 +20,15 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
-from emcl.data.features import Origin
-from emcl.data.text import Tokenizer
+from emcl.data.captions import Tokenizer
 from emcl.errors import UserError, first_line
-from emcl.model.backbone import Backbone
+from emcl.model.architecture_limits import CONTEXT
+from emcl.model.backbone import Backbone, Origin
 from emcl.model.conv import ConvTower
-from emcl.model.limits import CONTEXT
+from emcl.model.model_settings import ModelConfig
 from emcl.model.patches import embed_patches_by_product
-from emcl.model.settings import ModelConfig
 from emcl.model.tower import TextTower, Tower, Towers
-from emcl.shipped import find_architecture
+from emcl.resources import find_architecture
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """CLIP's, before any training."""
@@ -41,12 +40,12 @@ class OpenClipBackbone(Backbone):
     """`model.name` and `model.pretrained` as open_clip knows them, or local files."""
 
     @classmethod
-    def build_towers(cls, config: ModelConfig, *, words: int, load_weights: bool) -> Towers:
-        return build_towers(config, words=words, load_weights=load_weights)
+    def build_towers(cls, config: ModelConfig, *, max_tokens: int, load_weights: bool) -> Towers:
+        return build_towers(config, max_tokens=max_tokens, load_weights=load_weights)
 
     @classmethod
-    def tokenizer(cls, config: ModelConfig, words: int) -> Tokenizer:
-        return tokenizer(config.name, words)
+    def tokenizer(cls, config: ModelConfig, max_tokens: int) -> Tokenizer:
+        return tokenizer(config.name, max_tokens)
 
     @classmethod
     def completed(cls, config: ModelConfig) -> ModelConfig:
@@ -54,7 +53,7 @@ class OpenClipBackbone(Backbone):
 
     @classmethod
     def missing_weights(cls, config: ModelConfig) -> list[str]:
-        """Those of files; a tag of open_clip's is downloaded."""
+        """Missing files; a tag of open_clip's is downloaded instead."""
         wanted = [config.image_weights, config.pretrained]
         looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
         return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
@@ -67,7 +66,7 @@ class OpenClipBackbone(Backbone):
 
 
 class OpenClipTextTower(TextTower):
-    """Of open_clip's own text transformer, or around a Hugging Face one."""
+    """For open_clip's own text transformer, or a Hugging Face one."""
 
     def tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         trunk: Any = self.trunk
@@ -89,8 +88,8 @@ def model_json(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path else open_clip.get_model_config(name)
 
 
-def build_towers(config: ModelConfig, *, words: int, load_weights: bool = True) -> Towers:
-    """The towers of `config`, with pretrained weights unless `load_weights` is off, for texts of `words` tokens.
+def build_towers(config: ModelConfig, *, max_tokens: int, load_weights: bool = True) -> Towers:
+    """The towers of `config`, with pretrained weights unless `load_weights` is off, for texts of `max_tokens` tokens.
 
     Raises:
         UserError: unknown name, missing file, or weights of another architecture.
@@ -101,12 +100,12 @@ def build_towers(config: ModelConfig, *, words: int, load_weights: bool = True) 
         state, tag, is_openai = _pretrained(config)
     if config.quick_gelu is not None:
         settings["quick_gelu"] = config.quick_gelu
-    elif is_openai:  # neither the file nor its name says it, and plain GELU would be quietly wrong
+    elif is_openai:  # neither the file nor its name says it, and plain GELU would be silently wrong
         settings["quick_gelu"] = True
     if not load_weights:
         settings = without_downloads(settings)
     widths = settings["vision_cfg"].get("conv_widths")
-    if widths:  # open_clip builds no such tower: it builds a placeholder, which ours takes the place of
+    if widths:  # open_clip builds no such tower: it builds a placeholder, which ours replaces
         size = settings["vision_cfg"]["image_size"]
         settings["vision_cfg"] = {"image_size": size, "patch_size": size, "layers": 1, "width": 64, "head_width": 64}
     with _quiet(), _registered(config.name, settings, keep_name=tag is not None) as name:
@@ -129,8 +128,8 @@ def build_towers(config: ModelConfig, *, words: int, load_weights: bool = True) 
     if load_weights and config.image_weights:
         _load_image_weights(image, Path(config.image_weights))
     if getattr(text, "attn_mask", None) is not None:
-        # open_clip adds the causal mask whole; cut, so that captions need not be padded to CLIP's 77 tokens
-        text.attn_mask = text.attn_mask[:words, :words]
+        # open_clip adds the full causal mask; cut it, so that captions need not be padded to CLIP's 77 tokens
+        text.attn_mask = text.attn_mask[:max_tokens, :max_tokens]
     return Towers(
         image=_split_image(image, settings["embed_dim"]),
         text=_split_text(text, settings["embed_dim"]),
@@ -166,21 +165,21 @@ def _pretrained(config: ModelConfig) -> tuple[dict[str, Tensor] | None, str | No
     return None, wanted, wanted == "openai"
 
 
-def tokenizer(name: str, words: int) -> Tokenizer:
-    """Captions to (B, words) token ids, zero-padded (Hugging Face: its own padding, to the longest caption)."""
+def tokenizer(name: str, max_tokens: int) -> Tokenizer:
+    """Captions to (B, max_tokens) token ids, zero-padded (Hugging Face: its own padding, to the longest caption)."""
     settings = model_json(name)
     text = settings["text_cfg"]
     if text.get("hf_tokenizer_name"):
         _local_directory(text["hf_tokenizer_name"], "hf_tokenizer_name")
-        return _Trimmed(open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=words))
+        return _Trimmed(open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=max_tokens))
     limit = text.get("context_length", CONTEXT)
-    if words > limit:  # of an architecture that model/limits.py does not know, from open_clip's `local-dir:`
-        raise UserError(f"data.words={words} is more than the {limit} positions of {name}'s text tower")
-    return open_clip.tokenizer.SimpleTokenizer(context_length=words)
+    if max_tokens > limit:  # architecture_limits.py does not know architectures of open_clip's `local-dir:`
+        raise UserError(f"data.max_tokens={max_tokens} is more than the {limit} positions of {name}'s text tower")
+    return open_clip.tokenizer.SimpleTokenizer(context_length=max_tokens)
 
 
 class _Trimmed:
-    """Hugging Face tokens without the columns that are padding in every row, which cost as much as words."""
+    """Hugging Face tokens without the columns that are padding in every row, which would cost as much as words."""
 
     def __init__(self, tokenize: open_clip.tokenizer.HFTokenizer) -> None:
         self.tokenize = tokenize
@@ -215,7 +214,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
 
 
 def without_downloads(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same architecture, built without weights of its own."""
+    """The same architecture, without downloading pretrained weights for it."""
     vision = {**settings["vision_cfg"], "timm_model_pretrained": False}
     text = {**settings["text_cfg"], "hf_model_pretrained": False}
     return {**settings, "vision_cfg": vision, "text_cfg": text}
@@ -270,9 +269,9 @@ def _local_directory(path: str, what: str) -> None:
 
 @contextlib.contextmanager
 def _registered(name: str, settings: dict[str, Any], *, keep_name: bool) -> Iterator[str]:
-    """open_clip builds by name only: `settings` stand under a name in its table meanwhile.
+    """open_clip builds by name only: registers `settings` under a name in its table meanwhile.
 
-    Its own name is kept where a tag's weights are downloaded, since it finds them by that.
+    Its own name is kept if a tag's weights are downloaded, since open_clip looks them up by name.
     """
     for key in ("hf_model_name", "hf_tokenizer_name"):
         if settings["text_cfg"].get(key):
@@ -292,7 +291,7 @@ def _registered(name: str, settings: dict[str, Any], *, keep_name: bool) -> Iter
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip warns of random weights on the root logger; here that is a choice."""
+    """open_clip warns of random weights on the root logger; here they are intended."""
     before = logging.root.level
     logging.root.setLevel(logging.CRITICAL)
     try:

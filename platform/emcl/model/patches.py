@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 def embed_patches_by_product(model: nn.Module) -> None:
-    """Lets every convolution of `model` whose windows tile images of three colours work by a product on GPUs."""
+    """Makes every convolution of `model` whose windows tile images of three colours a matrix product on GPUs."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.in_channels == 3 and _tiles(module):
             module.__class__ = _PatchEmbedding
 
 
 def patch_product(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, C, H, W) with weights (out, C, h, w) -> (n, out, H // h, W // w); a rest at the border is left out."""
+    """(n, C, H, W) with weights (out, C, h, w) -> (n, out, H // h, W // w); a remainder at the border is left out."""
     height, width = weight.shape[2:]
     rows, columns = images.shape[2] // height, images.shape[3] // width
     tiled = images[..., : rows * height, : columns * width].unflatten(3, (columns, width)).unflatten(2, (rows, height))
@@ -27,7 +27,7 @@ def patch_product(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _tiles(layer: nn.Conv2d) -> bool:
-    """Windows of more than a pixel beside each other, without gaps, overlap or padding."""
+    """Whether windows of more than a pixel tile the image, without gaps, overlap or padding."""
     size = layer.kernel_size
     return (
         layer.stride == size and size != (1, 1) and layer.padding in ((0, 0), "valid") and layer.dilation == (1, 1)

@@ -1,4 +1,4 @@
-"""Pooling of a video's frames, as a text conditions it or without one."""
+"""Pooling of a video's frames, conditioned on a text or not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def frame_scores(text_AD: Tensor, frames_BTD: Tensor) -> Tensor:
 
 
 def pooling_weights(scores_ABT: Tensor, mask_BT: Tensor, temperature: float) -> Tensor:
-    """How much each frame counts in each video as each text sees it: (A, B, T).
+    """The weight of each frame of each video for each text: (A, B, T).
 
     Softmax over frames of <text, frame> / temperature, then masked without renormalisation, as published.
     """
@@ -20,6 +20,6 @@ def pooling_weights(scores_ABT: Tensor, mask_BT: Tensor, temperature: float) -> 
 
 
 def mean_of_frames(frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """One vector a video, whatever the text: (B, D)."""
+    """One vector a video, independent of the text: (B, D)."""
     weights = mask_BT.unsqueeze(-1).to(frames_BTD.dtype)
     return (frames_BTD * weights).sum(1) / weights.sum(1).clamp_min(1)

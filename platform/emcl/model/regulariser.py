@@ -1,13 +1,13 @@
-"""What comes between embeddings and their scores: EMCL, or what another package brings.
+"""Regularisers between embeddings and their scores: EMCL, or another package's.
 
 A regulariser may do any of these; each has a default that does nothing:
 
-- fit itself to the rows that are compared, or to collected pairs, and keep what it found as its state (buffers);
-- move every row, by the same map for all (`correction`);
+- fit itself to the rows that are compared, or to collected pairs, and keep the result as its state (buffers);
+- correct every row, by the same map for all (`correction`);
 - change the scores of texts and videos (`adjust`);
 - add a loss of its own (`loss`).
 
-Kinds stand in `emcl.components`. Each task that compares has one of its own.
+Kinds are listed in `emcl.components`. Each task that compares has its own instance.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Regulariser(nn.Module):
     Legend: A texts of this rank, B videos of all ranks, T frames, D width, N rows of any kind.
 
     Its state is buffers, which move with the model, are saved with it, and are the same on every rank. Parameters work
-    too, but not under ZeRO-3, which gathers them around forward passes alone.
+    too, but not under ZeRO-3, which gathers them only during forward passes.
 
     Args:
         settings: an instance of `config_class`, from `model.regulariser_options`; None without one.
-        config: the whole run's.
+        config: the run's configuration.
         width: D.
     """
 
@@ -43,24 +43,24 @@ class Regulariser(nn.Module):
     """A frozen dataclass of its own settings."""
     fits_directions: bool = False
     """What it is fitted to: the moments of all rows together, as they are; or, if true, those of the rows' directions
-    (each divided by its length), of the videos' and of the texts' rows each by themselves."""
+    (each divided by its norm), separately for videos and texts."""
     transductive: bool = False
-    """Whether scores depend on what else is compared: evaluations then take it tile by tile, and reports say so."""
+    """Whether scores depend on what else is compared: evaluations then apply it tile by tile, and reports say so."""
     batched: bool = False
-    """Whether `correction` and `adjust` also work for many tiles at once under `torch.func.vmap`: nothing in them may
-    then look at a tensor's values, nor change the state. GPUs compare several times as fast so."""
+    """Whether `correction` and `adjust` also work for many tiles at once under `torch.func.vmap`: they must then not
+    read tensor values, nor change the state. This makes comparing several times as fast on GPUs."""
 
     def __init__(self, settings: Any = None, config: Config | None = None, width: int = 0) -> None:
         super().__init__()
 
     @property
     def label(self) -> str:
-        """A word for tables."""
+        """Its name in tables."""
         return type(self).__name__
 
     @classmethod
     def create(cls, config: Config, width: int) -> Regulariser:
-        """By the configuration of a run.
+        """From the configuration of a run.
 
         Raises:
             UserError: settings that it refuses.
@@ -70,13 +70,13 @@ class Regulariser(nn.Module):
     def correction(
         self, measure: Callable[[], list[Moments]], *, all_reduce: AllReduce | None = None
     ) -> Correction | None:
-        """The map that moves every row; None for none. In training mode this is where the state moves.
+        """The map that corrects every row; None for none. In training mode the state is updated here.
 
-        Called by all ranks, once a step in training, once a tile or once for all in evaluations.
+        Called by all ranks, once a step in training; in evaluations once a tile, or only once.
 
         Args:
-            measure: gives the moments of this rank's rows: of all together, or, with `fits_directions`, of each
-                modality's directions; only to be called where they are needed, as it goes over all rows.
+            measure: returns the moments of this rank's rows: of all together, or, with `fits_directions`, of each
+                modality's directions; to be called only if needed, as it processes all rows.
             all_reduce: sums over ranks (`Moments.sum` takes it); None on one.
         """
         return None
@@ -85,34 +85,34 @@ class Regulariser(nn.Module):
         """Fits itself to collected features, (n, D) of each modality, in place of training batches.
 
         Raises:
-            ValueError: it keeps nothing that could be fitted so.
+            ValueError: it has no state that can be fitted this way.
         """
         raise ValueError(f"{self.label} is fitted in training alone")
 
     def forward(self, *blocks: Tensor, all_reduce: AllReduce | None = None) -> tuple[Tensor, ...]:
-        """Rows (..., D) of one or several modalities, moved by the map that is fitted to all of them."""
+        """Rows (..., D) of one or several modalities, corrected by the map that is fitted to all of them."""
         correction = self.correction(lambda: self.measure(*blocks), all_reduce=all_reduce)
         return blocks if correction is None else tuple(correction(block) for block in blocks)
 
     def measure(self, *blocks: Tensor) -> list[Moments]:
-        """The moments of rows (..., D) that it is fitted to; rows of zeros stand for none and do not count."""
+        """The moments of rows (..., D) that it is fitted to; rows of zeros are absent ones and do not count."""
         if self.fits_directions:
             return [Moments.of_directions(block) for block in blocks]
-        parts = [replace(Moments.of(block), count=block.any(-1).sum().float()) for block in blocks]
-        return [sum(parts[1:], parts[0])]
+        moments = [replace(Moments.of(block), count=block.any(-1).sum().float()) for block in blocks]
+        return [sum(moments[1:], moments[0])]
 
     def adjust(self, scores_AB: Tensor, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """The scores (A, B) of retrieval, trained on and ranked by, from the cosines of the moved rows; in fp32.
+        """Retrieval's scores (A, B), for training and for ranking, from the cosines of the corrected rows; in fp32.
 
-        The contrastive term of questions is not ranked by, and has its cosines as they are.
+        The contrastive term of question answering, which nothing is ranked by, uses its cosines as they are.
 
         Args:
-            text_AD, frames_BTD, mask_BT: embeddings as the towers gave them, and which frames there are.
+            text_AD, frames_BTD, mask_BT: the towers' embeddings, and which frames are present.
         """
         return scores_AB
 
     def loss(self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, ranks: Ranks = ALONE) -> Tensor | None:
-        """This rank's share of a loss of its own: over all ranks they add up to that of the global batch.
+        """This rank's share of an additional loss; the shares of all ranks add up to that of the global batch.
 
         Called after `correction`, in the run's precision.
 
@@ -123,13 +123,13 @@ class Regulariser(nn.Module):
         return None
 
     def protocol(self, tile: int) -> str:
-        """What a report says of scores that it was in, with tiles of so many texts x videos."""
+        """A report's description of scores with it, for tiles of so many texts x videos."""
         within = f" in tiles of {tile} x {tile}" if self.transductive else ""
         return f"{self.label}{within}"
 
 
 def regulariser_of(config: Config, width: int) -> Regulariser | None:
-    """For rows of `width`, by the configuration; None where it is off.
+    """The configured one, for rows of `width`; None if it is off.
 
     Raises:
         UserError: settings that it refuses, such as more bases than the rows are wide.
@@ -143,7 +143,7 @@ def regulariser_of(config: Config, width: int) -> Regulariser | None:
 def adjusted(
     regulariser: Regulariser | None, scores_AB: Tensor, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor
 ) -> Tensor:
-    """By a regulariser, if there is one."""
+    """The scores, adjusted by the regulariser if there is one."""
     if regulariser is None:
         return scores_AB
     with torch.autocast(scores_AB.device.type, enabled=False):

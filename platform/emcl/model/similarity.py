@@ -1,14 +1,14 @@
-"""The similarity of texts and videos as EMCL-Net defines it, without ever holding a pooled row.
+"""The similarity of texts and videos as EMCL-Net defines it, without materialising pooled rows.
 
-Each text a pools the frames of each video b for itself, p_ab = sum_t w_abt f_bt, EM runs over all A B pooled rows and
-the A text rows, and the corrected rows are compared by their cosine. Written as it stands that takes A B D numbers.
-But a pooled row enters only by products, which follow from its T weights and from products of frames:
+Each text a pools the frames of each video b separately, p_ab = sum_t w_abt f_bt, EM runs over all A B pooled rows and
+the A text rows, and the corrected rows are compared by their cosine. A direct implementation stores A B D numbers. But
+pooled rows are only used in products, which follow from their T weights and from products of frames:
 
     p_ab . x   = sum_t w_abt (f_bt . x)                         (A, B, T) in place of (A, B, D)
     |L p_ab|^2 = w_ab^T [(L F_b) (L F_b)^T] w_ab                one (T, T) matrix a video, for any linear map L
     sum_ab p_ab p_ab^T = sum_b F_b^T [sum_a w_ab w_ab^T] F_b    the moments that EM needs
 
-so the cost is that of T frames a video and not of A pooled rows. Texts go in blocks, each of them computed again in the
+so the cost is that of T frames a video and not of A pooled rows. Texts are processed in blocks, each recomputed in the
 backward pass, so that memory grows with A B and with the block.
 
 Legend: A texts of this rank, B videos of all ranks, T frames, D width.
@@ -32,7 +32,7 @@ from emcl.model.regulariser import Regulariser, adjusted
 BLOCK_NUMBERS = 2**22
 """Pooling weights of a block, by default: 16 MiB."""
 LARGE_TILE = 512
-"""Texts x videos at once where the size of a tile changes no score."""
+"""Texts x videos at once where scores do not depend on the tile size."""
 TILES_AT_ONCE = {"cuda": 64}
 """Of `similarity_by_tile`: EM's matrices of D = 512 take 64 MiB each."""
 _EPSILON = 1e-12
@@ -51,14 +51,14 @@ def similarity(
 ) -> Tensor:
     """Cosine of each text with each video as that text pools it, (A, B), in float32.
 
-    With a regulariser (EMCL), it is fitted to the pooled rows and the text rows of all ranks, the corrected rows are
-    compared, and the cosines are what it makes of them.
+    A regulariser (EMCL) is fitted to the pooled rows and the text rows of all ranks, the corrected rows are compared,
+    and it may adjust the cosines.
 
     Args:
         text_AD: this rank's texts.
         frames_BTD: all ranks' videos.
-        mask_BT: which frames there are; a video without any gets 0.
-        present_A: which of this rank's texts there are; nothing is fitted to the others. All where not given.
+        mask_BT: which frames are present; a video without any gets 0.
+        present_A: which of this rank's texts are present; nothing is fitted to the others. By default all.
         temperature: of the pooling's softmax.
         block: texts at once; as many as keep a block's pooling weights below `BLOCK_NUMBERS` where not given.
     """
@@ -94,18 +94,18 @@ def similarity_by_tile(
     regulariser: Regulariser | None = None,
     at_once: int | None = None,
 ) -> Tensor:
-    """The texts with each tile of so many videos by itself, side by side: (A, G).
+    """The texts with each tile of so many videos, independently, side by side: (A, G).
 
     The reference's EM, fitted anew in each tile, is hundreds of small operators, whose launches cost a GPU more than
-    their work: there it takes many tiles at once. On CPUs one after another costs no more.
+    their work: on GPUs many tiles are processed at once. On CPUs that would not be faster.
 
     Args:
-        at_once: tiles; where not given as many as `TILES_AT_ONCE` of the device and `BLOCK_NUMBERS` allow.
+        at_once: number of tiles; by default as many as `TILES_AT_ONCE` of the device and `BLOCK_NUMBERS` allow.
     """
     if at_once is None:
         fitting = BLOCK_NUMBERS // max(1, len(text_AD) * tile * frames_GTD.shape[1])
         at_once = max(1, min(TILES_AT_ONCE.get(text_AD.device.type, 1), fitting))
-    if regulariser is not None and (regulariser.training or not regulariser.batched):  # each tile moves its state
+    if regulariser is not None and (regulariser.training or not regulariser.batched):  # each tile updates its state
         at_once = 1
 
     def of(frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def similarity_by_tile(
 
     whole = len(frames_GTD) // tile * tile
     if at_once == 1 or whole <= tile:
-        return torch.cat([of(*part) for part in zip(frames_GTD.split(tile), mask_GT.split(tile), strict=True)], 1)
+        return torch.cat([of(*videos) for videos in zip(frames_GTD.split(tile), mask_GT.split(tile), strict=True)], 1)
     tiles = (frames_GTD[:whole].unflatten(0, (-1, tile)), mask_GT[:whole].unflatten(0, (-1, tile)))
     scores = torch.func.vmap(of, chunk_size=at_once)(*tiles).transpose(0, 1).flatten(1)  # (A, whole)
     return scores if whole == len(frames_GTD) else torch.cat([scores, of(frames_GTD[whole:], mask_GT[whole:])], 1)
@@ -132,8 +132,8 @@ def similarity_on_ranks(
 ) -> NDArray[np.float32]:
     """An evaluation's (Q, G) on rank 0 and (0, G) elsewhere, from tiles of texts x videos, whose rows the ranks share.
 
-    What is transductive (the reference EMCL) sees one tile of `tile` x `tile` at a time, whichever rank computes it,
-    and its scores depend on that; otherwise any tile gives the same scores, and large ones are taken.
+    A transductive regulariser (the reference EMCL) sees one tile of `tile` x `tile` at a time, whichever rank computes
+    it, and its scores depend on that; otherwise the tile size does not change the scores, and large tiles are used.
     """
     if regulariser is None or not regulariser.transductive:
         tile = LARGE_TILE
@@ -143,7 +143,7 @@ def similarity_on_ranks(
         strip_AG = similarity_by_tile(
             texts_AD, frames_GTD, mask_GT, tile, temperature=temperature, regulariser=regulariser
         )
-        own[first] = strip_AG.float().cpu().numpy()  # the host waits once a strip
+        own[first] = strip_AG.float().cpu().numpy()  # one host synchronisation a strip
     everyone = ranks.collect_objects(own)
     if everyone is None:
         return np.empty((0, len(frames_GTD)), np.float32)
@@ -156,7 +156,7 @@ def similarity_on_ranks(
 
 @dataclass
 class _Videos:
-    """What of the videos all texts share: their frames, the frames after the correction, and products of those."""
+    """What all texts share of the videos: their frames, the frames after the correction, and products of those."""
 
     frames: Tensor  # (B, T, D)
     mask: Tensor  # (B, T)

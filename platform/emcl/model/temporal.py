@@ -8,15 +8,15 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
-from emcl.model.settings import MAX_FRAMES
+from emcl.model.model_settings import MAX_FRAMES
 
 POSITION_SCALE = 0.5
-"""Of positions that start at random. Frame embeddings have elements of size 1: by CLIP's own 0.01 for untrained towers
-their places would be 1% of what the blocks see, and the order of frames would not be learnt."""
+"""Standard deviation of randomly initialised positions. Frame embeddings have elements of size 1: with CLIP's own 0.01
+for untrained towers, positions would be 1% of the blocks' input, and the order of frames would not be learnt."""
 
 
 class TemporalTransformer(nn.Module):
-    """Lets each frame see the others and its place in time.
+    """Lets each frame attend to the others, with its position in time.
 
     Where a pretrained text tower of the same width is given, positions and the first blocks start as copies of its own
     (EMCL-Net's set-up); else they are random.

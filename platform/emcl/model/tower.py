@@ -1,7 +1,7 @@
 """The two towers that a backbone is made of, each split into a trunk and a last projection, the head.
 
-The trunk is what may be frozen and learns with the small rate of pretrained weights; a head that is new learns with the
-rate of new modules. What a trunk says of frames or sentences can be remembered, where it is frozen.
+The trunk may be frozen and has the small learning rate of pretrained weights; a new head has the rate of new modules.
+The outputs of a frozen trunk for frames or sentences can be cached.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Tower(nn.Module):
 
 
 class TextTower(Tower):
-    """A tower that also shows its single tokens.
+    """A tower that also returns its tokens.
 
     Args:
-        token_width: of what `tokens` gives.
-        padding: the token id that stands for none.
+        token_width: width of what `tokens` returns.
+        padding: the token id of padding.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, width: int, token_width: int, padding: int) -> None:
@@ -42,13 +42,13 @@ class TextTower(Tower):
         self.token_width, self.padding = token_width, padding
 
     def tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L) -> the trunk's last layer (B, L, token_width), and which tokens there are (B, L)."""
+        """(B, L) -> the trunk's last layer (B, L, token_width), and the token mask (B, L)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Towers:
-    """Both, with what else a pretrained model comes with."""
+    """Both towers, with further facts of a pretrained model."""
 
     image: Tower
     text: TextTower
@@ -58,4 +58,4 @@ class Towers:
     """Natural logarithm, as pretrained."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """Of the three colours, from 0 to 1, by which pixels are normalised."""
+    """Of the three colours, from 0 to 1, to normalise pixels."""

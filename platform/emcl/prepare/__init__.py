@@ -1,1 +1,1 @@
-"""Raw videos and benchmark files to shards, and the generated sample set."""
+"""Makes shards from raw videos and benchmark files, and generates the sample set."""

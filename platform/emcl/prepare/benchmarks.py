@@ -1,4 +1,4 @@
-"""The benchmarks that `emcl prepare` knows: their readers, their protocols, and what each should hold."""
+"""The benchmarks of `emcl prepare`: their readers, protocols, and expected numbers of videos and captions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emcl.errors import UserError
-from emcl.nearest import nearest
 from emcl.prepare import activitynet, didemo, lsmdc, msrvtt, msvd, vatex
 from emcl.prepare.clips import Clip
+from emcl.suggestions import nearest
 
 Counts = dict[str, tuple[int, int]]
-"""Of each split: videos, and captions (or questions)."""
+"""Split -> number of videos, and of captions (or questions)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class Benchmark:
 
     read: Callable[[Path, str], list[Clip]]
     protocols: dict[str, Counts]
-    """What each should hold; the first is the default. Empty where no published count is known to us."""
+    """Expected counts of each protocol; the first is the default. Empty if we know no published count."""
     files: str
-    """What `--annotations` must hold."""
+    """Files that `--annotations` must have."""
 
 
 OFFICIAL_JSON = "train_val_videodatainfo.json and test_videodatainfo.json (zipped or not), or MSRVTT_data.json"
@@ -95,7 +95,7 @@ def read_benchmark(name: str, protocol: str | None, annotations: Path) -> tuple[
     """The clips of a benchmark, and the protocol's name.
 
     Raises:
-        UserError: an unknown protocol, a published file that is missing or not as published.
+        UserError: an unknown protocol, or a published file that is missing or has another format.
     """
     benchmark = BENCHMARKS[name]
     protocol = protocol or next(iter(benchmark.protocols))

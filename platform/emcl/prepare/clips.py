@@ -1,4 +1,4 @@
-"""What every benchmark's reader gives, and what every preparation takes: clips, and a report of what they became."""
+"""Clips, which benchmark readers return and `prepare_shards` takes, and the report on the result."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Clip:
     """One sample to write."""
 
     file: str
-    """A path inside the folder of videos, a bare name, or a name without its ending (`video7010`)."""
+    """A path inside the folder of videos, a bare name, or a name without extension (`video7010`)."""
     id: str
     split: str
     captions: list[str] = field(default_factory=list)
     qa: list[QAPair] = field(default_factory=list)
     start: float | None = None
-    """Seconds; the part of the file that the clip is, or None for all of it."""
+    """Seconds; where the clip starts in the file, or None for the file's start."""
     end: float | None = None
     empty_captions: int = 0
-    """Of the published file, left out."""
+    """Number of empty captions in the published file; they are dropped."""
 
     def add_captions(self, texts: Iterable[object]) -> None:
-        """Adds texts with single spaces; counts those that hold nothing else."""
+        """Adds texts with normalised spaces; counts the empty ones."""
         for text in texts:
             words = " ".join(str(text).split())
             if words:
@@ -36,18 +36,18 @@ class Clip:
 
 @dataclass
 class Report:
-    """What was written and what was not, and why; `report.json`."""
+    """What was written, and what was not and why; saved as `report.json`."""
 
     written: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    """Clips whose video is not there."""
+    """Clips whose video is missing."""
     broken: list[str] = field(default_factory=list)
     """Clips that do not decode, with the reason."""
     without_caption: list[str] = field(default_factory=list)
-    """Clips that were written though they have no caption and no question."""
+    """Clips that were written although they have no caption and no question."""
     in_several_splits: list[str] = field(default_factory=list)
-    """Ids that more than one split holds."""
+    """Ids that occur in more than one split."""
     unannotated: list[str] = field(default_factory=list)
-    """Videos of the folder that no clip names."""
+    """Videos in the folder that no clip refers to."""
     empty_captions: int = 0
-    """Captions of the published files that hold no word, left out."""
+    """Empty captions in the published files; they are dropped."""

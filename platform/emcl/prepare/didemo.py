@@ -1,8 +1,8 @@
 """DiDeMo as published: `{train,val,test}_data.json`, a list of `{video, description, times, ...}`.
 
-For retrieval all descriptions of a video make one paragraph, of its first 30 seconds. A file is often stored with
-another ending than the annotation says, and some descriptions name it without any, so a video is known by its stem
-(the 1,094 names of the validation part are 1,065 videos). `*_list.txt`, where there, names the videos of a split.
+For retrieval, all descriptions of a video are joined to one paragraph for its first 30 seconds. Files often have
+another extension than in the annotations, and some descriptions name them without one, so a video is identified by its
+stem (the 1,094 names of the validation split are 1,065 videos). `*_list.txt`, if present, lists the videos of a split.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from emcl.prepare.published import find_text, folder_of, json_of, lines_of, para
 
 SECONDS = 30.0
 SEGMENT = 5.0
-"""Seconds; `times` are the first and the last segment that an annotator chose."""
+"""Seconds per segment; `times` are the first and the last segment that an annotator chose."""
 
 
 def read(annotations: Path, split: str) -> list[Clip]:
-    """Clips of the splits whose descriptions are there: `paragraph`, or `moments`, a clip for each description."""
+    """Clips of the splits whose files exist: `paragraph`, or `moments` with one clip per description."""
     folder = folder_of(annotations)
     clips = []
-    for part in ("train", "val", "test"):
-        if find_text(folder, f"{part}_data.json") is None:
+    for subset in ("train", "val", "test"):
+        if find_text(folder, f"{subset}_data.json") is None:
             continue
-        items = json_of(folder, f"{part}_data.json", what="DiDeMo's descriptions")
+        items = json_of(folder, f"{subset}_data.json", what="DiDeMo's descriptions")
         if split == "moments":
-            clips += [_moment(item, part) for item in items]
+            clips += [_moment(item, subset) for item in items]
             continue
         texts: dict[str, list[str]] = {}
         for item in items:
             texts.setdefault(_stem(item["video"]), []).append(item["description"])
         listed = set(texts)
-        if find_text(folder, f"{part}_list.txt"):
-            listed = {_stem(name) for name in lines_of(folder, f"{part}_list.txt", what="DiDeMo's split")}
+        if find_text(folder, f"{subset}_list.txt"):
+            listed = {_stem(name) for name in lines_of(folder, f"{subset}_list.txt", what="DiDeMo's split")}
         for name in (name for name in texts if name in listed):
-            clips.append(Clip(name, name, part, start=0.0, end=SECONDS))
+            clips.append(Clip(name, name, subset, start=0.0, end=SECONDS))
             clips[-1].add_captions([paragraph(texts[name])])
     if not clips:
         raise UserError(f"{folder} holds none of DiDeMo's train_data.json, val_data.json, test_data.json")
     return clips
 
 
-def _moment(item: dict[str, Any], part: str) -> Clip:
-    """A description with the part of the video that most annotators chose."""
+def _moment(item: dict[str, Any], subset: str) -> Clip:
+    """A description, with the segments of the video that most annotators chose."""
     (first, last), _ = Counter(map(tuple, item["times"])).most_common(1)[0]
     identity = f"{item['video']}_{item['annotation_id']}"
-    clip = Clip(_stem(item["video"]), identity, part, start=SEGMENT * first, end=SEGMENT * (last + 1))
+    clip = Clip(_stem(item["video"]), identity, subset, start=SEGMENT * first, end=SEGMENT * (last + 1))
     clip.add_captions([item["description"]])
     return clip
 
 
 def _stem(name: str) -> str:
-    """Some published names end with a dot and no ending."""
+    """The name without extension; some published names end with a dot and have none."""
     return name.removesuffix(".") if name.endswith(".") else PurePosixPath(name).stem

@@ -1,7 +1,7 @@
 """LSMDC as published: `LSMDC16_annos_training.csv`, `..._val.csv`, `LSMDC16_challenge_1000_publictect.csv`.
 
-Tab-separated, no header, six columns: clip, start and end (aligned), start and end (extracted), sentence. A clip
-`0001_American_Beauty_00.00.51.926-00.00.54.129` lies in the folder `0001_American_Beauty`.
+Tab-separated, no header, six columns: clip, start and end (aligned), start and end (extracted), sentence. The clip
+`0001_American_Beauty_00.00.51.926-00.00.54.129` is in the folder `0001_American_Beauty`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ COLUMNS = 6
 
 
 def read(annotations: Path, split: str) -> list[Clip]:
-    """Clips of the published split; a sentence that holds tabs itself is kept whole."""
+    """Clips of the published split; tabs within a sentence are kept."""
     folder = folder_of(annotations)
     clips: dict[tuple[str, str], Clip] = {}
-    for part, name in FILES.items():
+    for subset, name in FILES.items():
         for number, line in enumerate(text_of(folder, name, what="LSMDC's annotations").split("\n"), 1):
             if not line.strip():
                 continue
             cells = line.rstrip("\r").split("\t", COLUMNS - 1)
             if len(cells) < COLUMNS:
                 raise UserError(f"{folder / name}, line {number}: {len(cells)} columns, LSMDC's files have {COLUMNS}")
-            clip = clips.setdefault((part, cells[0].strip()), Clip(cells[0].strip(), cells[0].strip(), part))
+            clip = clips.setdefault((subset, cells[0].strip()), Clip(cells[0].strip(), cells[0].strip(), subset))
             clip.add_captions([cells[-1]])
     return list(clips.values())

@@ -17,21 +17,21 @@ from emcl.prepare.clips import Clip
 from emcl.prepare.published import csv_of, find_text, folder_of, json_of
 
 OFFICIAL = {"train": "train", "validate": "val", "test": "test"}
-"""The published name of a split, and ours."""
+"""Published name of a split -> our name."""
 LIST = "the published list of the 1k-A split"
 
 
 def read(annotations: Path, split: str) -> list[Clip]:
-    """Clips of one of the protocols: `1k-A` (9,000 to train on), `7k` (7,010), `1k-A-all` and `official`.
+    """Clips of one of the protocols: `1k-A` (9,000 training videos), `7k` (7,010), `1k-A-all` and `official`.
 
-    `1k-A` pairs a test video with the one sentence of its list, `1k-A-all` with all its own.
+    `1k-A` pairs each test video with the one sentence of the published list, `1k-A-all` with all its sentences.
     """
     folder = folder_of(annotations)
     clips, official = _official(folder)
     if split == "official":
         return list(clips.values())
     if split == "7k":
-        train = [name for name, part in official.items() if part != "test"]
+        train = [name for name, subset in official.items() if subset != "test"]
         if find_text(folder, "MSRVTT_train.7k.csv"):
             train = [row["video_id"] for row in csv_of(folder, "MSRVTT_train.7k.csv", what=LIST)]
     else:
@@ -59,7 +59,7 @@ def _official(folder: Path) -> tuple[dict[str, Clip], dict[str, str]]:
     unknown = set(official.values()) - set(OFFICIAL)
     if unknown:
         raise UserError(f"{folder}: unknown splits {', '.join(sorted(unknown))}; MSR-VTT has {', '.join(OFFICIAL)}")
-    clips = {name: Clip(name, name, OFFICIAL[part]) for name, part in official.items()}
+    clips = {name: Clip(name, name, OFFICIAL[subset]) for name, subset in official.items()}
     for file in files:
         for item in file["sentences"]:
             if item["video_id"] not in clips:
@@ -76,9 +76,9 @@ def _as(clips: dict[str, Clip], name: str, split: str) -> Clip:
 
 
 def read_qa(annotations: Path, split: str) -> list[Clip]:
-    """Questions of `official` splits; or of `by-video`: those at hand, four fifths of the videos to train on.
+    """Questions of the `official` splits; or `by-video`: of the available files, with 4/5 of the videos for training.
 
-    Where the official sentences lie beside them, training videos get theirs, for training with captioning.
+    If the official sentences are in the same folder, training videos also get these, to train captioning.
     """
     folder = folder_of(annotations)
     clips = questions_of(folder, lambda number: f"video{number}")
@@ -94,10 +94,10 @@ def read_qa(annotations: Path, split: str) -> list[Clip]:
 
 
 def questions_of(folder: Path, name_of: Any) -> list[Clip]:
-    """Clips with the questions of `{train,val,test}.jsonl` and kin, in the files' order; those that are there.
+    """Clips with the questions of `{train,val,test}.jsonl` and similar names, in file order; missing files are skipped.
 
     Args:
-        name_of: of a video that the file gives by its number.
+        name_of: returns the name of a video from its number.
     """
     clips: dict[tuple[str, str], Clip] = {}
     for split in ("train", "val", "test"):
@@ -116,13 +116,13 @@ def questions_of(folder: Path, name_of: Any) -> list[Clip]:
 
 
 def answers_known(annotations: Path) -> list[str]:
-    """The published vocabulary `train_ans2label.json`, by its numbers."""
+    """The published answer vocabulary `train_ans2label.json`, in index order."""
     numbers = json_of(annotations, "train_ans2label.json", what="MSRVTT-QA's answers")
     return sorted(numbers, key=numbers.__getitem__)
 
 
 def share_outside(clips: Iterable[Clip], answers: Iterable[str]) -> float:
-    """Of the questions, those whose answer is none of `answers`."""
+    """Share of questions whose answer is not in `answers`."""
     known = set(answers)
     asked = [pair["answer"] for clip in clips for pair in clip.qa]
     return sum(answer not in known for answer in asked) / len(asked)

@@ -1,7 +1,7 @@
 """MSVD and MSVD-QA as published.
 
 `{train,val,test}_list.txt`; captions as `raw-captions.pkl` (a dict of token lists), or as a JSON of sentences or token
-lists by clip. Questions: `{train,val,test}_qa.json` with numbered videos, `youtube_mapping.txt` names them.
+lists by clip. Questions: `{train,val,test}_qa.json` with video numbers; `youtube_mapping.txt` maps them to names.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def read(annotations: Path, split: str) -> list[Clip]:
     folder = folder_of(annotations)
     captions = _captions(folder)
     clips = []
-    for part in ("train", "val", "test"):
-        for name in lines_of(folder, f"{part}_list.txt", what="MSVD's split"):
-            clip = Clip(name, name, part)
+    for subset in ("train", "val", "test"):
+        for name in lines_of(folder, f"{subset}_list.txt", what="MSVD's split"):
+            clip = Clip(name, name, subset)
             clip.add_captions(
                 text if isinstance(text, str) else " ".join(str(word) for word in text)
                 for text in captions.get(name, [])
@@ -53,18 +53,18 @@ def _captions(folder: Path) -> dict[str, Any]:
 
 
 def read_plain_pickle(path: Path) -> dict[str, Any]:
-    """A pickle of dicts, lists, tuples, strings, bytes and numbers; one that names any class or function is refused.
+    """Reads a pickle of dicts, lists, tuples, strings, bytes and numbers; rejects any class or function.
 
     Raises:
-        UserError: it does, or it holds no dict.
+        UserError: it refers to a class or function, or is not a dict.
     """
     try:
-        found = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        content = _Plain(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no plain pickle of captions: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, not captions by clip")
-    return {str(_text(name)): [_text(caption) for caption in captions] for name, captions in found.items()}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not captions by clip")
+    return {str(_text(name)): [_text(caption) for caption in captions] for name, captions in content.items()}
 
 
 class _Plain(pickle.Unpickler):
@@ -76,7 +76,7 @@ class _Plain(pickle.Unpickler):
 
 
 def _text(item: Any) -> Any:
-    """Python 2's strings are bytes."""
+    """Decodes Python 2 strings, which are bytes."""
     if isinstance(item, bytes):
         return item.decode("utf-8", "replace")
-    return [_text(part) for part in item] if isinstance(item, list | tuple) else item
+    return [_text(element) for element in item] if isinstance(item, list | tuple) else item

@@ -1,4 +1,4 @@
-"""Reading published annotation files: plain or zipped, JSON or lists, with errors that name what is wrong."""
+"""Reads published annotation files, plain or zipped, as JSON, CSV or lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def folder_of(annotations: Path) -> Path:
 
 
 def find_text(folder: Path, *names: str) -> tuple[str, str] | None:
-    """Name and text of the first of these files, plain or inside one of the folder's zip files, if one is there."""
+    """Name and text of the first of these files that exists, plain or inside a zip file of the folder; else None."""
     for name in names:
         if (folder / name).is_file():
             return name, (folder / name).read_text(encoding="utf-8-sig")
@@ -33,24 +33,24 @@ def find_text(folder: Path, *names: str) -> tuple[str, str] | None:
 
 
 def text_of(folder: Path, *names: str, what: str) -> str:
-    """The text that `find_text` gives.
+    """The text of the first file that `find_text` finds.
 
     Raises:
-        UserError: none of them is there.
+        UserError: none of the files exists.
     """
-    return _found(folder, names, what)[1]
+    return _first_text(folder, names, what)[1]
 
 
-def _found(folder: Path, names: tuple[str, ...], what: str) -> tuple[str, str]:
-    found = find_text(folder, *names)
-    if found is None:
+def _first_text(folder: Path, names: tuple[str, ...], what: str) -> tuple[str, str]:
+    name_and_text = find_text(folder, *names)
+    if name_and_text is None:
         raise UserError(f"{folder} holds no {' or '.join(names)}, plain or zipped: {what}")
-    return found
+    return name_and_text
 
 
 def json_of(folder: Path, *names: str, what: str) -> Any:
-    """The content of a published JSON, or of JSON Lines as a list."""
-    name, text = _found(folder, names, what)
+    """The content of a JSON file, or of JSON Lines as a list."""
+    name, text = _first_text(folder, names, what)
     try:
         if name.endswith(".jsonl"):
             return [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -64,10 +64,10 @@ def csv_of(folder: Path, *names: str, what: str) -> Iterator[dict[str, str]]:
 
 
 def lines_of(folder: Path, *names: str, what: str) -> list[str]:
-    """The lines that are not empty."""
+    """The non-empty lines, stripped."""
     return [line.strip() for line in text_of(folder, *names, what=what).splitlines() if line.strip()]
 
 
 def paragraph(sentences: Iterable[str]) -> str:
-    """All sentences of a video as one text."""
+    """Joins all sentences of a video to one text."""
     return " ".join(" ".join(sentence.split()) for sentence in sentences)

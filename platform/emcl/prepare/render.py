@@ -1,4 +1,4 @@
-"""Draws a scene as video frames: a textured background, moving shapes with soft edges, camera noise and shake."""
+"""Renders a scene as video frames: a textured background, moving shapes with soft edges, camera noise and shake."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = NDArray[Any]
 SIDE = 112
 FPS = 12
 MARGIN = 8
-"""Pixels that the camera may shake."""
+"""Largest camera shake in pixels."""
 RGB = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
@@ -28,11 +28,11 @@ RGB = {
     "cyan": (60, 210, 220),
 }
 RADIUS = {"small": 0.15, "large": 0.27, None: 0.2}
-"""Of the side; varied by a tenth either way."""
+"""Fraction of the frame side; varied randomly by up to 10% either way."""
 
 
 def render(scene: Scene, background: str, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Frames (time, SIDE, SIDE, 3) of 2 to 4 seconds at FPS."""
+    """Renders 2 to 4 seconds at FPS: (time, SIDE, SIDE, 3)."""
     frames = int(rng.integers(2 * FPS, 4 * FPS + 1))
     time = np.linspace(0, 1, frames, dtype=np.float32)
     shake = np.clip(np.cumsum(rng.normal(0, 0.3, (frames, 2)), axis=0).round().astype(int), -MARGIN, MARGIN)
@@ -48,7 +48,7 @@ def render(scene: Scene, background: str, rng: np.random.Generator) -> NDArray[n
         dx, dy = x - px[:, None, None], y - py[:, None, None]
         u, v = _rotate(dx, dy, tilt)
         r = radius[:, None, None]
-        edge = SHAPES[thing.shape](u / r, v / r) * r * SIDE  # pixels outside the shape
+        edge = SHAPES[thing.shape](u / r, v / r) * r * SIDE  # signed distance to the outline, in pixels
         cover = np.clip(0.5 - edge, 0, 1) * alpha[:, None, None]
         colour = np.array(RGB[thing.colour], np.float32) + rng.normal(0, 8, 3).astype(np.float32)
         touched = cover > 0
@@ -59,7 +59,7 @@ def render(scene: Scene, background: str, rng: np.random.Generator) -> NDArray[n
 
 
 def _texture(background: str, rng: np.random.Generator) -> Array:
-    """A still (SIDE + 2 MARGIN, SIDE + 2 MARGIN, 3), larger than a frame by what the camera shakes."""
+    """A background (SIDE + 2 MARGIN, SIDE + 2 MARGIN, 3), larger than a frame by the camera shake."""
     axis = np.arange(-MARGIN, SIDE + MARGIN, dtype=np.float32) / SIDE
     x, y = np.meshgrid(axis, axis)
     angle, frequency = float(rng.uniform(0, np.pi)), float(rng.uniform(25, 45))
@@ -85,7 +85,7 @@ Motion = tuple[Array, Array, Array, Array]
 
 
 def _motions(scene: Scene, t: Array, rng: np.random.Generator) -> list[tuple[Thing, Motion]]:
-    """Place (x, y), scale and opacity over time of each object, those behind first."""
+    """Position (x, y), scale and opacity over time of each object; objects behind come first."""
     one, ramp = np.ones_like(t), t
     lane, other_lane = (float(rng.uniform(0.3, 0.7)) for _ in range(2))
     start, end = float(rng.uniform(0.1, 0.22)), float(rng.uniform(0.78, 0.9))
@@ -116,25 +116,25 @@ def _pair_motions(
 ) -> list[tuple[Thing, Motion]]:
     assert scene.b is not None
     one = np.ones_like(t)
-    # two places on opposite sides, mirrored or transposed at random
+    # two positions on opposite sides, mirrored or transposed at random
     near, far, lane, drift = (
         float(rng.uniform(*span)) for span in ((0.2, 0.28), (0.72, 0.8), (0.35, 0.65), (-0.1, 0.1))
     )
     flip, upright = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
 
-    def place(along: Array, across: Array) -> tuple[Array, Array]:
+    def position(along: Array, across: Array) -> tuple[Array, Array]:
         along = 1 - along if flip else along
         return (across, along) if upright else (along, across)
 
-    a_far, b_near = place(far * one, (lane + drift) * one), place(near * one, lane * one)
+    a_far, b_near = position(far * one, (lane + drift) * one), position(near * one, lane * one)
     coming = far - (far - near - 0.27) * t
     leaving = near + 0.27 + (far - near - 0.27) * t
     b_path = 0.3 + 0.55 * t
     motions: dict[str, tuple[Motion, Motion]] = {
         "after": ((*a_far, one, on), (*b_near, one, one)),
         "before": ((*a_far, one, 1 - on), (*b_near, one, one)),
-        "towards": ((*place(coming, (lane + drift) * one), one, one), (*b_near, one, one)),
-        "away": ((*place(leaving, (lane + drift) * one), one, one), (*b_near, one, one)),
+        "towards": ((*position(coming, (lane + drift) * one), one, one), (*b_near, one, one)),
+        "away": ((*position(leaving, (lane + drift) * one), one, one), (*b_near, one, one)),
         "around": (
             (0.5 + 0.31 * np.cos(turn), 0.5 + 0.31 * np.sin(turn), one, one),
             (0.5 * one, 0.5 * one, one, one),
@@ -160,4 +160,4 @@ SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "triangle": lambda u, v: np.maximum(np.abs(u) * 0.866 + v * 0.5, -v) - 0.5 * 1.05,
     "cross": lambda u, v: np.minimum(_box(u, v, 1.0, 0.3), _box(u, v, 0.3, 1.0)),
 }
-"""Distance outside a shape of radius 1; y points down."""
+"""Signed distance to a shape of radius 1, positive outside; y points down."""

@@ -1,7 +1,7 @@
-"""The sample set's world: which scenes there are, how they are told, and what can be asked about them.
+"""The sample set's scenes, with their captions and questions.
 
-A scene is one object that does something, or two that interact. Nearly every scene has a twin that differs
-only in the order of time (left to right / right to left, appears / disappears, towards / away from), so that a
+A scene is one object with an action, or two that interact. Nearly every scene has a twin that differs
+only in temporal order (left to right / right to left, appears / disappears, towards / away from), so that a
 model which ignores the order of frames cannot tell them apart.
 """
 
@@ -34,7 +34,7 @@ ACTIONS: dict[str, tuple[str, ...]] = {
     "turns clockwise": ("circles clockwise", "goes around clockwise", "makes a clockwise round"),
     "turns back": ("circles counterclockwise", "goes around counterclockwise", "makes a counterclockwise round"),
 }
-"""One object's action -> how captions put it."""
+"""Action of one object -> its wordings in captions."""
 
 INTERACTIONS: dict[str, tuple[str, ...]] = {
     "after": ("{a} appears after {b}", "first there is {b}, then {a} appears", "{b} is joined by {a}"),
@@ -44,7 +44,7 @@ INTERACTIONS: dict[str, tuple[str, ...]] = {
     "around": ("{a} circles around {b}", "{a} orbits {b}", "{b} is circled by {a}"),
     "follows": ("{a} follows {b}", "{a} chases {b} from left to right", "{b} moves to the right and {a} follows"),
 }
-"""Two objects' interaction -> how captions put it."""
+"""Interaction of two objects -> its wordings in captions."""
 
 SIZELESS = ("grows", "shrinks")
 """Actions that change the size, so that naming one would be ambiguous."""
@@ -59,7 +59,7 @@ TWINS = (
     ("after", "before"),
     ("towards", "away"),
 )
-"""Actions that differ in the order of time alone."""
+"""Actions that differ only in temporal order."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What happens; everything else about a clip (texture, noise, place, speed) is drawn at random."""
+    """What happens; everything else about a clip (texture, noise, position, speed) is random."""
 
     action: str
     a: Thing
@@ -95,22 +95,22 @@ def double_scenes() -> list[Scene]:
 
 
 def families(scenes: list[Scene]) -> list[list[Scene]]:
-    """Scenes with their twins, in the order of the first of each."""
+    """Groups scenes with their twins, in the order of each group's first scene."""
     first_of = {action: pair[0] for pair in TWINS for action in pair}
-    found: dict[tuple[str, Thing, Thing | None], list[Scene]] = {}
+    groups: dict[tuple[str, Thing, Thing | None], list[Scene]] = {}
     for scene in scenes:
-        found.setdefault((first_of.get(scene.action, scene.action), scene.a, scene.b), []).append(scene)
-    return list(found.values())
+        groups.setdefault((first_of.get(scene.action, scene.action), scene.a, scene.b), []).append(scene)
+    return list(groups.values())
 
 
 def captions(scene: Scene, rng: random.Random, count: int = 4) -> list[str]:
-    """`count` differently worded captions that all name every attribute of the scene."""
-    found: list[str] = []
-    while len(found) < count:
+    """`count` different captions, each naming every attribute of the scene."""
+    texts: list[str] = []
+    while len(texts) < count:
         text = _caption(scene, rng)
-        if text not in found:
-            found.append(text)
-    return found
+        if text not in texts:
+            texts.append(text)
+    return texts
 
 
 def _caption(scene: Scene, rng: random.Random) -> str:

@@ -1,10 +1,10 @@
-"""One's own videos to shards, by one command.
+"""Reads the annotation table of user videos, to make shards with one command.
 
     emcl prepare folder --videos DIR_OR_TAR --annotations captions.csv --out shards/mine
 
-The table has a header with `file` and `caption`, one line a caption (so a file may stand several times); optional
-columns: `split` (train where absent), `id`, `start` and `end` in seconds. A JSON list or JSON Lines of objects may
-stand in its place, `captions` being a list.
+The table has a header with `file` and `caption` and one line per caption, so a file may occur several times. Optional
+columns: `split` (default: train), `id`, `start` and `end` in seconds. A JSON list or JSON Lines of objects is also
+accepted, with `captions` as a list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read_table(path: Path) -> list[Clip]:
     """Clips of a CSV, a JSON list or JSON Lines.
 
     Raises:
-        UserError: no such file, no `file` and `caption` columns, a line that does not fit.
+        UserError: no such file, no `file` and `caption` columns, or an invalid line.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such annotation file")
@@ -56,7 +56,7 @@ def read_table(path: Path) -> list[Clip]:
 
 
 def _pair(given: Any, where: str) -> QAPair:
-    """`[question, answer]`, or a table of both.
+    """Parses `[question, answer]`, or an object with both.
 
     Raises:
         UserError: neither.

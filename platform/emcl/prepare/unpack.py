@@ -1,4 +1,4 @@
-"""Shards back to video files and a table, as `emcl index` and `emcl prepare folder` take them."""
+"""Unpacks shards to video files and a table, as input for `emcl index` and `emcl prepare folder`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _STARTS = (
     (0, b"\x1aE\xdf\xa3", "mkv"),
     (0, b"FLV", "flv"),
 )
-"""Where a container's signature stands, the signature, the file's ending."""
+"""Offset of a container's signature, the signature, the file extension."""
 
 
 def unpack(pattern: str, out: Path, *, progress: bool = True) -> int:
-    """Writes `out/ID.mp4`, or what the video is, for each sample and `out/captions.csv`; files already there are left.
+    """Writes `out/ID.mp4` (or another extension) for each sample, and `out/captions.csv`; keeps existing videos.
 
     Returns the number of samples.
 
@@ -35,11 +35,11 @@ def unpack(pattern: str, out: Path, *, progress: bool = True) -> int:
     lines = []
     for row in tqdm(shards.rows, desc="unpacking", unit="clip", disable=not progress):
         video = shards.read(row)
-        file = out / f"{key_of(row.sample.id)}.{_ending(video)}"  # an id may hold anything, a slash too
+        file = out / f"{key_of(row.sample.id)}.{_ending(video)}"  # an id may have any characters, including slashes
         if not file.is_file() or file.stat().st_size != len(video):
-            part = file.with_name(f".{file.name}.part")
-            part.write_bytes(video)
-            part.replace(file)
+            temporary = file.with_name(f".{file.name}.part")
+            temporary.write_bytes(video)
+            temporary.replace(file)
         times = [row.sample.start, row.sample.end]
         lines += [[file.name, caption, row.sample.split, row.sample.id, *times] for caption in row.sample.captions]
     if not shards.rows:

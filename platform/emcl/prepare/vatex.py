@@ -16,30 +16,30 @@ FILES = {
 
 
 def read(annotations: Path, split: str) -> list[Clip]:
-    """Clips of the published files (`official`), or by the lists `{train,val,test}_list.txt` (`lists`).
+    """Clips of the published files (`official`), or of the lists `{train,val,test}_list.txt` (`lists`).
 
-    Retrieval papers train on the training part and split the validation part in two by lists of their own.
+    Retrieval papers train on the training set and split the validation set in two, with their own lists.
     """
     folder = folder_of(annotations)
     captions: dict[str, list[str]] = {}
     published: dict[str, str] = {}
-    for part, names in FILES.items():
-        if find_text(folder, *names) is None and (part == "test" or split == "lists"):
+    for subset, names in FILES.items():
+        if find_text(folder, *names) is None and (subset == "test" or split == "lists"):
             continue
         for item in json_of(folder, *names, what="VATEX's annotations"):
-            published[item["videoID"]] = part
+            published[item["videoID"]] = subset
             captions[item["videoID"]] = item.get("enCap", [])
     if split == "lists":
-        parts = [
-            (name, part)
-            for part in ("train", "val", "test")
-            for name in lines_of(folder, f"{part}_list.txt", what="a list of the retrieval split")
+        listed = [
+            (name, subset)
+            for subset in ("train", "val", "test")
+            for name in lines_of(folder, f"{subset}_list.txt", what="a list of the retrieval split")
         ]
     else:
-        parts = list(published.items())
+        listed = list(published.items())
     clips = []
-    for name, part in parts:
-        clip = Clip(name, name, part)
+    for name, subset in listed:
+        clip = Clip(name, name, subset)
         clip.add_captions(captions.get(name, []))
         clips.append(clip)
     return clips

@@ -1,4 +1,4 @@
-"""Where a clip's video lies, in a folder or a tar, and its re-encoding for training."""
+"""Locates clips' videos in a folder or tar, and re-encodes them for training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from emcl.errors import UserError
 from emcl.prepare.writer import encode_mov, encode_mp4
 
 KEY_EVERY = 4
-"""Frames of a re-encoded video from one key frame to the next."""
+"""Key-frame interval of re-encoded videos, in frames."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A video's bytes: a file, or a range of one."""
+    """Where a video's bytes are: a file, or a byte range of one."""
 
     path: Path
     name: str
@@ -38,24 +38,24 @@ class Place:
 
 
 class Videos:
-    """The videos of a folder (with its subfolders) or of a tar, found by path, by name, or by name without ending.
+    """The videos of a folder (with subfolders) or of a tar, found by path, by name, or by name without extension.
 
     Raises:
-        UserError: `where` is neither.
+        UserError: `where` is neither a folder nor a tar.
     """
 
     def __init__(self, where: Path) -> None:
         if where.is_dir():
-            places = _of_folder(where)
+            locations = _of_folder(where)
         elif where.is_file() and tarfile.is_tarfile(where):
-            places = _of_tar(where)
+            locations = _of_tar(where)
         else:
             raise UserError(f"--videos {where}: neither a folder nor a tar of videos")
-        self.places = {place.name: place for place in places if place.ending in VIDEO_ENDINGS}
+        self.places = {location.name: location for location in locations if location.ending in VIDEO_ENDINGS}
         self._by_name: dict[str, Place] = {}
-        for name in sorted(self.places, reverse=True):  # of several with one name, the first by path is found
-            place, path = self.places[name], PurePosixPath(name)
-            self._by_name[path.stem] = self._by_name[path.name] = place
+        for name in sorted(self.places, reverse=True):  # if several have the same name, the first by path wins
+            location, path = self.places[name], PurePosixPath(name)
+            self._by_name[path.stem] = self._by_name[path.name] = location
 
     def find(self, file: str) -> Place | None:
         """The video of this path, name or stem; never one outside the folder."""
@@ -89,9 +89,10 @@ def _of_tar(path: Path) -> list[Place]:
 def reencode(
     video: bytes, *, short_side: int, fps: float, start: float | None = None, end: float | None = None
 ) -> bytes:
-    """The part [start, end] as H.264 in MP4, no larger and no faster than asked, with a key frame every few frames.
+    """Encodes [start, end] as H.264 in MP4, with a key frame every KEY_EVERY frames.
 
-    Never enlarged, and no frame is shown twice: a slower video keeps its rate. The same input gives the same bytes.
+    `short_side` and `fps` are upper limits: videos are never upscaled, and no frame is duplicated. The same input gives
+    the same bytes.
 
     Raises:
         DecodeError: nothing could be decoded.
@@ -103,10 +104,10 @@ def reencode(
 def as_frames(
     video: bytes, *, size: int, fps: float, quality: int | None, start: float | None = None, end: float | None = None
 ) -> bytes:
-    """The part [start, end] as squares that training with `data.size` = `size` takes as they are: JPEG, or raw frames.
+    """Encodes [start, end] as square frames (JPEG or raw) that training with `data.image_size` = `size` uses unchanged.
 
     Args:
-        quality: of JPEG; None for raw.
+        quality: JPEG quality; None for raw.
 
     Raises:
         DecodeError: nothing could be decoded.

@@ -1,4 +1,4 @@
-"""Writes shards: plain WebDataset tars, the same bytes for the same samples, complete or not there at all."""
+"""Writes shards: plain WebDataset tars, atomically, with the same bytes for the same samples."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from emcl.data.samples import Sample
 
 
 def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int:
-    """Writes (sample, file ending, video bytes) to `path`, under a temporary name until it is whole.
+    """Writes (sample, file extension, video bytes) to `path`, under a temporary name until it is complete.
 
     Returns the number of samples.
     """
-    import webdataset as wds  # here, since it brings PyTorch, which the processes that only encode can do without
+    import webdataset as wds  # here, because it imports PyTorch, which processes that only encode do not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
@@ -41,7 +41,7 @@ def write_shard(path: Path, samples: Iterable[tuple[Sample, str, bytes]]) -> int
 
 
 def key_of(identity: str) -> str:
-    """An id as WebDataset's key, which a dot would end; two ids never give the same."""
+    """An id as a WebDataset key, with dots escaped because a dot ends the key; different ids give different keys."""
     for sign in "%./":
         identity = identity.replace(sign, f"%{ord(sign):02X}")
     return identity
@@ -55,11 +55,11 @@ def encode_mp4(
     short_side: int | None = None,
     key_every: int | None = None,
 ) -> bytes:
-    """H.264 in MP4 of RGB frames (height, width, 3) or decoded ones; one thread, so that the bytes are reproducible.
+    """Encodes RGB frames (height, width, 3) or decoded frames as H.264 in MP4; one thread, for reproducible bytes.
 
     Args:
-        short_side: larger frames are made smaller to it.
-        key_every: frames from one key frame to the next; a second's where not given.
+        short_side: larger frames are scaled down to it.
+        key_every: key-frame interval in frames; one second if not given.
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -80,13 +80,13 @@ def encode_mp4(
 
 
 def encode_mov(frames: Iterable[NDArray[np.uint8]], fps: int | Fraction, *, quality: int | None = None) -> bytes:
-    """RGB frames (height, width, 3) in QuickTime's container, each by itself: JPEG, or raw where no quality is given.
+    """Encodes RGB frames (height, width, 3) separately in a QuickTime container: JPEG, or raw without `quality`.
 
-    A plain video, so that it is read as any other is; decoding a frame costs next to nothing, and its time is known.
+    The result is a normal video file with timestamps, read like any other; decoding a frame is very cheap.
     The same input gives the same bytes.
 
     Args:
-        quality: of JPEG, on libjpeg's scale of 1 to 95.
+        quality: JPEG quality, on libjpeg's scale of 1 to 95.
     """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mov", options={"fflags": "+bitexact"}) as container:
@@ -118,7 +118,7 @@ def _raw(
 def _jpegs(
     container: av.container.OutputContainer, frames: Iterable[NDArray[np.uint8]], fps: int | Fraction, quality: int
 ) -> Iterator[av.Packet]:
-    """By libjpeg: FFmpeg's encoder makes grey a level too dark and green."""
+    """JPEG packets by libjpeg: FFmpeg's encoder makes grey one level too dark and slightly green."""
     stream: Any = None
     for number, image in enumerate(frames):
         if stream is None:
@@ -145,7 +145,7 @@ def _h264(
     stream.width, stream.height = (max(2, 2 * round(side * scale / 2)) for side in (frame.width, frame.height))
     stream.pix_fmt = "yuv420p"
     stream.codec_context.thread_count = 1
-    # x264's fast paths give other bytes by the CPU, and now and then by where its buffers lie
+    # x264's fast paths give different bytes on different CPUs, and sometimes for different buffer addresses
     exact = "cpu-independent=1:lookahead-threads=1"
     group = str(key_every or max(1, round(fps)))
     stream.options = {"crf": str(crf), "preset": "veryfast", "g": group, "threads": "1", "x264-params": exact}

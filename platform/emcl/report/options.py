@@ -1,7 +1,7 @@
-"""Every inference option of retrieval on a run's kept embeddings, and their combinations: `emcl options RUN`.
+"""All combinations of retrieval's inference options on a run's saved embeddings: `emcl options RUN`.
 
-EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) by what is done to
-the similarity (nothing, the dual softmax, QB-Norm by the same bank). Nothing is encoded but the bank, once.
+EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) times rescoring of
+the similarity (none, the dual softmax, QB-Norm by the same bank). Only the bank is encoded, once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from emcl.distributed import ALONE, device
 from emcl.em import EMCL
 from emcl.evaluate.driver import collect
 from emcl.metrics.rescoring import DualSoftmax, QueryBank
-from emcl.metrics.retrieval import Rescore, retrieval_metrics, unchanged
+from emcl.metrics.retrieval_metrics import Rescore, retrieval_metrics, unchanged
 from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
+from emcl.model.feature_cache import with_features
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.model.regulariser import Regulariser
 from emcl.multitask import VideoLanguageModel
@@ -39,7 +40,6 @@ from emcl.task.prediction import only_task
 from emcl.tasks.retrieval import RetrievalTask
 from emcl.tasks.retrieval_report import OPTION_COLUMNS, Option
 from emcl.train.export import open_export
-from emcl.train.features import with_features
 
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
@@ -49,10 +49,10 @@ Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 
 
 def every_option(run: Path, *, task: str | None = None, bank_videos: int = 500) -> list[Option]:
-    """Scores all combinations and keeps them in the run's folder.
+    """Scores all combinations and saves them in the run's folder.
 
     Args:
-        task: which of the run's, where several are retrieval.
+        task: which of the run's tasks, if several are retrieval.
 
     Raises:
         UserError: no export, no retrieval in it, or no kept embeddings.
@@ -66,42 +66,42 @@ def every_option(run: Path, *, task: str | None = None, bank_videos: int = 500) 
     alias = saved.alias_of(name)
     test = Embeddings.open(folder.kept(EMBEDDINGS, "test", alias=alias))
     model, config = open_export(export)
-    place = device()
-    model.to(place)
-    bank = _bank(export, folder.kept(EMBEDDINGS, "bank", alias=alias), model, config, name, bank_videos, place)
-    options = list(_combinations(model.heads[name], config.evaluate.tile, test, bank, place))
+    target = device()
+    model.to(target)
+    bank = _bank(export, folder.kept(EMBEDDINGS, "bank", alias=alias), model, config, name, bank_videos, target)
+    options = list(_combinations(model.heads[name], config.evaluate.tile, test, bank, target))
     as_json = json.dumps([dataclasses.asdict(option) for option in options], indent=1)
     write_whole(folder.kept(OPTIONS, "test", alias=alias), as_json)
     return options
 
 
 def _bank(
-    export: Path, kept: Path, model: VideoLanguageModel, config: Config, task: str, videos: int, place: torch.device
+    export: Path, kept: Path, model: VideoLanguageModel, config: Config, task: str, videos: int, target: torch.device
 ) -> Embeddings:
-    """Training videos, evenly chosen, with all their captions: kept ones if they are as many and of these weights."""
+    """Training videos, evenly chosen, with all their captions; reuses a saved bank of the same videos and weights."""
     training = open_training_split(config.data, config.seed, tokenizer_of(config))
     rows = np.linspace(0, len(training) - 1, min(videos, len(training))).astype(int).tolist()
     if kept.is_file() and kept.stat().st_mtime > (export / WEIGHTS).stat().st_mtime:
         bank = Embeddings.open(kept)
         if bank.videos == [training.sample(row).id for row in rows]:
             return bank
-    training = with_features(training, config, model.backbone, ALONE, place)
+    training = with_features(training, config, model.backbone, ALONE, target)
     plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
     config = dataclasses.replace(config, evaluate=plain)
-    scorers = collect(model, training, config, ALONE, place, name="the query bank", rows=rows, only=[task])
+    scorers = collect(model, training, config, ALONE, target, name="the query bank", rows=rows, only=[task])
     scorer: Any = scorers[task]
     bank = scorer.embeddings()[0]
     bank.save(kept)
     return bank
 
 
-def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, place: torch.device) -> Iterator[Option]:
+def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, target: torch.device) -> Iterator[Option]:
     layers = _layers(task, tile, bank)
     for name, (score, in_tiles) in tqdm(layers.items(), desc="inference options", unit="layer", leave=False):
-        text, frames, mask = (part.to(place) for part in (test.text, test.frames, test.mask))
+        text, frames, mask = (tensor.to(target) for tensor in (test.text, test.frames, test.mask))
         similarity = score(text, frames, mask)
-        by_text = score(bank.text.to(place), frames, mask)
-        by_video = score(text, bank.frames.to(place), bank.mask.to(place))
+        by_text = score(bank.text.to(target), frames, mask)
+        by_video = score(text, bank.frames.to(target), bank.mask.to(target))
         rescorings: dict[str, tuple[Rescore, Rescore]] = {
             "none": (unchanged, unchanged),
             "DSL": (DualSoftmax(), DualSoftmax()),
@@ -113,7 +113,7 @@ def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, plac
 
 
 def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bool]]:
-    """Ways to a similarity, and whether each is transductive."""
+    """Similarity functions by name, and whether each is transductive."""
 
     def through(layer: Regulariser | None) -> Score:
         return lambda text, frames, mask: task.similarity_in_tiles(text, frames, mask, tile, ALONE, layer)
@@ -121,14 +121,14 @@ def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bo
     def published(text: Tensor, frames: Tensor, mask: Tensor) -> NDArray[np.float32]:
         return reference_module(text, frames, mask, pooling=task.settings.pooling_temperature, tile=tile)
 
-    found: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
+    layers: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
     if task.emcl is not None:
-        found[f"its own ({task.emcl.label})"] = (through(task.emcl), task.emcl.transductive)
+        layers[f"its own ({task.emcl.label})"] = (through(task.emcl), task.emcl.transductive)
     settings = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], bank.text.shape[1])}
     fitted = EMCLLayer(variant="compact", **settings).fit(bank.video_means, bank.text).eval()
-    found["compact at inference, bases of the bank"] = (through(fitted.to(task.logit_scale.device)), False)
-    found["reference at inference"] = (published, True)
-    return found
+    layers["compact at inference, bases of the bank"] = (through(fitted.to(task.logit_scale.device)), False)
+    layers["reference at inference"] = (published, True)
+    return layers
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Runs beside each other and beside the published figures: `report.html` and `report.md`."""
+"""Compares runs with each other and with published figures: `report.html` and `report.md`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from emcl.config import to_yaml
 from emcl.registry import task_class
 from emcl.report.sample_frames import pictures
 from emcl.task import Result, TaskReport
-from emcl.task.result import open_results
+from emcl.task.task_result import open_results
 
 
 @dataclass(frozen=True)
 class Line:
-    """Of a table: a run, or what a paper says."""
+    """A line of a table: a run, or a paper's result."""
 
     name: str
     ours: bool
@@ -72,13 +72,13 @@ def _section(result: Result) -> dict[str, Any]:
 
 
 def report_of(result: Result) -> TaskReport:
-    """What the result's task has to show."""
+    """The report of the result's task."""
     report: TaskReport = task_class(result.kind).report
     return report
 
 
 def compare(results: Sequence[Result]) -> list[Comparison]:
-    """A table of each benchmark, protocol and kind of task."""
+    """A table for each benchmark, protocol and kind of task."""
     groups: dict[tuple[str, str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.benchmark, result.split, result.kind), []).append(result)
@@ -100,7 +100,7 @@ def _comparison(benchmark: str, split: str, kind: str, results: list[Result]) ->
     for paper in report.published.get((benchmark, split), ()):
         note = paper.source + (", transductive" if paper.transductive else "")
         lines.append(Line(paper.model, False, note, [_cell(paper.metrics, name) for name in columns]))
-    title = " ".join(part for part in (benchmark or "unnamed set", split, _words(kind)) if part)
+    title = " ".join(word for word in (benchmark or "unnamed set", split, _words(kind)) if word)
     protocols = [
         f"{result.name}: {result.protocol}; seed {result.seed}; commit {result.commit[:12]}; "
         "intervals: 95% by bootstrap over videos, of one training"
@@ -134,5 +134,5 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def _plain(text: str) -> str:
-    """Nothing in it ends a cell."""
+    """Escapes text for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

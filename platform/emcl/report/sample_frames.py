@@ -1,4 +1,4 @@
-"""Frames of a result's samples, for its examples, where the shards are at hand."""
+"""Frames of a result's samples, for its examples, if the shards are available."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emcl.task.task_report import PictureOf
 
 
 def pictures(result: Result) -> PictureOf:
-    """Of the samples of its test split, by their ids."""
+    """Pictures of the samples of its test split, by their ids."""
     shards = _shards(str(result.config.data.test))
     if shards is None:
         return lambda _: None
@@ -23,7 +23,7 @@ def pictures(result: Result) -> PictureOf:
 
 @lru_cache(maxsize=1)
 def _shards(pattern: str) -> ShardSet | None:
-    """Opened once for all tasks of a run; None where the shards are not, as a report may be made elsewhere."""
+    """Opened once for all tasks of a run; None without the shards, as a report may be made on another machine."""
     try:
         return open_shards(pattern)
     except UserError:

@@ -1,1 +1,1 @@
-"""Finding moments of one's own videos with a trained model."""
+"""Searches moments in a user's videos with a trained model."""

@@ -1,4 +1,4 @@
-"""Which parts of a video are embedded by themselves: its scenes, and windows of those that are long."""
+"""Cuts a video into the intervals that are embedded separately: scenes, and windows of long scenes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from emcl.ahead import in_order
 from emcl.data.decode import DecodeError, Frames, duration, moving_pictures
 from emcl.data.samples import VIDEO_ENDINGS
 from emcl.errors import UserError
+from emcl.prefetch import in_order
 
 SHORTEST = 0.8
-"""Seconds: a shorter scene belongs to the one before it."""
+"""Seconds: a shorter scene is merged into the one before it."""
 ENOUGH = 2.0
-"""Seconds that a scene is lengthened to, at the expense of its neighbours: models have learnt from clips of some
-seconds, and of a shorter one they see too little."""
+"""Minimum length in seconds: shorter scenes are extended into their neighbours, because models were trained on clips of
+several seconds and see too little of shorter ones."""
 AHEAD = 32
-"""Files whose parts are looked for before they are used."""
+"""Number of files that are cut ahead of their use."""
 SMALL = 96
-"""Pixels of the short side that scenes are looked for in."""
+"""Short side in pixels for scene detection."""
 
 Part = tuple[float, float]
 """Start and end, in seconds."""
@@ -38,13 +38,13 @@ class Windows:
     length: float = 10.0
     """Seconds of a window."""
     overlap: float = 5.0
-    """Seconds that it shares with the next."""
+    """Seconds shared by consecutive windows."""
     cut: str = "scenes"
-    """`scenes`: at hard cuts first, which takes a look at every frame of files that are longer than half a window;
-    `windows`: by time alone."""
+    """`scenes`: first at hard cuts, which decodes every frame of files longer than half a window;
+    `windows`: only by time."""
 
     def of(self, seconds: float, start: float = 0.0) -> list[Part]:
-        """Start and end of each window from `start`: what is little longer than one is taken whole."""
+        """Start and end of each window from `start`; up to 1.5 window lengths are one window."""
         if seconds <= 1.5 * self.length:
             return [(start, start + seconds)]
         step = self.length - self.overlap
@@ -54,39 +54,39 @@ class Windows:
         return list(zip(starts, ends, strict=True))
 
     def of_file(self, path: Path) -> list[Part]:
-        """Raises DecodeError where the file says no duration."""
+        """Start and end of each window of a file. Raises DecodeError if it has no duration or does not decode."""
         seconds = duration(path)
         if self.cut == "windows" or seconds <= self.length / 2:
             return self.of(seconds)
         long = [(max(0.0, min(start, end - ENOUGH)), end) for start, end in scenes(path, seconds)]
         long[0] = 0.0, max(long[0][1], min(ENOUGH, seconds))
-        return [part for start, end in long for part in self.of(end - start, start)]
+        return [window for start, end in long for window in self.of(end - start, start)]
 
     def of_files(self, files: Iterable[Path]) -> Iterator[list[Part] | DecodeError]:
-        """Of each file, in order; looked for ahead of their use, by threads."""
+        """Windows of each file, in order; computed ahead of their use by threads."""
 
-        def parts(path: Path) -> list[Part] | DecodeError:
+        def cut_file(path: Path) -> list[Part] | DecodeError:
             try:
                 return self.of_file(path)
             except DecodeError as error:
                 return error
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            yield from in_order((pool.submit(parts, path) for path in files), AHEAD)
+            yield from in_order((pool.submit(cut_file, path) for path in files), AHEAD)
 
 
 def scenes(path: Path, seconds: float) -> list[Part]:
-    """The parts of a file between hard cuts, by PySceneDetect's adaptive detector.
+    """The intervals of a file between hard cuts, by PySceneDetect's adaptive detector.
 
     Raises:
-        DecodeError: while going through it.
+        DecodeError: the file does not decode.
     """
     detector = _detector()
     cuts: list[float] = []
     times: list[float] = []
     for number, (time, frame) in enumerate(moving_pictures(path, SMALL)):
         times.append(time)
-        cuts += [times[place] for place in detector(number, frame)]
+        cuts += [times[frame_number] for frame_number in detector(number, frame)]
     inner = sorted({cut for cut in cuts if SHORTEST <= cut <= seconds - SHORTEST})
     kept: list[float] = []
     for cut in inner:
@@ -97,7 +97,7 @@ def scenes(path: Path, seconds: float) -> list[Part]:
 
 
 def _detector() -> Callable[[int, Frames], list[int]]:
-    """A function of each frame in turn, that returns the numbers of the frames that begin a scene."""
+    """Returns a function to call with each frame in turn; it returns the numbers of frames that start a scene."""
     try:
         from scenedetect import AdaptiveDetector, FrameTimecode
     except ImportError:
@@ -105,14 +105,14 @@ def _detector() -> Callable[[int, Frames], list[int]]:
     detector: Any = AdaptiveDetector()
 
     def look(number: int, frame: Frames) -> list[int]:
-        found = detector.process_frame(FrameTimecode(number, 25.0), np.ascontiguousarray(frame[..., ::-1]))
-        return [code.frame_num for code in found]
+        cuts = detector.process_frame(FrameTimecode(number, 25.0), np.ascontiguousarray(frame[..., ::-1]))
+        return [code.frame_num for code in cuts]
 
     return look
 
 
 def videos_in(folder: Path) -> list[Path]:
-    """Every video below a folder, by its file's ending; links that lead outside are left out."""
+    """All videos below a folder, by file extension; links to outside the folder are skipped."""
     root = folder.resolve()
-    found = (path for path in folder.rglob("*") if path.suffix.lstrip(".").lower() in VIDEO_ENDINGS)
-    return sorted(path for path in found if path.is_file() and path.resolve().is_relative_to(root))
+    paths = (path for path in folder.rglob("*") if path.suffix.lstrip(".").lower() in VIDEO_ENDINGS)
+    return sorted(path for path in paths if path.is_file() and path.resolve().is_relative_to(root))

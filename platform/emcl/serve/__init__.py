@@ -1,1 +1,1 @@
-"""A page to search one's own videos in, and an HTTP API beside it."""
+"""A web page to search a user's videos, and an HTTP API."""

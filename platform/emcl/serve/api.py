@@ -1,4 +1,4 @@
-"""The HTTP API and the page, on one index: `emcl serve INDEX --model RUN`."""
+"""The HTTP API and the web page for one index: `emcl serve INDEX --model RUN`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from emcl.errors import UserError
 from emcl.inference import QuestionError, VideoError
 from emcl.search.index import Hit, VideoIndex
 from emcl.serve import media
-from emcl.serve.answers import (
+from emcl.serve.parameters import NOT_THERE, WRONG, WRONG_VIDEO, Number, Text, Top, window_of
+from emcl.serve.predictions import add_predictions
+from emcl.serve.prometheus import Metrics
+from emcl.serve.protection import Headers
+from emcl.serve.request_limits import Limits
+from emcl.serve.schemas import (
     Curve,
     Embeddings,
     Facts,
@@ -30,27 +35,22 @@ from emcl.serve.answers import (
     Problem,
     Texts,
 )
-from emcl.serve.desk import BusyError, Desk
-from emcl.serve.limits import Limits
-from emcl.serve.metrics import Metrics
-from emcl.serve.parameters import NOT_THERE, WRONG, WRONG_VIDEO, Number, Text, Top, window_of
-from emcl.serve.predictions import add_predictions
-from emcl.serve.protection import Headers
 from emcl.serve.service import Service
 from emcl.serve.uploads import BODY, Uploads
+from emcl.serve.work_queue import BusyError, WorkQueue
 from emcl.version import __version__
 
 
 def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
-    """The application; its threads end with it."""
+    """Builds the application; its threads end when it shuts down."""
     limits = limits or Limits()
-    desk = Desk("model", threads=1, waiting=limits.waiting)
-    pictures = Desk("pictures", threads=2, waiting=4 * limits.waiting)
+    queue = WorkQueue("model", threads=1, waiting=limits.waiting)
+    pictures = WorkQueue("pictures", threads=2, waiting=4 * limits.waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        desk.close()
+        queue.close()
         pictures.close()
 
     app = FastAPI(
@@ -62,12 +62,12 @@ def build_app(index: VideoIndex, limits: Limits | None = None) -> FastAPI:
     )
     service, uploads = Service(index, limits.kept), Uploads(limits)
     _add_problems(app)
-    _add_texts(app, service, desk)
-    _add_videos(app, service, desk, uploads)
-    _add_windows(app, service, desk)
-    add_predictions(app, service, desk, uploads)
+    _add_texts(app, service, queue)
+    _add_videos(app, service, queue, uploads)
+    _add_windows(app, service, queue)
+    add_predictions(app, service, queue, uploads)
     _add_media(app, index, pictures)
-    _add_state(app, service, desk, limits)
+    _add_state(app, service, queue, limits)
     _add_page(app)
     app.add_middleware(Headers)
     return app
@@ -84,7 +84,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_problems(app: FastAPI) -> None:
-    """Every error is `{"detail": one line}`."""
+    """Returns every error as `{"detail": one line}`."""
 
     async def busy(_: Request, __: Exception) -> Response:
         return JSONResponse({"detail": "too many requests wait; come back soon"}, 503, {"Retry-After": "1"})
@@ -113,86 +113,88 @@ def _add_problems(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, wrong)
 
 
-def _add_texts(app: FastAPI, service: Service, desk: Desk) -> None:
+def _add_texts(app: FastAPI, service: Service, queue: WorkQueue) -> None:
     @app.get("/api/search", responses=WRONG, tags=["search"])
     async def search(query: Text, top: Top = 10) -> Hits:
         """Moments that a sentence fits best."""
-        return await desk.do(lambda: _hits(service.search(query, top), service.index))
+        return await queue.run(lambda: _hits(service.search(query, top), service.index))
 
     no_json: dict[int | str, dict[str, Any]] = {400: {"model": Problem, "description": "the body is no JSON"}}
 
     @app.post("/api/embed/text", responses={**WRONG, **no_json}, tags=["embed"])
     async def embed_text(texts: Texts) -> Embeddings:
         """A row for each sentence, as the model compares them with frames."""
-        found = await desk.do(service.embed_texts, texts.texts)
-        return Embeddings(embeddings=found.tolist())
+        embeddings = await queue.run(service.embed_texts, texts.texts)
+        return Embeddings(embeddings=embeddings.tolist())
 
 
-def _add_videos(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) -> None:
-    """What is done with a video that is sent; it is not kept."""
+def _add_videos(app: FastAPI, service: Service, queue: WorkQueue, uploads: Uploads) -> None:
+    """Endpoints for a video that the request sends; the video is not stored."""
     sent: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO}, "openapi_extra": BODY}
 
     @app.post("/api/search/video", tags=["search"], **sent)
     async def search_by_video(request: Request, top: Top = 10) -> Hits:
         """Moments that look most like the video that is sent."""
         async with uploads.receive(request) as video:
-            return await desk.do(lambda: _hits(service.search_by_video(video.path, video.digest, top), service.index))
+            return await queue.run(lambda: _hits(service.search_by_video(video.path, video.digest, top), service.index))
 
     @app.post("/api/embed/video", tags=["embed"], **sent)
     async def embed_video(request: Request) -> Embeddings:
         """A row for each frame that the model looks at."""
         async with uploads.receive(request) as video:
-            found = await desk.do(service.embed_video, video.path, video.digest)
-        return Embeddings(embeddings=found.tolist())
+            embeddings = await queue.run(service.embed_video, video.path, video.digest)
+        return Embeddings(embeddings=embeddings.tolist())
 
     @app.post("/api/curve", tags=["curve"], **sent)
     async def curve(request: Request, query: Text) -> Curve:
         """How well a sentence fits each moment of the video that is sent."""
         async with uploads.receive(request) as video:
-            return _curve(await desk.do(service.curve, video.path, video.digest, query))
+            return _curve(await queue.run(service.curve, video.path, video.digest, query))
 
 
-def _add_windows(app: FastAPI, service: Service, desk: Desk) -> None:
-    """The same of an indexed part."""
-    there: dict[str, Any] = {"responses": {**WRONG, **NOT_THERE}}
+def _add_windows(app: FastAPI, service: Service, queue: WorkQueue) -> None:
+    """The same for an indexed window."""
+    indexed: dict[str, Any] = {"responses": {**WRONG, **NOT_THERE}}
 
-    @app.get("/api/windows/{number}/similar", tags=["search"], **there)
+    @app.get("/api/windows/{number}/similar", tags=["search"], **indexed)
     async def similar(number: Number, top: Top = 10) -> Hits:
         """Moments that look most like an indexed part."""
         window = window_of(service.index, number)
-        return await desk.do(lambda: _hits(service.similar(window, top), service.index))
+        return await queue.run(lambda: _hits(service.similar(window, top), service.index))
 
-    @app.get("/api/windows/{number}/curve", tags=["curve"], **there)
+    @app.get("/api/windows/{number}/curve", tags=["curve"], **indexed)
     async def curve(number: Number, query: Text) -> Curve:
         """How well a sentence fits each moment of the whole file that a part is of."""
         window = window_of(service.index, number)
-        return _curve(await desk.do(service.curve_of_window, window, query))
+        return _curve(await queue.run(service.curve_of_window, window, query))
 
 
-def _add_media(app: FastAPI, index: VideoIndex, pictures: Desk) -> None:
-    """Files are named by numbers of the index alone, so no path can be asked for."""
+def _add_media(app: FastAPI, index: VideoIndex, pictures: WorkQueue) -> None:
+    """Requests identify files only by window numbers, so no path can be requested."""
     kept = {"Cache-Control": "max-age=3600"}
 
-    def there(kind: str, *others: int) -> dict[str, Any]:
+    def media_options(kind: str, *others: int) -> dict[str, Any]:
         responses: dict[int | str, dict[str, Any]] = {200: {"content": {kind: {}}}, 404: NOT_THERE[404]}
         responses |= {status: {"description": "a part of it, by Range"} for status in others}
         return {"responses": {**responses, **WRONG}, "response_class": Response, "tags": ["media"]}
 
-    @app.get("/api/windows/{number}/thumbnail.jpg", **there("image/jpeg"))
+    @app.get("/api/windows/{number}/thumbnail.jpg", **media_options("image/jpeg"))
     async def thumbnail(number: Number) -> Response:
         """The frame in the middle of a part."""
         window = window_of(index, number)
         return Response(
-            await pictures.do(media.thumbnail, window.file, window.start, window.end), 200, kept, "image/jpeg"
+            await pictures.run(media.thumbnail, window.file, window.start, window.end), 200, kept, "image/jpeg"
         )
 
-    @app.get("/api/windows/{number}/excerpt.mp4", **there("video/mp4"))
+    @app.get("/api/windows/{number}/excerpt.mp4", **media_options("video/mp4"))
     async def excerpt(number: Number) -> Response:
         """A part as H.264, whatever its file is."""
         window = window_of(index, number)
-        return Response(await pictures.do(media.excerpt, window.file, window.start, window.end), 200, kept, "video/mp4")
+        return Response(
+            await pictures.run(media.excerpt, window.file, window.start, window.end), 200, kept, "video/mp4"
+        )
 
-    @app.get("/api/windows/{number}/video", **there("video/mp4", 206))
+    @app.get("/api/windows/{number}/video", **media_options("video/mp4", 206))
     async def video(number: Number) -> Response:
         """The whole file that a part is of, if browsers play it."""
         window = window_of(index, number)
@@ -202,9 +204,9 @@ def _add_media(app: FastAPI, index: VideoIndex, pictures: Desk) -> None:
         return FileResponse(window.file, media_type=kind)
 
 
-def _add_state(app: FastAPI, service: Service, desk: Desk, limits: Limits) -> None:
+def _add_state(app: FastAPI, service: Service, queue: WorkQueue, limits: Limits) -> None:
     fingerprint = service.model.fingerprint()
-    metrics = Metrics(waiting=lambda: desk.here, windows=lambda: len(service.index))
+    metrics = Metrics(waiting=lambda: queue.here, windows=lambda: len(service.index))
 
     @app.get("/api/facts", tags=["state"])
     async def facts() -> Facts:
@@ -227,18 +229,18 @@ def _add_state(app: FastAPI, service: Service, desk: Desk, limits: Limits) -> No
         "/metrics", tags=["state"], response_class=Response, responses={200: {"content": {metrics.media_type: {}}}}
     )
     async def read_metrics() -> Response:
-        """Prometheus' text: requests, seconds, the line before the model, memory."""
+        """Prometheus' text: requests, seconds, requests that wait for the model, memory."""
         return Response(metrics.text(), media_type=metrics.media_type)
 
     app.add_middleware(metrics.middleware())
 
 
 def _hits(hits: list[Hit], index: VideoIndex) -> Hits:
-    """With where their pictures are; opens files to see whether browsers play them, so not on the event loop."""
-    return Hits(hits=[_found(hit, index) for hit in hits])
+    """Adds links to pictures and videos; opens files to check whether browsers play them, so not on the event loop."""
+    return Hits(hits=[_with_links(hit, index) for hit in hits])
 
 
-def _found(hit: Hit, index: VideoIndex) -> Found:
+def _with_links(hit: Hit, index: VideoIndex) -> Found:
     base, window = f"/api/windows/{hit.window}", index.window(hit.window)
     whole = window is not None and media.media_type(window.file) is not None
     return Found(

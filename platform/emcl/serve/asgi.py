@@ -1,4 +1,4 @@
-"""What the server's middlewares share."""
+"""A helper of the server's ASGI middlewares."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def watched(send: Any, started: Callable[[Any], None]) -> Any:
-    """`send`, which shows an answer's first message, with its status and headers, to `started`."""
+    """Wraps `send`: passes a response's first message, with its status and headers, to `started` before sending it."""
 
     async def noted(message: Any) -> None:
         if message["type"] == "http.response.start":

@@ -15,16 +15,16 @@ from emcl.prepare.writer import encode_mp4
 THUMBNAIL = 160
 """Pixels of the short side."""
 EXCERPT = 480
-"""Pixels of the short side, of videos that browsers do not play as they are."""
+"""Short side in pixels for excerpts of videos that browsers do not play."""
 LONGEST = 60.0
-"""Seconds of an excerpt."""
+"""Longest excerpt in seconds."""
 TYPES = {"mp4": "video/mp4", "m4v": "video/mp4", "mov": "video/mp4", "webm": "video/webm"}
-"""Containers that browsers play, by the file's ending."""
+"""File extensions of containers that browsers play."""
 CODECS = ("h264", "vp8", "vp9", "av1", "libdav1d", "libvpx-vp9", "libvpx")
 
 
 def media_type(file: Path) -> str | None:
-    """As a browser plays it; None where it would not."""
+    """The file's media type if browsers play it, else None."""
     try:
         return _media_type(file, file.stat().st_mtime_ns)
     except (DecodeError, OSError):
@@ -39,7 +39,7 @@ def _media_type(file: Path, _changed: int) -> str | None:
 
 @lru_cache(maxsize=2048)
 def thumbnail(file: Path, start: float, end: float) -> bytes:
-    """JPEG of the middle frame; some 5 KB each, so the cache holds 10 MB.
+    """JPEG of the middle frame; about 5 KB each, so the cache takes about 10 MB.
 
     Raises:
         DecodeError: the file does not decode.
@@ -51,7 +51,7 @@ def thumbnail(file: Path, start: float, end: float) -> bytes:
 
 @lru_cache(maxsize=16)
 def excerpt(file: Path, start: float, end: float) -> bytes:
-    """H.264 in MP4 of a part, without sound.
+    """H.264 in MP4 of [start, end], without sound.
 
     Raises:
         DecodeError: the file does not decode.

@@ -1,4 +1,4 @@
-"""What the endpoints' parameters are, and what may be wrong with them, as OpenAPI has it."""
+"""The endpoints' parameters and their error responses, as shown in OpenAPI."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastapi import HTTPException, Query
 from fastapi import Path as InPath
 
 from emcl.search.index import VideoIndex, Window
-from emcl.serve.answers import LAST_WINDOW, Problem, Sentence
+from emcl.serve.schemas import LAST_WINDOW, Problem, Sentence
 
 Number = Annotated[int, InPath(ge=1, le=LAST_WINDOW, description="a window's number")]
 Top = Annotated[int, Query(ge=1, le=100, description="how many")]
@@ -28,8 +28,8 @@ NOT_THERE: dict[int | str, dict[str, Any]] = {
 
 
 def window_of(index: VideoIndex, number: int) -> Window:
-    """Raises HTTPException: 404, there is no such window."""
-    found = index.window(number)
-    if found is None:
+    """The window with this number. Raises HTTPException 404 if there is none."""
+    window = index.window(number)
+    if window is None:
         raise HTTPException(404, f"there is no window {number}, or its file has gone")
-    return found
+    return window

@@ -1,6 +1,6 @@
-"""What the model's tasks say of videos, over HTTP: two endpoints for each task that offers something.
+"""HTTP endpoints for the predictions of the model's tasks: two for each task that makes predictions.
 
-`/api/caption` and `/api/answer` stand beside them, by whichever task captions or answers.
+`/api/caption` and `/api/answer` use whichever task captions or answers.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 
-from emcl.serve.answers import Answer, Answers, Caption, Predictions, Said
-from emcl.serve.desk import Desk
 from emcl.serve.parameters import NOT_THERE, WRONG, WRONG_VIDEO, Number, Text, Top, window_of
+from emcl.serve.schemas import Answer, Answers, Caption, Predictions, Said
 from emcl.serve.service import Asked, Service
 from emcl.serve.uploads import BODY, Uploads
+from emcl.serve.work_queue import WorkQueue
 from emcl.task import Offer, Prediction
 
 SENT: dict[str, Any] = {"responses": {**WRONG, **WRONG_VIDEO, **NOT_THERE}, "openapi_extra": BODY}
@@ -22,25 +22,25 @@ CAPTION = Asked(verb="caption")
 
 
 class _Asking:
-    """Asks the model of a video that is sent, or of an indexed part."""
+    """Runs predictions on a sent video, or on an indexed window."""
 
-    def __init__(self, service: Service, desk: Desk, uploads: Uploads) -> None:
-        self.service, self.desk, self.uploads = service, desk, uploads
+    def __init__(self, service: Service, queue: WorkQueue, uploads: Uploads) -> None:
+        self.service, self.queue, self.uploads = service, queue, uploads
 
     async def of_sent(self, request: Request, asked: Asked) -> list[Prediction]:
         self.service.check(asked)  # before the video is received
         async with self.uploads.receive(request) as video:
-            return await self.desk.do(self.service.predict, video.path, video.digest, asked)
+            return await self.queue.run(self.service.predict, video.path, video.digest, asked)
 
     async def of_window(self, number: int, asked: Asked) -> list[Prediction]:
         self.service.check(asked)
         window = window_of(self.service.index, number)
-        return await self.desk.do(self.service.predict_of_window, window, asked)
+        return await self.queue.run(self.service.predict_of_window, window, asked)
 
 
-def add_predictions(app: FastAPI, service: Service, desk: Desk, uploads: Uploads) -> None:
-    """All endpoints of this module; `desk` is the line before the model."""
-    model = _Asking(service, desk, uploads)
+def add_predictions(app: FastAPI, service: Service, queue: WorkQueue, uploads: Uploads) -> None:
+    """Adds all endpoints of this module; `queue` is the queue of requests to the model."""
+    model = _Asking(service, queue, uploads)
     for task, offer in service.offers.items():
         _add_task(app, model, task, offer)
     _add_others(app, model)
@@ -67,7 +67,7 @@ def add_predictions(app: FastAPI, service: Service, desk: Desk, uploads: Uploads
 
 
 def _add_task(app: FastAPI, model: _Asking, task: str, offer: Offer) -> None:
-    """Its own two endpoints, so that the description says which tasks there are, and which are asked a question."""
+    """Two endpoints per task, so that OpenAPI shows which tasks exist and which take a question."""
     sent: dict[str, Any] = {**SENT, "tags": ["predict"], "description": offer.description}
     indexed: dict[str, Any] = {**INDEXED, "tags": ["predict"], "description": offer.description}
     of_sent, of_window = f"/api/predict/{task}", f"/api/windows/{{number}}/predict/{task}"
@@ -94,7 +94,7 @@ def _add_task(app: FastAPI, model: _Asking, task: str, offer: Offer) -> None:
 
 
 def _add_others(app: FastAPI, model: _Asking) -> None:
-    """For a name that is no task's: says which there are."""
+    """Answers an unknown task name with the list of tasks."""
 
     @app.post("/api/predict/{task}", include_in_schema=False)
     @app.get("/api/windows/{number}/predict/{task}", include_in_schema=False)
@@ -103,7 +103,7 @@ def _add_others(app: FastAPI, model: _Asking) -> None:
 
 
 def _unwanted(request: Request) -> str | None:
-    """A question for a task that is asked none, which is to say so."""
+    """The question sent to a task that takes none; passed on so that the task rejects it."""
     return request.query_params.get("question")
 
 

@@ -1,4 +1,4 @@
-"""Headers that keep a page to itself, and the names a server on this machine alone may be called by."""
+"""Security headers, and the host names that a server on the loopback address accepts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 _DESCRIPTION = "/docs"
-"""FastAPI's page of the API loads its script from elsewhere; it shows nothing of the index."""
+"""FastAPI's API page loads scripts from another host, so it gets no policy; it shows no data of the index."""
 
 
 class Headers:
-    """On every answer: nothing is loaded from elsewhere, nor shown within other pages."""
+    """Adds headers to every response: pages load nothing from other hosts and cannot be framed by other pages."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

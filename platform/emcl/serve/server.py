@@ -14,23 +14,23 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from emcl.errors import UserError
 from emcl.search.index import VideoIndex
 from emcl.serve.api import build_app
-from emcl.serve.limits import Limits
 from emcl.serve.protection import LOOPBACK
+from emcl.serve.request_limits import Limits
 
 GRACE = 10
-"""Seconds that requests under way get when the server is asked to stop."""
+"""Seconds that running requests get to finish when the server is asked to stop."""
 
 
 def serve(index: VideoIndex, limits: Limits, address: socket.socket, *, host: str, browser: bool = False) -> None:
-    """Until SIGINT or SIGTERM; requests under way are answered first.
+    """Serves until SIGINT or SIGTERM; running requests are answered first.
 
     Args:
-        address: as `bind` gives it for `host`.
+        address: the socket that `bind` returned for `host`.
     """
-    # the other half of the cores decodes, makes pictures and answers; with all of them the model was half as fast
+    # the other half of the cores decodes, makes pictures and sends responses; with all cores the model was half as fast
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) // 2)))
     app = build_app(index, limits)
-    if host in LOOPBACK:  # a page from elsewhere whose name is made to point here must not read the videos
+    if host in LOOPBACK:  # against DNS rebinding: other sites must not read the videos
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
     url = f"http://{host}:{address.getsockname()[1]}"
     print(f"{len(index)} windows of {index.folder}: {url} (API: {url}/docs); Ctrl-C stops", flush=True)
@@ -43,13 +43,13 @@ def serve(index: VideoIndex, limits: Limits, address: socket.socket, *, host: st
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """An address of this machine, taken before a model is opened for it; who asks meanwhile waits.
+    """Binds an address before the model is loaded; requests that arrive meanwhile wait.
 
     Raises:
         UserError: the port is taken, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # named, not left to the system: asyncio turns Nagle's delay of 40 ms off for sockets that say they are TCP's
+    # explicit protocol: asyncio turns off Nagle's delay of 40 ms only for sockets declared as TCP
     address = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

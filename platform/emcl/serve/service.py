@@ -1,4 +1,4 @@
-"""What the server can be asked, answered by the model and the index; called by one thread."""
+"""The server's operations on the model and the index; called from one thread only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emcl.search.windows import Windows
 from emcl.task import Offer, Prediction
 
 PARTS = 64
-"""Of a sent video's curve, at most."""
+"""Largest number of intervals in a sent video's curve."""
 
 Curve = list[tuple[float, float]]
 """Seconds and similarity, in order of time."""
@@ -25,7 +25,7 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a video, beside the video (`VideoTextModel.predict`)."""
+    """The arguments of a prediction, except the video (`VideoTextModel.predict`)."""
 
     task: str | None = None
     verb: str | None = None
@@ -60,7 +60,7 @@ class Service:
         return self.model.encode_text(texts)
 
     def embed_video(self, path: Path, digest: str) -> Tensor:
-        """(T, D): the frames that there are."""
+        """(T, D) embeddings of the video's frames."""
         features = self._whole(path, digest)
         return features.frames[0][features.mask[0]]
 
@@ -71,10 +71,10 @@ class Service:
         return self._predicted(self.index.features([window.number]), asked)
 
     def check(self, asked: Asked) -> None:
-        """Before a video is received.
+        """Checks a request before its video is received.
 
         Raises:
-            UserError: no task can be meant, or a question is missing or too many.
+            UserError: no task matches, or a question is missing or not wanted.
         """
         self.model.task_for(asked.task, asked.verb, question=asked.question)
 
@@ -82,27 +82,27 @@ class Service:
         return self.model.predict(features, asked.question, task=asked.task, verb=asked.verb, top=asked.top)[0]
 
     def curve_of_window(self, window: Window, query: str) -> Curve:
-        """Over the whole file that the window is of."""
-        parts = self.index.neighbours(window.number)
-        features = self.index.features([part.number for part in parts])
-        return self._curve(features, [(part.start, part.end) for part in parts], query)
+        """Similarity over the window's whole file."""
+        neighbours = self.index.neighbours(window.number)
+        features = self.index.features([neighbour.number for neighbour in neighbours])
+        return self._curve(features, [(neighbour.start, neighbour.end) for neighbour in neighbours], query)
 
     def curve(self, path: Path, digest: str, query: str) -> Curve:
-        """Over a sent video, in at most PARTS parts."""
+        """Similarity over a sent video, in at most PARTS intervals."""
         seconds = duration(path)
-        parts = Windows(max(self.index.windows.length, seconds / PARTS), 0.0, "windows").of(seconds)
-        spans: list[Video] = [Span(path, *part) for part in parts]
+        intervals = Windows(max(self.index.windows.length, seconds / PARTS), 0.0, "windows").of(seconds)
+        spans: list[Video] = [Span(path, *interval) for interval in intervals]
         features = self._remembered(digest, "curve", lambda: self.model.encode_video(spans, progress=False))
-        return self._curve(features, parts, query)
+        return self._curve(features, intervals, query)
 
-    def _curve(self, features: VideoFeatures, parts: Sequence[tuple[float, float]], query: str) -> Curve:
+    def _curve(self, features: VideoFeatures, intervals: Sequence[tuple[float, float]], query: str) -> Curve:
         """The cosine of the sentence with each frame."""
         text = F.normalize(self.model.encode_text(query), dim=-1)[0]
         scores = F.normalize(features.frames, dim=-1) @ text  # (n, T)
         points: Curve = []
-        for (start, end), row, there in zip(parts, scores, features.mask, strict=True):
-            values = row[there].tolist()
-            points += [(start + (end - start) * (place + 0.5) / len(values), v) for place, v in enumerate(values)]
+        for (start, end), row, present in zip(intervals, scores, features.mask, strict=True):
+            values = row[present].tolist()
+            points += [(start + (end - start) * (index + 0.5) / len(values), v) for index, v in enumerate(values)]
         return sorted(points)
 
     def _whole(self, path: Path, digest: str) -> VideoFeatures:
@@ -110,10 +110,10 @@ class Service:
 
     def _remembered(self, digest: str, what: str, encode: Callable[[], VideoFeatures]) -> VideoFeatures:
         key = (digest, what)
-        found = self._kept.pop(key, None)
-        if found is None:
-            found = encode()
-        self._kept[key] = found
+        features = self._kept.pop(key, None)
+        if features is None:
+            features = encode()
+        self._kept[key] = features
         while len(self._kept) > self._room:
             self._kept.popitem(last=False)
-        return found
+        return features

@@ -1,4 +1,4 @@
-"""Videos that users send: to a temporary file, of limited size, seen by FFmpeg's demuxers for videos alone."""
+"""Receives videos from users: size-limited, to a temporary file, and opened only by FFmpeg's video demuxers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from fastapi import HTTPException, Request
 
-from emcl.serve.desk import BusyError
-from emcl.serve.limits import Limits
+from emcl.serve.request_limits import Limits
+from emcl.serve.work_queue import BusyError
 
 TYPES = ("application/octet-stream",)
-"""Besides video/*."""
+"""Accepted content types besides video/*."""
 BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -26,29 +26,29 @@ BODY: dict[str, Any] = {
         },
     }
 }
-"""For OpenAPI."""
+"""The request body in OpenAPI."""
 
 
 @dataclass(frozen=True)
 class Upload:
     path: Path
     digest: str
-    """SHA-256 of its content."""
+    """SHA-256 of the content."""
 
 
 class Uploads:
-    """Receives videos, so many at once."""
+    """Receives videos, at most `limits.uploads` at the same time."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.here = limits, 0
 
     @asynccontextmanager
     async def receive(self, request: Request) -> AsyncIterator[Upload]:
-        """The body as a file, which is gone afterwards.
+        """Stores the body in a file, which is deleted afterwards.
 
         Raises:
-            HTTPException: 415 no video's type, 413 too large, 400 nothing sent.
-            BusyError: too many at once.
+            HTTPException: 415 not a video type, 413 too large, 400 empty body.
+            BusyError: too many uploads at the same time.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not kind.startswith("video/") and kind not in TYPES:
@@ -68,12 +68,12 @@ class Uploads:
         if said.isdigit() and int(said) > self.limits.upload_bytes:
             raise self._too_large()
         digest, size = hashlib.sha256(), 0
-        async for part in request.stream():
-            size += len(part)
+        async for chunk in request.stream():
+            size += len(chunk)
             if size > self.limits.upload_bytes:
                 raise self._too_large()
-            digest.update(part)
-            file.write(part)
+            digest.update(chunk)
+            file.write(chunk)
         if not size:
             raise HTTPException(400, "the body is empty: send the video's bytes")
         file.flush()

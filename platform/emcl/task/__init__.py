@@ -2,9 +2,9 @@
 
 from emcl.task.base import Task
 from emcl.task.prediction import Compares, Offer, Prediction
-from emcl.task.result import Result
 from emcl.task.scorer import Evaluation, Lockstep, Record, Scorer, Scores
 from emcl.task.task_report import Case, Published, Shown, Table, TaskReport, Variant
+from emcl.task.task_result import Result
 
 __all__ = [
     "Case",

@@ -1,6 +1,6 @@
 """The base class of tasks: an nn.Module that owns its head.
 
-It says what it takes from samples, its losses from the shared encoding, how it is scored and by which metric its best
+It defines what it takes from samples, its losses from the shared encoding, how it is scored, by which metric its best
 checkpoint is chosen, what a report shows of it, and what it predicts for people who only use the model.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from emcl.config import Config
+from emcl.data.captions import TextSource
 from emcl.data.loader import Collator
 from emcl.data.samples import Sample
-from emcl.data.text import TextSource
 from emcl.distributed import Ranks
 from emcl.model.backbone import Backbone, Encoded
 from emcl.task.prediction import Offer, Prediction
@@ -27,7 +27,7 @@ class Task(nn.Module):
 
     Args:
         settings: an instance of `config_class`, from `tasks.NAME` of the configuration.
-        config: the whole run's.
+        config: the run's configuration.
         backbone: gives widths; a task must not keep it.
     """
 
@@ -38,23 +38,23 @@ class Task(nn.Module):
     report: ClassVar[TaskReport] = TaskReport()
     """What `emcl report` shows of it."""
     offer: ClassVar[Offer | None] = None
-    """How people get at what `predict` says; None for a task that predicts nothing."""
+    """How users reach `predict`; None for a task that predicts nothing."""
     greater_is_better: ClassVar[bool] = True
     """Whether the best checkpoint is the one with the highest `Scores.chosen`; False for a loss or a rank."""
     learned: ClassVar[tuple[str, ...]] = ()
-    """The settings that `learn_settings` finds; a run that begins by `--init` keeps those of the earlier one."""
+    """The settings that `learn_settings` finds; a run that starts with `--init` keeps those of the earlier one."""
 
     def __init__(self, settings: Any, config: Config, backbone: Backbone) -> None:
         super().__init__()
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
-        """`settings` completed by what the training split decides, such as a vocabulary.
+        """`settings` completed from the training split, such as by a vocabulary.
 
         They become part of the run's configuration, and so of every checkpoint and export. The same on every rank.
 
         Raises:
-            UserError: the samples have nothing for this task; the task's name is put before it.
+            UserError: the samples have nothing for this task; the task's name is prefixed to the message.
         """
         return settings
 
@@ -65,7 +65,7 @@ class Task(nn.Module):
 
     @classmethod
     def notices(cls) -> list[str]:
-        """What this machine lacks for the task's scores, a line each: said at the start and not after the training."""
+        """What this machine lacks for the task's scores, a line each: printed at the start, not after the training."""
         return []
 
     @classmethod
@@ -73,7 +73,7 @@ class Task(nn.Module):
         """Makes this task's part of a batch, in the loader's process; `texts` makes the text tower's input."""
         raise NotImplementedError
 
-    def losses(self, backbone: Backbone, encoded: Encoded, part: Any, ranks: Ranks) -> dict[str, Tensor]:
+    def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
         """This rank's shares: over all ranks they add up to the losses of the global batch.
 
         A batch without a sample for this task gives exactly 0, by the same forward passes: other ranks may have one.
@@ -83,7 +83,7 @@ class Task(nn.Module):
     def predict(
         self, backbone: Backbone, encoded: Encoded, question: str | None = None, *, top: int = 1
     ) -> list[list[Prediction]]:
-        """Of each video one prediction at least and `top` at most, the likeliest first.
+        """For each video at least one prediction and at most `top`, the likeliest first.
 
         Called in evaluation mode, without gradients.
 

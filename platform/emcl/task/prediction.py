@@ -1,4 +1,4 @@
-"""What a task says of videos to people who only use the model: `emcl caption`, `emcl ask`, the page and the API."""
+"""Predictions of tasks for users of a model: `emcl caption`, `emcl ask`, the page and the API."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.regulariser import Regulariser
-from emcl.nearest import nearest
+from emcl.suggestions import nearest
 
 COMPARE = "compare sentences with videos"
-"""What a task can do that `Compares`."""
+"""What a task that `Compares` can do."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Something said of one video."""
+    """A prediction for one video."""
 
     text: str
     probability: float | None = None
@@ -29,26 +29,26 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Offer:
-    """How people get at a task's predictions: by `emcl predict`, by a button of the page, by an endpoint."""
+    """How users reach a task's predictions: by `emcl predict`, by a button of the page, by an endpoint."""
 
     verb: str
-    """What the task does, such as `caption` or `answer`. Tasks of one verb stand in for each other: `emcl caption` and
-    `VideoTextModel.caption` take whichever the model has."""
+    """What the task does, such as `caption` or `answer`. Tasks with the same verb are interchangeable: `emcl caption`
+    and `VideoTextModel.caption` take whichever the model has."""
     button: str
     """On the page, such as `Describe it`."""
     description: str
     """One sentence, for the help of people and programs."""
     question: str | None = None
-    """An example of the question that comes with the video; None for a task that is asked nothing."""
+    """An example of the question that comes with the video; None for a task without a question."""
 
 
 def only_task(run: object, able: Sequence[str], task: str | None, deed: str, way: str) -> str:
-    """Which of a run's tasks is meant, of those that are able to do something.
+    """The selected task among those of a run that are able to do something.
 
     Args:
-        task: as it is named by the user, if it is.
+        task: the name given by the user, if any.
         deed: what they are able to do, such as `caption`.
-        way: how one is named, such as `--task`.
+        way: how to name one, such as `--task`.
 
     Raises:
         UserError: none is able, another one is named, or several are able and none is named.
@@ -67,11 +67,11 @@ def only_task(run: object, able: Sequence[str], task: str | None, deed: str, way
 class Compares(Protocol):
     """A task by which sentences and videos are compared: `emcl index`, `emcl search`, `VideoTextModel.similarity`.
 
-    Any task is one that has these two; there is nothing to inherit.
+    Any task with these two attributes is one; there is nothing to inherit.
     """
 
     emcl: Regulariser | None
-    """The regulariser that was trained for it, EMCL or another; checkpoints know it by this name."""
+    """The regulariser that was trained for it, EMCL or another; `emcl` is also its name in checkpoints."""
 
     def similarity_in_tiles(
         self, text_QD: Tensor, frames_GTD: Tensor, mask_GT: Tensor, tile: int, ranks: Ranks, layer: Regulariser | None
@@ -80,14 +80,14 @@ class Compares(Protocol):
 
         Args:
             text_QD: sentences.
-            frames_GTD, mask_GT: videos, and which of their frames there are.
+            frames_GTD, mask_GT: videos, and which of their frames are present.
             tile: texts x videos that meet a transductive regulariser together, such as the reference EMCL.
             ranks: those that share the work.
-            layer: what both go through, the task's own or another; None for none.
+            layer: regulariser applied to both, the task's own or another; None for none.
         """
         ...
 
 
 def compares(task: Any) -> TypeGuard[Compares]:
-    """Not by `isinstance`, which from Python 3.12 on sees no submodule of an nn.Module."""
+    """Does not use `isinstance`, which from Python 3.12 on does not see submodules of an nn.Module."""
     return hasattr(task, "emcl") and callable(getattr(task, "similarity_in_tiles", None))

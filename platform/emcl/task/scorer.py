@@ -1,4 +1,4 @@
-"""How a task is scored: what is kept of each batch of an evaluation, and what is made of it once all is there."""
+"""How a task is scored: records of each batch of an evaluation, and the scores computed from all of them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from emcl.pictures import FramesOf
 Picture = Callable[[Path, FramesOf], None]
 """Draws to a path."""
 Record = tuple[int, Any]
-"""A sample's row in the shards, and what was found of it, or of one query about it; picklable."""
+"""A sample's row in the shards, and the result for it, or for one query about it; picklable."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A task's result on one split, the same on every rank but for what is to be drawn and kept, which rank 0 has."""
+    """A task's result on one split, the same on every rank except for pictures and files, which rank 0 has."""
 
     metrics: dict[str, float]
     protocol: str
@@ -38,8 +38,8 @@ class Scores:
     files: dict[str, str] = field(default_factory=dict)
     """Contents of further files to keep, by name; `{split}` in it is filled in (`RunFolder.kept`)."""
     items: dict[str, list[Any]] = field(default_factory=dict)
-    """What was found of each query, column by column. A column that is named as a metric gives that its interval, `id`
-    which queries are of one sample; the task's report shows the others."""
+    """The result of each query, column by column. A column named as a metric gives its interval, `id` says which
+    queries are of one sample; the task's report shows the others."""
     save: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     """Further files to keep of the test split, each written to a path; names as in `files`."""
 
@@ -47,7 +47,7 @@ class Scores:
 class Lockstep:
     """Runs a module over any number of rows in chunks, as many chunks on every rank as on the one with most.
 
-    Under ZeRO-3 each forward pass is a collective: a rank that has nothing left goes through a filler with the others.
+    Under ZeRO-3 each forward pass is a collective: a rank that has no rows left runs a filler with the others.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, size: int, device: torch.device) -> None:
@@ -55,10 +55,10 @@ class Lockstep:
 
     def __call__(self, call: Callable[..., Tensor], rows: Sequence[Tensor] | None, filler: Sequence[Tensor]) -> Tensor:
         """`call(*rows)` for rows of equal length, concatenated; empty where there are none."""
-        mine = [] if rows is None else list(zip(*(part.split(self.size) for part in rows), strict=True))
-        chunks = int(self.ranks.maximum(torch.tensor(len(mine), device=self.device)))
-        done = [self.model(call=partial(call, *part)) for part in mine]
-        spare = [self.model(call=partial(call, *filler)) for _ in range(chunks - len(mine))]
+        own_chunks = [] if rows is None else list(zip(*(tensor.split(self.size) for tensor in rows), strict=True))
+        chunks = int(self.ranks.maximum(torch.tensor(len(own_chunks), device=self.device)))
+        done = [self.model(call=partial(call, *chunk)) for chunk in own_chunks]
+        spare = [self.model(call=partial(call, *filler)) for _ in range(chunks - len(own_chunks))]
         return torch.cat(done or [spare[0][:0]]) if done or spare else torch.zeros(0, device=self.device)
 
 
@@ -77,45 +77,45 @@ class Evaluation:
     lockstep: Lockstep
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """`call()` within a forward pass of the whole model, by which ZeRO-3 keeps its books; on all ranks."""
+        """`call()` within a forward pass of the whole model, as ZeRO-3 needs; on all ranks."""
         return self.model(call=call)
 
     def sample(self, row: int) -> Sample:
-        """Of a row of the shards."""
+        """The sample of a row of the shards."""
         return self.split.sample(row)
 
     @property
     def title(self) -> str:
-        """Over a picture."""
+        """The title of a picture."""
         return f"{self.name}: {self.config.model.name}"
 
 
 class Scorer:
     """Keeps records batch by batch, on each rank those of its own samples; then scores those of all ranks.
 
-    A task's own has `update` and `compute`. What is kept is gathered here, in the order of the samples, so that a score
-    does not depend on the number of ranks.
+    A task's own scorer defines `update` and `compute`. Records are gathered here, in the order of the samples, so that
+    a score does not depend on the number of ranks.
     """
 
     def __init__(self, task: Any, evaluation: Evaluation) -> None:
         self.task, self.evaluation = task, evaluation
         self.records: list[Record] = []
 
-    def update(self, encoded: Encoded, part: Any | None, rows: Sequence[int]) -> None:
+    def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
         """Adds one batch's records.
 
-        All ranks make the same number of calls. One that has run out of samples is given one encoded filler, no `part`
+        All ranks make the same number of calls. One that has run out of samples gets one encoded filler, no `inputs`
         and no `rows`: it takes part in the others' forward passes (`evaluation.run`, `evaluation.lockstep`) and adds
         nothing.
 
         Args:
-            part: what the task's collator made for the batch.
-            rows: of each encoded video, its place in the shards.
+            inputs: what the task's collator made for the batch.
+            rows: the row in the shards of each encoded video.
         """
         raise NotImplementedError
 
     def compute(self, records: Any) -> Scores:
-        """The scores of all records; on rank 0 alone, so nothing here may need another rank.
+        """The scores of all records; on rank 0 alone, so it must not communicate with other ranks.
 
         Args:
             records: what `gather` gave.
@@ -128,7 +128,7 @@ class Scorer:
     def gather(self) -> Any:
         """What `compute` takes, on rank 0; called by all ranks: here, all records in the order of their rows."""
         everyone = self.evaluation.ranks.collect_objects(self.records)
-        return sorted((record for part in everyone or () for record in part), key=lambda record: record[0])
+        return sorted((record for of_rank in everyone or () for record in of_rank), key=lambda record: record[0])
 
     def result(self) -> Scores:
         """Called once, by all ranks."""

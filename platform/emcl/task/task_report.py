@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from emcl.metrics.bootstrap import interval
-from emcl.task.result import Result
+from emcl.task.task_result import Result
 
 EXAMPLES = 6
-"""Of the best and of the worst."""
+"""Examples of the best, and of the worst."""
 
 Interval = tuple[float, float]
 PictureOf = Callable[[str], str | None]
-"""A sample's id to some of its frames as a data URL; None where its shards are not at hand."""
+"""A sample's id to some of its frames as a data URL; None if its shards are not available."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Shown:
-    """A video, and a word about it."""
+    """A video, and a note on it."""
 
     id: str
     note: str
@@ -66,7 +66,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Case:
-    """One query with what came of it."""
+    """One query with its result."""
 
     query: str
     outcome: str
@@ -74,19 +74,19 @@ class Case:
 
 
 class TaskReport:
-    """The default: every metric, with intervals where a query's values were kept. A task's own adds the rest."""
+    """The default: every metric, with intervals if each query's values were saved. A task's report adds the rest."""
 
     columns: Sequence[str] = ()
-    """The metrics of a table, in order; all that there are where none is named."""
+    """The metrics of a table, in order; empty for all."""
     published: Mapping[tuple[str, str], Sequence[Published]] = {}
     """Figures of papers by benchmark and protocol, as `emcl prepare` names them."""
 
     def columns_of(self, metrics: Sequence[str]) -> list[str]:
-        """The columns of a table of results that have these metrics between them."""
+        """The columns of a table of results, given all of their metrics."""
         return list(self.columns or metrics)
 
     def short(self, metric: str) -> str:
-        """A metric's name over a column."""
+        """A metric's name as a column heading."""
         return metric.replace("/", " ").replace("_", " ")
 
     def intervals(self, result: Result) -> dict[str, Interval]:
@@ -103,18 +103,18 @@ class TaskReport:
         return []
 
     def plots(self, result: Result) -> list[tuple[str, str]]:
-        """Caption and picture, as a data URL (`emcl.pictures.drawn`), of what can be drawn of what was kept."""
+        """Caption and picture, as a data URL (`emcl.pictures.drawn`), of the plots that the saved files allow."""
         return []
 
     def cases(self, result: Result, picture: PictureOf) -> dict[str, list[Case]]:
-        """Examples under a heading each, such as `Best` and `Worst`; empty where the run kept too little."""
+        """Examples under a heading each, such as `Best` and `Worst`; empty if the run saved too little."""
         return {}
 
 
 def best_and_worst(values: Sequence[float], case: Callable[[int], Case]) -> dict[str, list[Case]]:
-    """The queries of the highest and of the lowest values, told by their places in `Scores.items`."""
+    """The queries of the highest and of the lowest values, given by their indices in `Scores.items`."""
     order = np.argsort(-np.asarray(values, np.float64), kind="stable").tolist()
     return {
-        "Best": [case(place) for place in order[:EXAMPLES]],
-        "Worst": [case(place) for place in order[::-1][:EXAMPLES]],
+        "Best": [case(index) for index in order[:EXAMPLES]],
+        "Worst": [case(index) for index in order[::-1][:EXAMPLES]],
     }

@@ -1,4 +1,4 @@
-"""How exact a run's arithmetic is: TF32, and the same bits in every run, as the configuration says."""
+"""Numerical settings of a run: TF32, and bitwise reproducible results (`deterministic`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from emcl.config import Config
 
 WORKSPACE = ":4096:8"
-"""With workspaces of this size cuBLAS takes the same way each time (its documentation: results reproducibility)."""
+"""With workspaces of this size cuBLAS is deterministic (its documentation: results reproducibility)."""
 
 
 def set_arithmetic(config: Config) -> None:
@@ -19,8 +19,8 @@ def set_arithmetic(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
     torch.use_deterministic_algorithms(config.deterministic)
-    # it would show reads of what nobody wrote, at a price
+    # it would reveal reads of uninitialised memory, at the cost of time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = False  # the fastest algorithm may be another one tomorrow
-    # of attention's three kernels this one's backward pass adds up in the order in which blocks happen to finish
+    torch.backends.cudnn.benchmark = False  # the fastest algorithm may differ between runs
+    # this attention kernel's backward pass is not deterministic: it sums in the order in which blocks finish
     torch.backends.cuda.enable_mem_efficient_sdp(not config.deterministic)

@@ -1,4 +1,4 @@
-"""The clips that do not decode while training: named once, counted over all ranks, and too many of them end the run."""
+"""Clips that fail to decode in training: logged once each, counted over all ranks; too many end the run."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from emcl.data.bad import check_bad_fraction
+from emcl.data.bad_samples import check_bad_fraction
 from emcl.disk import write_whole
 from emcl.distributed import Ranks
 
 
 class BadClips:
-    """Distinct bad clips of all ranks so far; a resumed run goes on counting."""
+    """The distinct bad clips of all ranks so far; a resumed run continues the count."""
 
     def __init__(self, ranks: Ranks, listed: Path, samples: int, max_bad_fraction: float, damaged: list[str]) -> None:
-        """`samples` of the training split; `damaged` are those that its shards lost, which every rank knows.
+        """`samples`: size of the training split; `damaged`: samples lost in damaged shards, the same on every rank.
 
         Args:
-            listed: the file of all of them, a line each.
+            listed: file that lists all bad clips, one per line.
         """
         self.ranks, self.path, self.allowed = ranks, listed, max_bad_fraction
         self.total = samples + len(damaged)
         kept = self.path.read_text().splitlines() if ranks.first and self.path.is_file() else []
         self.names = {*damaged, *ranks.gather_objects(kept)[0]}
         self.new: list[str] = []
-        """Of this rank, and not yet told to others."""
+        """Bad clips of this rank that the other ranks do not know yet."""
         if ranks.first:
             for item in damaged:
                 tqdm.write(f"left out: {item}")
@@ -35,17 +35,17 @@ class BadClips:
         return len(self.names)
 
     def add(self, names: Iterable[str]) -> None:
-        """What this rank has found; no communication."""
+        """Adds bad clips of this rank; no communication."""
         for name in names:
             if name not in self.names and name not in self.new:
                 self.new.append(name)
                 tqdm.write(f"does not decode, another clip is taken: {name}")
 
     def exchange(self) -> None:
-        """Tells all ranks; called by all where any has something new.
+        """Shares the new clips with all ranks; called by all ranks if any has new ones.
 
         Raises:
-            UserError: more than are allowed.
+            UserError: more bad clips than allowed.
         """
         self.names |= {name for names in self.ranks.gather_objects(self.new) for name in names}
         self.new = []

@@ -1,7 +1,7 @@
-"""DeepSpeed's checkpoints of a run: `checkpoints/step-N`, the newest k kept, the newest whole one continued from.
+"""A run's DeepSpeed checkpoints, `checkpoints/step-N`: the newest k are kept; resuming takes the newest intact one.
 
-A checkpoint is written beside its place, with the size and checksum of every file, and renamed last: one that a kill or
-a full disk cut short never has its name, and one that was damaged later is named and passed over.
+A checkpoint is written under a temporary name, with the size and checksum of every file, and renamed at the end. So one
+that was cut short by a kill or a full disk never gets its name, and one that was damaged later is reported and skipped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from emcl.config import Config
 from emcl.disk import OLD, free_bytes, replace_folder
 from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
+from emcl.inline_values import as_typed
 from emcl.run_folder import MANIFEST, STEP, checkpoints_in
-from emcl.settings import as_typed
 from emcl.train.optimizer import optimizer_class
-from emcl.train.settings import OptimConfig
-from emcl.train.universal import KEPT, PART, UNIVERSAL, to_universal
+from emcl.train.reshard import KEPT, PART, UNIVERSAL, to_universal
+from emcl.train.train_settings import OptimConfig
 
 MIB = 2**20
 
@@ -46,43 +46,44 @@ def save(
     optim: OptimConfig,
     keep: int,
 ) -> None:
-    """Called by all ranks. Once the new one stands, all but the newest `keep` up to its step go; so do those of later
-    steps: they were damaged, or the run would have gone on from them.
+    """Saves a checkpoint, then deletes all but the newest `keep` up to its step, and later ones. Called by all ranks.
+
+    Those of later steps must be damaged, since the run would have resumed from them otherwise.
 
     Args:
-        names: of the learning weights, by group of the optimiser.
-        optim: the optimiser's settings, whose parts another run must have too that goes on.
+        names: names of the trained weights, by optimiser group.
+        optim: the optimiser's settings, some of which must not change when the run is resumed.
 
     Raises:
-        UserError: it cannot be written; the checkpoints before are as they were.
+        UserError: it cannot be written; the earlier checkpoints are unchanged.
     """
     tag = f"{STEP}{step:08d}"
-    part = folder / f"{tag}{PART}"
+    temporary = folder / f"{tag}{PART}"
     error = None
     if ranks.first:
-        shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while saving
         error = _no_room(engine, folder, tag)
     ranks.agree(error)
     try:
         engine.save_checkpoint(
             str(folder),
-            tag=part.name,
+            tag=temporary.name,
             client_state={**state, "step": step},
             save_latest=False,
             exclude_frozen_parameters=False,
         )
-    except (OSError, RuntimeError) as found:  # torch.save raises the latter where the disk is full
-        error = _not_written(folder, tag, _needed(engine, folder), first_line(found))
-        shutil.rmtree(part, ignore_errors=True)
+    except (OSError, RuntimeError) as caught:  # torch.save raises the latter where the disk is full
+        error = _not_written(folder, tag, _needed(engine, folder), first_line(caught))
+        shutil.rmtree(temporary, ignore_errors=True)
     ranks.agree(error)
     if ranks.first:
         try:
-            save_file(_buffers(engine), part / KEPT)
+            save_file(_buffers(engine), temporary / KEPT)
             facts = {"layout": _layout(engine, ranks), "optim": _begun_with(optim), "groups": names}
-            _finish(part, folder / tag, facts, keep)
-        except (OSError, SafetensorError) as found:
-            error = _not_written(folder, tag, _needed(engine, folder), str(found))
-            shutil.rmtree(part, ignore_errors=True)
+            _finish(temporary, folder / tag, facts, keep)
+        except (OSError, SafetensorError) as caught:
+            error = _not_written(folder, tag, _needed(engine, folder), str(caught))
+            shutil.rmtree(temporary, ignore_errors=True)
     ranks.agree(error)
 
 
@@ -96,22 +97,22 @@ def _layout(engine: Any, ranks: Ranks) -> dict[str, int]:
     return {"ranks": ranks.world_size, "stage": engine.zero_optimization_stage()}
 
 
-def _finish(part: Path, place: Path, facts: dict[str, Any], keep: int) -> None:
-    (part / MANIFEST).write_text(json.dumps({**facts, "files": _facts(part)}, indent=1))
-    replace_folder(part, place)
-    standing = checkpoints_in(place.parent)
-    number = standing.index(place) + 1
-    # those that were converted to go on from have served; what was cut short serves nobody
-    left = [path for path in place.parent.iterdir() if path.name.endswith((UNIVERSAL, PART, OLD))]
+def _finish(temporary: Path, target: Path, facts: dict[str, Any], keep: int) -> None:
+    (temporary / MANIFEST).write_text(json.dumps({**facts, "files": _facts(temporary)}, indent=1))
+    replace_folder(temporary, target)
+    standing = checkpoints_in(target.parent)
+    number = standing.index(target) + 1
+    # converted checkpoints were only needed to resume; unfinished ones are useless
+    left = [path for path in target.parent.iterdir() if path.name.endswith((UNIVERSAL, PART, OLD))]
     for old in [*standing[: max(0, number - keep)], *standing[number:], *left]:
         try:
             shutil.rmtree(old)
-        except OSError as error:  # the new one stands all the same
+        except OSError as error:  # the new checkpoint is complete nevertheless
             print(f"note: {old} could not be removed ({error.strerror})", flush=True)
 
 
 def _needed(engine: Any, folder: Path) -> int:
-    """Bytes of a checkpoint: of the last one; before the first, weights and Adam's two moments."""
+    """Bytes of a checkpoint: the size of the last one; before the first, that of weights and Adam's two moments."""
     last = checkpoints_in(folder)
     if last:
         return sum(path.stat().st_size for path in last[-1].rglob("*") if path.is_file())
@@ -119,24 +120,24 @@ def _needed(engine: Any, folder: Path) -> int:
 
 
 def _count(engine: Any) -> int:
-    """Weights, of all ranks."""
+    """Number of weights, over all ranks."""
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in engine.module.parameters())
 
 
 def check_room(engine: Any, folder: Path, ranks: Ranks) -> None:
-    """Called by all ranks before the first step.
+    """Checks the disk space; called by all ranks before the first step.
 
     Raises:
-        UserError: the disk has no room for a checkpoint with the best model beside it.
+        UserError: the disk has no room for a checkpoint and the best model.
     """
     model = 4 * _count(engine)
     ranks.agree(_no_room(engine, folder, "a checkpoint with a best model", model) if ranks.first else None)
 
 
 def _no_room(engine: Any, folder: Path, tag: str, more: int = 0) -> UserError | None:
-    """Found before any rank writes: one that fails alone would leave the others waiting.
+    """Checked before any rank writes: a rank that fails alone would leave the others waiting.
 
-    `more` bytes are needed besides.
+    `more`: further bytes that are needed.
     """
     need = _needed(engine, folder) + more
     return _not_written(folder, tag, need, "no room") if free_bytes(folder) < need else None
@@ -152,17 +153,17 @@ def _not_written(folder: Path, tag: str, need: int, reason: str) -> UserError:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """In words, what of a checkpoint is not as it was written."""
+    """Describes what is damaged in a checkpoint; None if nothing is."""
     try:
         wanted = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
-    found = _facts(checkpoint)
-    return next((f"{name} is not as it was written" for name in wanted if found.get(name) != wanted[name]), None)
+    actual = _facts(checkpoint)
+    return next((f"{name} is not as it was written" for name in wanted if actual.get(name) != wanted[name]), None)
 
 
 def newest_whole(folder: Path, warn: Callable[[str], None] = print) -> Path:
-    """The newest checkpoint with all that was written; damaged ones are named.
+    """The newest undamaged checkpoint; reports damaged ones by `warn`.
 
     Raises:
         UserError: there is none.
@@ -176,8 +177,8 @@ def newest_whole(folder: Path, warn: Callable[[str], None] = print) -> Path:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The checkpoint that a run goes on from."""
+class FoundCheckpoint:
+    """The checkpoint that a run resumes from."""
 
     path: Path
     universal: bool
@@ -185,28 +186,28 @@ class Found:
     converted: bool
 
 
-def find(folder: Path, ranks: Ranks, stage: int, config: Config) -> Found:
-    """The newest whole checkpoint, converted beside it where other ranks or another ZeRO stage wrote it. By all ranks.
+def find(folder: Path, ranks: Ranks, stage: int, config: Config) -> FoundCheckpoint:
+    """The newest undamaged checkpoint, converted if the number of ranks or the ZeRO stage differs. Called by all ranks.
 
     Raises:
-        UserError: there is none, it cannot be converted, or another optimiser has begun it.
+        UserError: there is none, it cannot be converted, or it was trained with another optimiser.
     """
-    found, error = None, None
+    candidate, error = None, None
     if ranks.first:
         try:
-            found = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage}, config)
+            candidate = _fitting(newest_whole(folder), {"ranks": ranks.world_size, "stage": stage}, config)
         except UserError as wrong:
             error = wrong
     ranks.agree(error)
-    chosen: Found = ranks.gather_objects(found)[0]
+    chosen: FoundCheckpoint = ranks.gather_objects(candidate)[0]
     return chosen
 
 
-def _fitting(path: Path, wanted: dict[str, int], config: Config) -> Found:
+def _fitting(path: Path, wanted: dict[str, int], config: Config) -> FoundCheckpoint:
     manifest = json.loads((path / MANIFEST).read_text())
     layout, precision, optimizer = manifest["layout"], config.precision, config.optim.optimizer
     before, after = layout["stage"], wanted["stage"]
-    usual, now = _begun_with(OptimConfig()), _begun_with(config.optim)  # there was no choice when none was written
+    usual, now = _begun_with(OptimConfig()), _begun_with(config.optim)  # older checkpoints have no entry: defaults
     for name, before_it in {**usual, **manifest.get("optim", {})}.items():
         if now[name] != before_it:
             raise UserError(
@@ -214,7 +215,7 @@ def _fitting(path: Path, wanted: dict[str, int], config: Config) -> Found:
                 f"{as_typed(now[name])}: --init takes the weights alone"
             )
     if layout == wanted or (before, after) == (0, 0):  # without ZeRO every rank holds all
-        return Found(path, universal=False, converted=False)
+        return FoundCheckpoint(path, universal=False, converted=False)
     if 0 in (before, after) and precision != "fp32":
         raise UserError(
             f"{path} is of ZeRO stage {before}; stage {after} goes on from it in fp32 alone, not in {precision}: give "
@@ -228,18 +229,18 @@ def _fitting(path: Path, wanted: dict[str, int], config: Config) -> Found:
     if "groups" not in manifest:
         same = f"{layout['ranks']} ranks and deepspeed=deepspeed/zero{before}.json"
         raise UserError(f"{path} was saved by an earlier version: it goes on with {same} alone")
-    place = path.with_name(f"{path.name}{UNIVERSAL}")
+    target = path.with_name(f"{path.name}{UNIVERSAL}")
     print(f"{path} is of {layout['ranks']} ranks, ZeRO {before}: converting it to any", flush=True)
-    to_universal(path, place, manifest["groups"], before, after)
-    return Found(place, universal=after > 0, converted=True)
+    to_universal(path, target, manifest["groups"], before, after)
+    return FoundCheckpoint(target, universal=after > 0, converted=True)
 
 
 def _begun_with(optim: OptimConfig) -> dict[str, Any]:
-    """What of the settings the state of an optimiser and of its schedule is of."""
+    """The settings on which the state of the optimiser and its schedule depends."""
     return {name: getattr(optim, name) for name in ("optimizer", "optimizer_options", "schedule")}
 
 
-def load(engine: Any, found: Found) -> dict[str, Any]:
+def load(engine: Any, source: FoundCheckpoint) -> dict[str, Any]:
     """Returns the client state, with `step`. Called by all ranks.
 
     Raises:
@@ -248,19 +249,19 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
     groups = engine.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     try:
-        loaded, state = engine.load_checkpoint(str(found.path.parent), tag=found.path.name)
+        loaded, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
     except Exception as failed:
         first = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
-        raise UserError(f"{found.path} does not fit this run (another model?): {first}") from None
+        raise UserError(f"{source.path} does not fit this run (another model?): {first}") from None
     if loaded is None:
-        raise UserError(f"{found.path} could not be read; remove it to continue from the one before")
-    if found.converted:
-        _take_kept(engine, load_file(found.path / KEPT))
-        # ZeRO-3 gives every group the rate, decay and name of the first there
+        raise UserError(f"{source.path} could not be read; remove it to continue from the one before")
+    if source.converted:
+        _take_kept(engine, load_file(source.path / KEPT))
+        # after conversion, ZeRO-3 gives every group the rate, decay and name of the first one
         rates = engine.lr_scheduler.get_last_lr()
         for group, own, rate in zip(engine.optimizer.param_groups, settings, rates, strict=True):
             group.update({**own, "lr": rate})
-        # and all parameters one tensor that counts steps, which each would count up
+        # and all parameters share one step counter, which each would increment
         for kept in engine.basic_optimizer.state.values():
             if isinstance(kept.get("step"), Tensor):
                 kept["step"] = kept["step"].clone()
@@ -268,7 +269,7 @@ def load(engine: Any, found: Found) -> dict[str, Any]:
 
 
 def _take_kept(engine: Any, kept: dict[str, Tensor]) -> None:
-    """Buffers and frozen weights, which the universal form lacks."""
+    """Restores buffers and frozen weights, which the universal form lacks."""
     buffers = {name: kept[name] for name, _ in engine.module.named_buffers() if name in kept}
     engine.module.load_state_dict(buffers, strict=False)
     for name, parameter in engine.module.named_parameters():

@@ -1,4 +1,4 @@
-"""Whether each rank has as many cores as it starts loader processes: with fewer, a GPU waits, and nothing says why."""
+"""Checks that each rank has as many cores as loader processes: with fewer, the GPU would wait without any message."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 
-Place = tuple[str, list[int]]
-"""A machine's name, and the cores of it that a process may run on."""
+HostAndCores = tuple[str, list[int]]
+"""A host's name, and its cores that a process may run on."""
 
 
-def place() -> Place:
-    """This process's. Schedulers and launchers bind processes to cores; a container's quota of time is not seen."""
+def host_and_cores() -> HostAndCores:
+    """The cores of this process, as schedulers and launchers bind them; a container's CPU quota is not seen."""
     if hasattr(os, "sched_getaffinity"):
         return socket.gethostname(), sorted(os.sched_getaffinity(0))
     return socket.gethostname(), list(range(os.cpu_count() or 1))
 
 
-def too_few_cores(places: Sequence[Place], workers: int) -> str | None:
-    """A line on the rank with the fewest cores, if they are fewer than its loaders; `places` are those of all ranks.
+def too_few_cores(of_ranks: Sequence[HostAndCores], workers: int) -> str | None:
+    """A message about the rank with the fewest cores, if it has fewer than loaders; `of_ranks` are those of all ranks.
 
-    Ranks that may run on the same core have a part of it each.
+    Ranks that may run on the same core share it equally.
     """
-    users = Counter((host, core) for host, cores in places for core in cores)
-    shares = [sum(1 / users[host, core] for core in cores) for host, cores in places]
+    users = Counter((host, core) for host, cores in of_ranks for core in cores)
+    shares = [sum(1 / users[host, core] for core in cores) for host, cores in of_ranks]
     rank = min(range(len(shares)), key=shares.__getitem__)
     if shares[rank] >= workers - 1e-6:
         return None
-    host, cores = places[rank]
+    host, cores = of_ranks[rank]
     shared = max(users[host, core] for core in cores)
     of = f", which {shared} ranks share" if shared > 1 else ""
     return (

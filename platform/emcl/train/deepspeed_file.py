@@ -7,7 +7,7 @@ from typing import Any
 
 from emcl.config import Config
 from emcl.errors import UserError
-from emcl.shipped import find_file
+from emcl.resources import find_file
 
 OURS = (
     "train_batch_size",
@@ -17,12 +17,12 @@ OURS = (
     "fp16",
     "bf16",
 )
-"""Keys that the configuration sets, so that they are in one place."""
+"""Keys that only the run's configuration may set."""
 STAGES = range(4)
 
 
 def read_deepspeed(config: Config) -> dict[str, Any]:
-    """What the file says.
+    """Reads and checks the file.
 
     Raises:
         UserError: no such file, no JSON, or it sets what the configuration sets.
@@ -46,18 +46,18 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     if isinstance(stage, bool) or stage not in STAGES:
         raise UserError(f"{path}: zero_optimization.stage={stage!r} is not one of {', '.join(map(str, STAGES))}")
     if config.precision == "fp16" and stage == 0:
-        # DeepSpeed 0.19.8 divides gradients by a scale there that the loss was never multiplied by
+        # without ZeRO, DeepSpeed 0.19.8 divides gradients by a scale that the loss was never multiplied by
         raise UserError(f"precision=fp16 trains wrong without ZeRO ({path}): give deepspeed=deepspeed/zero1.json")
     return settings
 
 
 def stage_of(settings: dict[str, Any]) -> int:
-    """ZeRO's, of a DeepSpeed file's settings; 0 where it names none."""
+    """The ZeRO stage in a DeepSpeed file's settings; 0 if it names none."""
     return settings.get("zero_optimization", {}).get("stage", 0)
 
 
 def zero_stage(config: Config) -> int:
-    """Of the run.
+    """The run's ZeRO stage.
 
     Raises:
         UserError: as `read_deepspeed` does.

@@ -24,7 +24,7 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """The JSON file of `deepspeed=`, completed by batch size, precision and clipping.
 
     Raises:
-        UserError: as `read_deepspeed` does; or this device has no such precision.
+        UserError: as `read_deepspeed` does; or the device does not support the precision.
     """
     settings = read_deepspeed(config)
     accelerator = deepspeed.accelerator.get_accelerator()
@@ -55,7 +55,7 @@ def build_engine(
 ) -> Any:
     """Wraps the model, with its optimiser and schedule over `steps`.
 
-    With `universal`, it will load a checkpoint of that form (train/checkpoint.py).
+    With `universal`, the engine will load a checkpoint in the universal form (train/checkpoint.py).
     """
     settings = deepspeed_settings(config, ranks.world_size)
     if universal:
@@ -82,7 +82,7 @@ def offloads(settings: Mapping[str, Any]) -> bool:
 
 
 def _check_regularisers(model: nn.Module, stage: int) -> None:
-    """Raises UserError: one has parameters, which ZeRO-3 gathers around forward passes alone."""
+    """Raises UserError: one has parameters, which ZeRO-3 gathers only during forward passes."""
     for name, module in model.named_modules():
         if stage == 3 and isinstance(module, Regulariser) and next(module.parameters(), None) is not None:
             raise UserError(

@@ -20,7 +20,7 @@ from emcl.run_folder import CONFIG, EXPORT_SCORES, WEIGHTS, saved_config, saved_
 
 
 def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: dict[str, Any]) -> None:
-    """Writes the directory beside its place and renames it, so that it is whole or not there."""
+    """Writes the directory under a temporary name and renames it, so that it is either complete or absent."""
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -32,22 +32,22 @@ def save_export(folder: Path, state: dict[str, Tensor], config: Config, scores: 
     replace_folder(temporary, folder)
 
 
-def different_shape(name: str, there: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> str | None:
-    """In words, if a weight that both hold has another shape there."""
-    if name not in there or there[name].shape == here[name].shape:
+def different_shape(name: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """Describes the difference if a weight that both have differs in shape; else None."""
+    if name not in weights or weights[name].shape == expected[name].shape:
         return None
-    return f"{name} is {tuple(there[name].shape)} there, {tuple(here[name].shape)} here"
+    return f"{name} is {tuple(weights[name].shape)} there, {tuple(expected[name].shape)} here"
 
 
 def load_weights(model: nn.Module, folder: Path, *, without: tuple[str, ...] = ()) -> None:
-    """Fills `model` from an export, but for what begins with one of `without`.
+    """Loads `model` from an export, except weights whose names begin with one of `without`.
 
     Raises:
         UserError: the weights are of another architecture; names the first difference.
     """
     try:
         kept = load_file(folder / WEIGHTS)
-    except FileNotFoundError:  # a training has just put a better one in its place
+    except FileNotFoundError:  # a training run has just replaced it by a better model
         raise UserError(f"{folder / WEIGHTS} has gone while it was opened: try again") from None
     state = {name: weight for name, weight in kept.items() if not name.startswith(without)}
     own = model.state_dict()
@@ -67,7 +67,7 @@ def load_weights(model: nn.Module, folder: Path, *, without: tuple[str, ...] = (
 def open_export(folder: Path, config: Config | None = None) -> tuple[VideoLanguageModel, Config]:
     """Builds the exported model (or what `config` makes of it) with its weights; nothing is downloaded.
 
-    Heads of tasks that `config` has not are left where they are, and with them what weighs the tasks' losses.
+    Heads of tasks that `config` lacks are not loaded; if there are any, nor are the learned loss weights.
 
     Raises:
         UserError: the weights are of another architecture, or are gone.

@@ -1,8 +1,8 @@
 """Fake CUDA tensors with a backward pass, on any machine: what a step on a GPU would do, without a GPU.
 
-torch's FakeTensorMode gives tensors that hold shape, type and device alone. Their forward pass needs no GPU; their
-backward pass asks torch's CUDA part for a context, which `pretended_context` answers. A process that does so is good
-for nothing else: `in_clean_process` runs a function in one of its own, which sees no GPU even where there is one.
+torch's FakeTensorMode makes tensors that have a shape, a type and a device but no data. Their forward pass needs no
+GPU; their backward pass asks torch's CUDA library for a context, which `pretended_context` fakes. A process that does
+so cannot be used for anything else: `in_clean_process` runs a function in a separate process that sees no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GPU = torch.device("cuda", 0)
 Result = TypeVar("Result")
 _HEADER = "include/ATen/detail/AcceleratorHooksInterface.h"
 _SLOTS = 64
-"""Entries of the table that are copied: more than torch's hooks have before the one that is replaced."""
+"""Entries of the virtual table that are copied: more than torch's hooks have before the one that is replaced."""
 
 
 class NoFakeCudaError(Exception):
@@ -37,9 +37,10 @@ class NoFakeCudaError(Exception):
 def pretended_context() -> Iterator[None]:
     """Lets autograd run on fake CUDA tensors in a process that sees no GPU.
 
-    Autograd asks torch's CUDA hooks whether device 0 has a context, which raises where there is no driver. That virtual
-    function is replaced, in a copy of the hooks' table, by one that says yes. Its place is counted in the header that
-    torch ships. Backward stays on the calling thread, as autograd has no thread for a device that is not there.
+    Autograd asks torch's CUDA hooks whether device 0 has a context, which raises without a driver. That virtual
+    function is replaced, in a copy of the hooks' virtual table, by one that returns true. Its index is found by
+    counting in the header that torch ships. The backward pass stays on the calling thread, as autograd has no thread
+    for a missing device.
 
     Raises:
         NoFakeCudaError: torch has no CUDA part, sees a GPU, or is not built as this expects.
@@ -52,21 +53,21 @@ def pretended_context() -> Iterator[None]:
     try:
         lines = (line.strip() for line in (folder / _HEADER).read_text().splitlines())
         declared = [line for line in lines if line.startswith("virtual ")]
-        # the destructor, which comes first, takes two places
-        place = 1 + next(number for number, line in enumerate(declared) if "hasPrimaryContext" in line)
+        # the destructor, which comes first, takes two entries
+        slot = 1 + next(number for number, line in enumerate(declared) if "hasPrimaryContext" in line)
         find = ctypes.CDLL(str(folder / "lib" / "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
     except (OSError, StopIteration, AttributeError) as error:
         raise NoFakeCudaError(f"torch {torch.__version__} keeps its CUDA hooks elsewhere ({error!r})") from None
-    if not 0 < place < _SLOTS:
+    if not 0 < slot < _SLOTS:
         raise NoFakeCudaError(f"torch {torch.__version__} has another table of CUDA hooks")
     find.restype = ctypes.c_void_p
     hooks = ctypes.cast(find(), ctypes.POINTER(ctypes.c_void_p))
     before, size = hooks[0], ctypes.sizeof(ctypes.c_void_p)
     assert before is not None
-    # two words before the table are its own: the offset to the object, and its type
+    # two words before the table belong to it: the offset to the object, and its type
     copy = (ctypes.c_void_p * (_SLOTS + 2)).from_buffer_copy(ctypes.string_at(before - 2 * size, (_SLOTS + 2) * size))
     answer = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda _, index: index == 0)
-    copy[2 + place] = ctypes.cast(answer, ctypes.c_void_p).value
+    copy[2 + slot] = ctypes.cast(answer, ctypes.c_void_p).value
     hooks[0] = ctypes.addressof(copy) + 2 * size
     try:
         with torch.autograd.set_multithreading_enabled(False), fused_attention():
@@ -77,10 +78,10 @@ def pretended_context() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fused_attention() -> Iterator[None]:
-    """Attention by the kernels that a GPU has for it, which keep no matrix of weights, on fake or meta tensors.
+    """Uses a GPU's fused attention kernels, which do not store the attention matrix, on fake or meta tensors.
 
-    PyTorch asks the GPU which of them fit, and where there is none it takes plain products: of ViT-L-14 with 16 x 12
-    frames that planned 68 GiB where an H100 took 43.
+    PyTorch asks the GPU which of them it supports, and without a GPU falls back to plain products: for ViT-L-14 with 16
+    x 12 frames the plan was then 68 GiB, where an H100 took 43.
     """
     plain = F.scaled_dot_product_attention
 
@@ -111,7 +112,7 @@ def fused_attention() -> Iterator[None]:
 
 
 def _as_bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """What is added to the scores (B, heads, L, S); of a boolean mask minus infinity where it is False."""
+    """The bias added to the scores (B, heads, L, S); a boolean mask becomes minus infinity where it is False."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:
@@ -147,7 +148,7 @@ def why_not() -> str | None:
 
 
 def in_clean_process(call: Callable[..., Result], *arguments: Any) -> Result:
-    """`call(*arguments)` in a new process without GPUs, so that nothing of it stays in this one.
+    """`call(*arguments)` in a new process without GPUs, so that it leaves no trace in this one.
 
     Raises:
         NoFakeCudaError: as `call` does, or the process dies.

@@ -1,8 +1,8 @@
-"""One rank's training step on fake CUDA tensors: its memory and what holds it, its messages, its operators.
+"""One rank's training step on fake CUDA tensors: its memory by owner, its collectives, its operators.
 
-The platform's own collators, model, losses and backward pass run as `Trainer` runs them, among so many pretended ranks
-(torch's fake process group). Tensors hold no numbers, so a step of any size takes some seconds and no memory. Whatever
-mixes devices, or wants a tensor's value on the host, raises.
+The platform's own collators, model, losses and backward pass run as `Trainer` runs them, among any number of simulated
+ranks (torch's fake process group). Tensors have no data, so a step of any size takes some seconds and no memory. Code
+that mixes devices, or needs a tensor's value on the host, raises.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from emcl import distributed
 from emcl.components import BACKBONES
 from emcl.config import Config
 from emcl.data.batch import Batch, each_tensor
+from emcl.data.captions import Caption, TextSource, Tokens
 from emcl.data.loader import Collate, Loaded
-from emcl.data.order import Draw
+from emcl.data.sampler import Draw
 from emcl.data.samples import QAPair, Sample
-from emcl.data.text import Caption, TextSource, Tokens
 from emcl.errors import first_line
 from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
@@ -40,41 +40,40 @@ PARAMETERS, BUFFERS, GRADIENTS = "parameters", "buffers", "gradients"
 INPUTS, BACKWARD = "inputs", "backward in flight"
 _WORDS = ("the", "man", "in", "a", "red", "shirt", "is", "playing", "with", "small", "dog", "on", "grass", "people")
 _ALIGNMENT = 512
-"""Bytes: torch's CUDA allocator rounds up to so many."""
+"""Bytes: torch's CUDA allocator rounds up to a multiple of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeStep:
-    """What a step of one rank takes."""
+    """The cost of a step on one rank."""
 
     peak: int
-    """Most bytes at once: parameters, buffers, gradients and all else that the step makes."""
+    """Peak bytes: parameters, buffers, gradients and all other tensors of the step."""
     held: dict[str, int]
-    """What holds them: parameters, buffers, gradients; and by where a tensor was made, the inputs, a tower, a head."""
+    """The peak by owner: parameters, buffers, gradients; other tensors by where they are made (inputs, tower, head)."""
     peak_without_gradients: int
-    """Most bytes at once when each finished gradient goes away (ZeRO-2 and 3)."""
+    """Peak bytes if each finished gradient is freed (ZeRO-2 and 3)."""
     held_without_gradients: dict[str, int]
     gradients: int
-    """Bytes of all of them, at the end."""
+    """Bytes of all gradients, at the end."""
     messages: dict[str, tuple[int, int]]
-    """Kind and type of a collective -> calls, and bytes of its larger side."""
+    """Name and data type of a collective -> calls, and bytes of its largest tensors."""
     forward_operators: int
-    """Views, which launch nothing, do not count."""
+    """Without views, which launch nothing."""
     operators: int
     odd: list[str]
-    """What should not be: tensors outside parameters and buffers, parameters without gradient, messages that NCCL
-    refuses."""
+    """Problems: tensors outside parameters and buffers, parameters without gradient, messages that NCCL refuses."""
 
 
 def fake_steps(config: Config, sizes: Sequence[tuple[int, int]], samples: Sequence[Sample] = ()) -> list[FakeStep]:
-    """A step for each (ranks, videos of one rank); call it by `in_clean_process`.
+    """A step for each (ranks, videos of one rank); call it through `in_clean_process`.
 
     Args:
         config: with the tasks' vocabularies.
-        samples: whose captions and questions make the batch, in turn; made up without any.
+        samples: their captions and questions make the batch, repeated as needed; made up if empty.
 
     Raises:
-        NoFakeCudaError: this torch cannot.
+        NoFakeCudaError: this torch does not support it.
     """
     with pretended_context():
         try:
@@ -101,7 +100,7 @@ def fake_step(config: Config, world_size: int, videos: int, samples: Sequence[Sa
             with watch:
                 loss = total_loss(model(batch=host.to(GPU)))
                 forward = sum(watch.operators.values())
-                watch.part = BACKWARD
+                watch.owner = BACKWARD
                 loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -144,34 +143,34 @@ def move_to_fake_gpu(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode)
 
 def stray_tensors(model: nn.Module) -> list[str]:
     """Tensors that modules hold outside parameters and buffers: `.to(device)` would leave them behind."""
-    found = []
+    names = []
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules"):
-                found += [f"{name}.{key}" for item in tree_leaves(value) if isinstance(item, Tensor)]
-    return found
+                names += [f"{name}.{key}" for item in tree_leaves(value) if isinstance(item, Tensor)]
+    return names
 
 
 def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> Batch:
-    """By the collators of the tasks: videos of full length, each sample's longest caption, frames of one pixel."""
+    """A batch from the tasks' collators: videos of full length, each sample's longest caption, frames of one pixel."""
     texts: TextSource = Tokens(tokenizer_of(config))
     if config.model.cache_features:
         with torch.device("meta"):
             texts = _Remembered(VideoLanguageModel(config, load_weights=False).backbone.text.width)
-    shown = samples or made_up_samples(min(videos, 64), config.data.words)
+    shown = samples or made_up_samples(min(videos, 64), config.data.max_tokens)
     clip: Any = np.zeros((config.data.frames, 1, 1, 3), np.uint8)
     if config.model.cache_features:
         clip = np.zeros((config.data.frames, 1), np.float32)
     items: list[Loaded] = []
     for number in range(videos):
         sample = shown[number % len(shown)]
-        longest = max(range(len(sample.captions)), key=lambda place: len(sample.captions[place]), default=None)
+        longest = max(range(len(sample.captions)), key=lambda index: len(sample.captions[index]), default=None)
         items.append(Loaded(Draw(number, longest, number), sample, clip))
     return Collate(collators(config, texts, training=True), frames=config.data.frames)(items)
 
 
 def made_up_samples(count: int, words: int) -> list[Sample]:
-    """With captions and questions of so many words."""
+    """Samples with questions, and captions of so many words."""
     draw = random.Random(0)
     made = []
     for number in range(count):
@@ -197,15 +196,15 @@ class _Remembered:
 
 
 def with_whole_frames(batch: Batch, config: Config, model: VideoLanguageModel) -> Batch:
-    """In place of those of one pixel; within a mode of fake tensors they take no memory."""
+    """Replaces the one-pixel frames by full ones; under FakeTensorMode they take no memory."""
     assert batch.videos is not None
-    side, count, kind = config.data.size, len(batch.videos.frames), batch.videos.frames.dtype
+    side, count, kind = config.data.image_size, len(batch.videos.frames), batch.videos.frames.dtype
     shape = (count, model.backbone.image.width) if config.model.cache_features else (count, side, side, 3)
     return replace(batch, videos=replace(batch.videos, frames=torch.empty(shape, dtype=kind)))
 
 
 class _Watch(TorchDispatchMode):
-    """Counts operators and messages, and the bytes of the storages that are alive, by the part that made them."""
+    """Counts operators and collectives, and the bytes of live storages by the part of the model that made them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +212,7 @@ class _Watch(TorchDispatchMode):
         self.messages: Counter[str] = Counter()
         self.message_bytes: Counter[str] = Counter()
         self.odd: list[str] = []
-        self.part = INPUTS
+        self.owner = INPUTS
         self.held: Counter[str] = Counter()
         self.now = self.peak = self.lean_peak = 0
         self.held_at_peak: dict[str, int] = {}
@@ -221,12 +220,12 @@ class _Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[int, str]] = {}
 
     def begin(self, model: nn.Module) -> None:
-        """Counts the model's own tensors, and knows its gradients when they are done."""
+        """Counts the model's tensors, and registers hooks that count its gradients when they are finished."""
         for kind, tensors in ((PARAMETERS, model.parameters()), (BUFFERS, model.buffers())):
-            self.part = kind
+            self.owner = kind
             for tensor in tensors:
                 self._count(tensor)
-        self.part = INPUTS
+        self.owner = INPUTS
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._finished)
@@ -259,8 +258,8 @@ class _Watch(TorchDispatchMode):
         if key in self._alive:
             return
         size = -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
-        self._alive[key] = size, self.part
-        self.held[self.part] += size
+        self._alive[key] = size, self.owner
+        self.held[self.owner] += size
         self.now += size
         weakref.finalize(storage, self._gone, key)
         if self.now > self.peak:
@@ -269,35 +268,35 @@ class _Watch(TorchDispatchMode):
             self.lean_peak, self.held_at_lean_peak = self.now - self.held[GRADIENTS], dict(self.held)
 
     def _gone(self, key: int) -> None:
-        size, part = self._alive.pop(key)
-        self.held[part] -= size
+        size, owner = self._alive.pop(key)
+        self.held[owner] -= size
         self.now -= size
 
     def _finished(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._count(parameter.grad)
         key = parameter.grad.untyped_storage()._cdata
-        size, part = self._alive[key]
+        size, owner = self._alive[key]
         self._alive[key] = size, GRADIENTS
-        self.held[part] -= size
+        self.held[owner] -= size
         self.held[GRADIENTS] += size
 
 
 @contextmanager
 def parts_of(model: VideoLanguageModel, watch: _Watch) -> Iterator[None]:
-    """Lets `watch` know which part of the model is at work, in recomputations too."""
+    """Tells `watch` which part of the model is running, in recomputations too."""
     stack: list[str] = []
     handles = []
 
-    def enter(part: str) -> None:
-        stack.append(watch.part)
-        watch.part = part
+    def enter(owner: str) -> None:
+        stack.append(watch.owner)
+        watch.owner = owner
 
     def leave() -> None:
-        watch.part = stack.pop()
+        watch.owner = stack.pop()
 
-    def hook(module: nn.Module, part: str) -> None:
-        handles.append(module.register_forward_pre_hook(lambda *_: enter(part)))
+    def hook(module: nn.Module, owner: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda *_: enter(owner)))
         handles.append(module.register_forward_hook(lambda *_: leave(), always_call=True))
 
     for name, module in model.named_modules():
@@ -317,7 +316,7 @@ def parts_of(model: VideoLanguageModel, watch: _Watch) -> Iterator[None]:
 
 
 def _name_losses(head: Any, name: str, enter: Any, leave: Any) -> None:
-    """A head's `losses` calls its modules and works between them."""
+    """Attributes all of a head's `losses` to it, including work outside its modules."""
     losses = head.losses
 
     def named(*arguments: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The arithmetic of a training step, counted from the configuration, and what a GPU could do at most: for MFU.
+"""FLOP of a training step, counted from the configuration, and a GPU's peak FLOP/s: for MFU.
 
-MFU is the model's arithmetic a second over the device's peak (Chowdhery et al., PaLM, 2022, appendix B): a forward
-pass and twice that for the backward pass of what learns; what is computed again to save memory does not count. The
-towers and the temporal transformer are counted, which are nearly all of a step; heads and the similarity are not.
+MFU is the model's FLOP/s over the device's peak (Chowdhery et al., PaLM, 2022, appendix B): a forward pass, and twice
+that for the backward pass of trained weights; recomputation to save memory does not count. The towers and the temporal
+transformer are counted, which are nearly all of a step; heads and the similarity are not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
     "V100": 125e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "T4": 65e12,
 }  # fmt: skip
-"""Dense bf16 (V100, T4: fp16) FLOP a second by NVIDIA's data sheets; a device's name is looked for in this order."""
+"""Dense bf16 (V100, T4: fp16) FLOP/s by NVIDIA's data sheets; the first key that a device's name contains counts."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -35,12 +35,12 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one video and of one sentence in a training step."""
+    """FLOP of one video and of one sentence in a training step."""
 
     video: float
     text: float
     frames: int
-    """Of a video."""
+    """Frames of a video."""
 
     @staticmethod
     def of(config: Config) -> Flops:
@@ -48,8 +48,8 @@ class Flops:
         model, data = config.model, config.data
         with torch.device("meta"):
             backbone = build_backbone(config, load_weights=False).eval()
-            pixels = torch.zeros(data.frames, data.size, data.size, 3, dtype=torch.uint8)
-            text = torch.zeros(1, data.words, dtype=torch.long)
+            pixels = torch.zeros(data.frames, data.image_size, data.image_size, 3, dtype=torch.uint8)
+            text = torch.zeros(1, data.max_tokens, dtype=torch.long)
             if model.cache_features:
                 pixels, text = torch.zeros(data.frames, backbone.image.width), torch.zeros(1, backbone.text.width)
             mask_BT = torch.ones(1, data.frames, dtype=torch.bool)
@@ -66,12 +66,12 @@ class Flops:
         return Flops(counts[0], counts[1], data.frames)
 
     def of_step(self, frames: int, texts: int) -> float:
-        """Of a step on so many frames and sentences."""
+        """FLOP of a step on so many frames and sentences."""
         return self.video * frames / self.frames + self.text * texts
 
 
 def flops_where_known(config: Config) -> Flops | None:
-    """None for another package's backbone that does not run on the meta device, such as one that looks at values."""
+    """None for another package's backbone that does not run on the meta device, as one that reads tensor values."""
     try:
         return Flops.of(config)
     except (RuntimeError, ValueError):

@@ -1,8 +1,8 @@
-"""The norm of DeepSpeed's gradients, and whether they are finite, by a few launches instead of a dozen a weight.
+"""The norm of DeepSpeed's gradients, and whether they are finite, by a few kernel launches instead of a dozen a weight.
 
-ZeRO 1 and 2 look at each weight's gradient by itself: for ViT-B-32 that is 5,200 operators a step, which leave a GPU
-waiting for its host. PyTorch takes all norms of a list at once. They are DeepSpeed's to the bit, in double precision,
-in which a norm is finite if, and only if, the gradient is.
+ZeRO 1 and 2 check each weight's gradient separately: for ViT-B-32 that is 5,200 operators a step, and the GPU waits for
+the host. PyTorch computes the norms of a list of tensors at once. The results are bitwise those of DeepSpeed, in double
+precision, in which a norm is finite if, and only if, the gradient is.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 
 def take_norms_at_once(optimizer: Any) -> None:
-    """Replaces both questions of DeepSpeed's optimiser of ZeRO 1 and 2; any other is left alone.
+    """Replaces both checks in DeepSpeed's optimiser for ZeRO 1 and 2; any other is left alone.
 
-    Its methods for offloaded states, which ask on the CPU, stay.
+    Its methods for offloaded state, which run on the CPU, stay.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and not optimizer.has_moe_layers:
         optimizer.has_overflow_partitioned_grads_serial = MethodType(_not_finite, optimizer)
@@ -29,7 +29,7 @@ def take_norms_at_once(optimizer: Any) -> None:
 
 
 def _not_finite(optimizer: Any) -> Tensor:
-    """Whether any gradient of this rank's share is not finite, (1,), without waiting for it."""
+    """Whether any gradient of this rank's share is not finite, (1,), without waiting for the device."""
     held = (gradient for group in optimizer.averaged_gradients.values() for gradient in group or ())
     norms = _norms(gradient for gradient in held if gradient is not None)
     if not norms:
@@ -38,7 +38,7 @@ def _not_finite(optimizer: Any) -> Tensor:
 
 
 def _norm(optimizer: Any, gradients: Iterable[Tensor], params: Iterable[Tensor], norm_type: float = 2) -> Tensor:
-    """Of one group's gradients on all ranks; -1 where it is not finite, as DeepSpeed has it."""
+    """Norm of one group's gradients over all ranks; -1 if it is not finite, as in DeepSpeed."""
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     norms = _norms(gradient for gradient, _ in zip(real, params, strict=False))
     square = torch.stack(norms).square().sum().float() if norms else torch.zeros((), device=optimizer.device)

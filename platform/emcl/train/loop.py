@@ -15,13 +15,14 @@ from tqdm import tqdm
 from emcl.config import Config
 from emcl.data.batch import Batch
 from emcl.data.image_ops import augmented
-from emcl.data.order import RankBatches
+from emcl.data.resilient_loader import ResilientLoader
+from emcl.data.sampler import RankBatchSampler
 from emcl.data.split import Split
-from emcl.data.steps import StepLoader
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
-from emcl.evaluate.report import as_json
+from emcl.evaluate.results import as_json
+from emcl.model.feature_cache import with_features
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.run_folder import RunFolder
 from emcl.task import Scores
@@ -31,27 +32,26 @@ from emcl.train.bad_clips import BadClips
 from emcl.train.deepspeed_file import zero_stage
 from emcl.train.engine import build_engine, weights
 from emcl.train.export import save_export
-from emcl.train.features import with_features
-from emcl.train.memory import keep_freed_memory
+from emcl.train.initialization import start_from
+from emcl.train.malloc import keep_freed_memory
 from emcl.train.meter import Meter
 from emcl.train.optimizer import group_names
+from emcl.train.preemption import Stopped, StopRequest
 from emcl.train.profile import WARM, StepProfile, phase
-from emcl.train.start import start_from
-from emcl.train.stop import Stopped, StopRequest
-from emcl.train.watch import Watch
+from emcl.train.watchdog import Watchdog
 
 LOSS_SCALES = 17
-"""Steps that fp16 may leave out at its start: each halves the loss scale."""
+"""Steps that fp16 may skip at its start: each halves the loss scale."""
 
 STRAGGLERS_KEPT = 1000
-"""Lines of ranks that the others waited for, in the run's record."""
+"""Lines about stragglers in the run's record."""
 
 Step = tuple[list[Batch], float]
-"""A step's micro-batches and the seconds it was waited for."""
+"""A step's micro-batches and the seconds spent waiting for them."""
 
 
 class Trainer:
-    """Trains one configuration. All ranks make one and call the same methods."""
+    """Trains one configuration. All ranks create one and call the same methods."""
 
     tracker: Tracker
     best: float | None
@@ -67,21 +67,21 @@ class Trainer:
         *,
         init: Path | None = None,
         resuming: bool = False,
-        watch: Watch | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """`config`, `training` and `val` are what `open_splits` gives.
 
-        With `resuming`, the run in `folder` goes on, on any number of ranks; `watch` is told how it gets on.
+        With `resuming`, the run in `folder` continues, on any number of ranks; `watchdog` is told about progress.
 
         Raises:
-            UserError: a batch that the ranks do not divide; weights or a checkpoint that do not fit.
+            UserError: a batch size that the ranks do not divide; weights or a checkpoint that do not fit.
         """
-        assert training.order is not None
+        assert training.sampler is not None
         self.ranks, self.device, self.folder, self.config = ranks, device, folder, config
-        self.per_epoch = training.order.steps_per_epoch
+        self.per_epoch = training.sampler.steps_per_epoch
         self.total = min(config.optim.epochs * self.per_epoch, config.optim.max_steps or 2**62)
-        self.batches = RankBatches(
-            training.order,
+        self.batches = RankBatchSampler(
+            training.sampler,
             rank=ranks.rank,
             world_size=ranks.world_size,
             accumulation=config.optim.accumulation,
@@ -93,18 +93,18 @@ class Trainer:
         torch.manual_seed(config.seed)  # the same start on all ranks
         model = VideoLanguageModel(config, ranks=ranks)
         self.taken = start_from(model, init, self.config) if init else None
-        self.watch = watch or Watch(ranks, config.patience)
-        backbone, progress = model.backbone, self.watch.progress
+        self.watchdog = watchdog or Watchdog(ranks, config.patience)
+        backbone, progress = model.backbone, self.watchdog.progress
         self.training = with_features(training, config, backbone, ranks, device, progress=progress)
         self.val = with_features(val, config, backbone, ranks, device, progress=progress) if val else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        found = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config) if resuming else None
-        universal = found is not None and found.universal
+        resumed_from = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config) if resuming else None
+        universal = resumed_from is not None and resumed_from.universal
         self.names = group_names(model, config.optim)
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
         self.start, self.best = 0, None
-        if found is not None:
-            state = checkpoint.load(self.engine, found)
+        if resumed_from is not None:
+            state = checkpoint.load(self.engine, resumed_from)
             self.start, self.best = state["step"], state["best"]
         self.saved = self.start
         self.resumed = _note_on_resuming(self.start, self.total) if resuming else None
@@ -120,7 +120,7 @@ class Trainer:
         return self.engine.module
 
     def check(self) -> None:
-        """What would fail later. By all ranks, before the first step.
+        """Checks what would fail later; called by all ranks before the first step.
 
         Raises:
             UserError: no room for a checkpoint, or no step for a profile.
@@ -147,7 +147,7 @@ class Trainer:
         profile = StepProfile(steps, self.model, self.folder.profile, tracker, self._say)
         with self.stop, bar, profile:
             for step, (micro_batches, waited) in enumerate(self._steps(self.start), self.start):
-                self.watch.step(step + 1, "training")
+                self.watchdog.step(step + 1, "training")
                 profile.step()
                 self._seed(step)
                 losses = self._step(micro_batches)
@@ -166,18 +166,18 @@ class Trainer:
                     raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
 
     def _steps(self, start: int) -> Iterator[Step]:
-        parts = collators(self.config, self.training, training=True)
-        self.loader = StepLoader(self.training, self.config.data, self.batches, parts)
+        task_collators = collators(self.config, self.training, training=True)
+        self.loader = ResilientLoader(self.training, self.config.data, self.batches, task_collators)
         steps = self.loader.steps(start)
         for step in range(start, self.total):
-            self.watch.step(step + 1, "loading")
+            self.watchdog.step(step + 1, "loading")
             began = time.perf_counter()
             with phase("data"):
                 micro_batches = next(steps)
             yield micro_batches, time.perf_counter() - began
 
     def _seed(self, step: int) -> None:
-        """What a step draws at random (dropout) follows from seed, step and rank: there is no state to resume."""
+        """Random numbers of a step (dropout) depend on seed, step and rank alone: there is no state to resume."""
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)) & 0x7FFFFFFF)
 
     def _step(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
@@ -197,12 +197,12 @@ class Trainer:
         return sums
 
     def _check_skipped(self, step: int, micro_batches: list[Batch]) -> bool:
-        """Whether the step was left out on all ranks, since the gradient's norm is not finite.
+        """Whether the step was skipped on all ranks, since the gradient's norm is not finite.
 
         Raises:
             UserError: too many in a row; this rank's last batch is kept for study.
         """
-        count = int(self.engine.skipped_steps)  # DeepSpeed counts on the host, and has waited for it
+        count = int(self.engine.skipped_steps)  # DeepSpeed counts on the host, and has synchronised already
         skipped = count > self.skipped
         self.in_a_row = self.in_a_row + 1 if skipped else 0
         self.skipped = count
@@ -221,29 +221,29 @@ class Trainer:
         return True
 
     def _report(self, bar: tqdm[Any], done: int) -> None:
-        found, straggler = self.meter.read(self.loader.restarts)
+        metrics, straggler = self.meter.read(self.loader.restarts)
         if straggler:
             self._say(f"step {done}: {straggler}")
             self.stragglers.append(f"step {done}: {straggler}")
             self.tracker.text("\n".join(self.stragglers[-STRAGGLERS_KEPT:]), "stragglers.txt")
         bar.set_postfix_str(
-            f"loss {found.get('train/loss', float('nan')):.3f}, {found['samples_per_second']:.0f} samples/s, "
-            f"waiting {100 * found['data_wait_share']:.0f}%"
+            f"loss {metrics.get('train/loss', float('nan')):.3f}, {metrics['samples_per_second']:.0f} samples/s, "
+            f"waiting {100 * metrics['data_wait_share']:.0f}%"
         )
         rates = {f"learning_rate/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups}
         self.tracker.metrics(
-            {**found, **rates, "epoch": done / self.per_epoch, "skipped_steps": float(self.skipped)}, done
+            {**metrics, **rates, "epoch": done / self.per_epoch, "skipped_steps": float(self.skipped)}, done
         )
 
     def _end_epoch(self, done: int) -> None:
-        self.watch.slow("at the end of an epoch")
+        self.watchdog.slow("at the end of an epoch")
         epoch = -(-done // self.per_epoch)
         due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
         if self.val is not None and due:
             self.engine.eval()
             scores = evaluate(
                 self.model, self.val, self.config, self.ranks, self.device, name="val",
-                progress=self.watch.progress,
+                progress=self.watchdog.progress,
             )  # fmt: skip
             self.engine.train()
             self.tracker.metrics(
@@ -275,15 +275,15 @@ class Trainer:
         self.ranks.barrier()
 
     def _to_stop(self, done: int) -> bool:
-        """Whether any rank was asked to; all ranks agree, at the steps where they wait for the device anyway."""
+        """Whether any rank was asked to stop; the ranks agree only at steps where they wait for the device anyway."""
         if done % self.config.tracking.every_steps:
             return False
         return bool(self.ranks.maximum(torch.tensor(float(self.stop.asked), device=self.device)))
 
     def _save(self, done: int) -> None:
-        if self.saved == done:  # asked to stop where it had just been saved
+        if self.saved == done:  # asked to stop right after a save
             return
-        self.watch.slow("saving")
+        self.watchdog.slow("saving")
         checkpoint.save(
             self.engine, self.folder.checkpoints, done, {"best": self.best}, self.ranks, names=self.names,
             optim=self.config.optim, keep=self.config.checkpoint.keep,

@@ -1,6 +1,6 @@
-"""What is reported of training every few steps: means over ranks and steps, speed, memory, and who holds up the others.
+"""Training metrics, reported every few steps: means over ranks and steps, speed, memory, and stragglers.
 
-Between two reports nothing waits for the device and nothing is exchanged.
+Between two reports there is no device synchronisation and no communication.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from emcl.data.loading_time import LoadingTime
 from emcl.distributed import Ranks, observe_exchanges
 from emcl.errors import UserError
 from emcl.train.bad_clips import BadClips
-from emcl.train.clock import PARTS, WAITING, StepClock
 from emcl.train.flops import flops_where_known, peak_flops
+from emcl.train.step_clock import PARTS, WAITING, StepClock
 from emcl.train.stragglers import Straggler, find_straggler
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the time so far, which an evaluation took."""
+        """Resets the sums and the clock, such as after an evaluation."""
         self.losses: dict[str, Tensor] = {}
         self.counted = self.steps = self.samples = self.frames = 0
         self.loading = LoadingTime()
@@ -46,7 +46,7 @@ class Meter:
     def add(
         self, losses: dict[str, Tensor], micro_batches: list[Batch], waited: float, *, skipped: bool = False
     ) -> None:
-        """Takes a step; the losses of a skipped one do not count."""
+        """Adds a step; the losses of a skipped one do not count."""
         for name, value in losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + (torch.zeros_like(value) if skipped else value)
         self.counted += not skipped
@@ -59,22 +59,22 @@ class Meter:
         self.clock.loaded(waited)
 
     def read(self, restarts: int) -> tuple[dict[str, float], str]:
-        """Means over ranks and steps since the last time, and a line about the rank that the others wait for, if any.
+        """Means over ranks and steps since the last call, and a line about the rank that the others wait for, if any.
 
         Args:
-            restarts: of this rank's loaders so far.
+            restarts: restarts of this rank's loaders so far.
 
         Raises:
             UserError: a loss that is not finite, or too many broken clips.
         """
-        names = list(self.losses) if self.counted else []  # of steps that were all left out there is no loss
+        names = list(self.losses) if self.counted else []  # if all steps were skipped, there is no loss
         counts = torch.tensor(
             [self.samples, self.frames, len(self.bad.new), restarts], device=self.device, dtype=torch.float64
         )
         losses = [self.losses[name].double() / self.counted for name in names]
-        # everything that a step has queued is over once these are on the host
+        # all queued work is done once these are on the host
         sums = self.ranks.sum(torch.cat([*(loss.view(1) for loss in losses), counts])).tolist()
-        parts_RP, elapsed = self._parts(time.perf_counter() - self.began)
+        parts_RP, elapsed = self._of_all_ranks(time.perf_counter() - self.began)
         steps = max(1, self.steps)
         means = {f"train/{name}": total / self.ranks.world_size for name, total in zip(names, sums, strict=False)}
         samples, frames, bad, restarted = sums[len(names) :]
@@ -95,20 +95,20 @@ class Meter:
             "samples_per_second": samples / elapsed,
             "frames_per_second": frames / elapsed,
             "data_wait_share": of_parts["loading"] / elapsed,
-            **{f"seconds_a_step/{part}": seconds / steps for part, seconds in of_parts.items()},
+            **{f"seconds_a_step/{phase}": seconds / steps for phase, seconds in of_parts.items()},
             **self._of_device(frames, samples, elapsed, float(parts_RP[:, -1].max())),
             "bad_clips": float(len(self.bad)),
             "loader_restarts": restarted,
         }, line
 
-    def _parts(self, elapsed: float) -> tuple[Tensor, float]:
-        """(ranks, PARTS, WAITING, peak GiB of the device's memory) and the longest time elapsed, alike on every rank.
+    def _of_all_ranks(self, elapsed: float) -> tuple[Tensor, float]:
+        """(ranks, PARTS, WAITING, peak GiB of the device's memory) and the longest elapsed time, alike on all ranks.
 
-        Each rank decides by them whether all tell their details: by its own clock one might wait for the others.
+        By them each rank decides whether all exchange details: with its own clock, a rank might wait alone.
         """
-        mine = self.clock.read()
+        own_seconds = self.clock.read()
         peak = torch.cuda.max_memory_allocated(self.device) / GIB if self.device.type == "cuda" else 0.0
-        columns = [*(mine[part] for part in (*PARTS, WAITING)), peak, elapsed]
+        columns = [*(own_seconds[phase] for phase in (*PARTS, WAITING)), peak, elapsed]
         everyone = torch.zeros(self.ranks.world_size, len(columns), dtype=torch.float64)
         everyone[self.ranks.rank] = torch.tensor(columns, dtype=torch.float64)
         everyone = self.ranks.sum(everyone.to(self.device)).cpu()
@@ -117,14 +117,14 @@ class Meter:
     def _of_device(self, frames: float, samples: float, elapsed: float, peak_gib: float) -> dict[str, float]:
         if self.device.type != "cuda":
             return {}
-        found = {"gpu_memory_peak_gib": peak_gib}
+        metrics = {"gpu_memory_peak_gib": peak_gib}
         if self.flops is not None and self.peak is not None:
             arithmetic = self.flops.of_step(int(frames), int(samples))
-            found["mfu"] = arithmetic / elapsed / (self.peak * self.ranks.world_size)
-        return found
+            metrics["mfu"] = arithmetic / elapsed / (self.peak * self.ranks.world_size)
+        return metrics
 
     def _line(self, straggler: Straggler | None, elapsed: float, steps: int) -> str:
-        """All ranks have found the same one; it alone knows more of its loading."""
+        """All ranks have found the same straggler; only that rank knows the details of its loading."""
         if straggler is None:
             return ""
         details = self.ranks.gather_objects(self.loading.detail() if straggler.part == "loading" else "")

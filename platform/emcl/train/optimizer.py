@@ -13,11 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from emcl.components import OPTIMIZERS
-from emcl.train.settings import OptimConfig
+from emcl.train.train_settings import OptimConfig
 
 
 def is_clip_weight(name: str) -> bool:
-    """Belongs to a tower's trunk, which learns with CLIP's own rate."""
+    """Whether the weight belongs to a tower's trunk, which has CLIP's own learning rate."""
     return any(f"{tower}.trunk." in name for tower in ("image", "text")) and ".temporal." not in name
 
 
@@ -36,7 +36,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimCon
     return [
         {
             "params": parameters,
-            "lr": config.clip_lr if clip else config.lr,
+            "lr": config.backbone_lr if clip else config.lr,
             "weight_decay": config.weight_decay if decay else 0.0,
             "name": f"{'clip' if clip else 'new'}_{'decay' if decay else 'no_decay'}",
         }
@@ -52,16 +52,16 @@ def group_names(model: nn.Module, config: OptimConfig) -> list[list[str]]:
 
 
 class OptimizerKind:
-    """Base class of optimisers; kinds stand in `emcl.components`. Classes that are never instantiated."""
+    """Base class of optimisers, which are listed in `emcl.components`. The classes are never instantiated."""
 
     config_class: ClassVar[type | None] = None
     """A frozen dataclass of the kind's own settings, `optim.optimizer_options`."""
     numbers_kept: ClassVar[int] = 2
-    """Numbers of its state for each trained weight, such as a moving average; plans of memory count them."""
+    """State values for each trained weight, such as a moving average; used to plan memory."""
     offloads: ClassVar[bool] = False
-    """Whether there is one whose state the CPU holds (`build_offloaded`)."""
+    """Whether there is a version with its state on the CPU (`build_offloaded`)."""
     converts: ClassVar[bool] = False
-    """Whether its state is Adam's, so that its checkpoints go on with any ranks and ZeRO stage (train/universal.py)."""
+    """Whether its state is Adam's, so that runs can resume on any ranks and ZeRO stage (train/reshard.py)."""
 
     @classmethod
     def build(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any, *, fused: bool) -> Optimizer:
@@ -69,13 +69,13 @@ class OptimizerKind:
 
         Args:
             settings: an instance of `config_class`, or None without one.
-            fused: whether the weights are on a GPU, where one kernel may step them all.
+            fused: whether the weights are on a GPU, where one kernel can update them all.
         """
         raise NotImplementedError
 
     @classmethod
     def build_offloaded(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any) -> Optimizer:
-        """One whose state the CPU holds and steps, where the DeepSpeed file offloads it; with `offloads`."""
+        """The version whose state the CPU holds and updates, for a DeepSpeed file that offloads it; with `offloads`."""
         raise NotImplementedError
 
 
@@ -126,12 +126,12 @@ def _two(betas: list[float]) -> tuple[float, float]:
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, offload: bool, fused: bool, checked: bool = False
 ) -> Optimizer:
-    """The optimiser that is set.
+    """The configured optimiser.
 
     Args:
-        offload: the CPU is to hold and step its state.
-        fused: the weights are on a GPU.
-        checked: it is to leave out steps whose gradient is not finite, where DeepSpeed does not (ZeRO 0 in fp32).
+        offload: whether the CPU holds and updates its state.
+        fused: whether the weights are on a GPU.
+        checked: whether it skips steps whose gradient is not finite, where DeepSpeed does not (ZeRO 0 in fp32).
     """
     groups = parameter_groups(model.named_parameters(), config)
     kind = optimizer_class(config)
@@ -151,10 +151,10 @@ def optimizer_class(config: OptimConfig) -> type[OptimizerKind]:
 
 
 class _Checked:
-    """Leaves out a step whose gradient is not finite and says so by `overflow`, as DeepSpeed's own optimisers do.
+    """Skips a step whose gradient is not finite and sets `overflow`, as DeepSpeed's own optimisers do.
 
-    For training without ZeRO, where DeepSpeed takes any gradient. Gradients are those of all ranks by then, so all of
-    them decide alike; that waits for the device once a step, as ZeRO does. Goes before a kind of PyTorch's optimisers.
+    For training without ZeRO, where DeepSpeed does not check. Gradients are reduced over all ranks by then, so all of
+    them decide alike; it waits for the device once a step, as ZeRO does. A mixin before a PyTorch optimiser.
     """
 
     overflow = False

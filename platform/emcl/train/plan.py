@@ -18,16 +18,16 @@ import torch
 
 from emcl.components import BACKBONES, check_components
 from emcl.config import Config
-from emcl.data.at_hand import missing, wanted
 from emcl.data.batch import VideoFrames
 from emcl.data.mixture import training_patterns
 from emcl.data.samples import Sample
+from emcl.data.shard_checks import missing, wanted
 from emcl.data.shards import open_shards
 from emcl.data.split import open_training_split
 from emcl.model.backbone import backbone_class
 from emcl.multitask import VideoLanguageModel
 from emcl.registry import task_class
-from emcl.shipped import find_file
+from emcl.resources import find_file
 from emcl.train.deepspeed_file import zero_stage
 from emcl.train.engine import deepspeed_settings
 from emcl.train.fake_cuda import NoFakeCudaError, fused_attention, in_clean_process
@@ -40,14 +40,14 @@ from emcl.train.fake_step import (
     build_on_meta,
     fake_steps,
 )
+from emcl.train.initialization import learn_settings
 from emcl.train.optimizer import optimizer_class, parameter_groups
-from emcl.train.start import learn_settings
 
 GIB = 2**30
 GPUS = (1, 8, 64)
 STAGES = (0, 1, 2, 3)
 EXAMPLES = 128
-"""Training samples at most, those with the longest captions, of which the planned batch is made."""
+"""Training samples at most that make the planned batch, those with the longest captions."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
     parameters: int
     trained: int
     groups: dict[str, tuple[int, float]]
-    """Of the optimiser: weights, and learning rate."""
+    """Optimiser groups: number of weights, and learning rate."""
     missing: list[str]
     samples: int | None = None
     steps_per_epoch: int | None = None
@@ -73,7 +73,7 @@ def plan(config: Config) -> tuple[Plan, Config]:
     """What `config` would train, and the configuration with the tasks' vocabularies, guessed where shards are missing.
 
     Raises:
-        UserError: what the configuration names is not there, or does not fit, other than shards.
+        UserError: something other than shards that the configuration names is missing or does not fit.
     """
     check_components(config)
     backbone = backbone_class(config.model)
@@ -84,9 +84,9 @@ def plan(config: Config) -> tuple[Plan, Config]:
     examples: list[Sample] = []
     if not missing(list(training_patterns(config.data))):
         training = open_training_split(config.data, config.seed)
-        assert training.order is not None
+        assert training.sampler is not None
         config = learn_settings(config, training) if not weights else config
-        samples, steps_per_epoch = len(training), training.order.steps_per_epoch
+        samples, steps_per_epoch = len(training), training.sampler.steps_per_epoch
         examples = heapq.nlargest(EXAMPLES, (row.sample for row in training.shards.rows), key=_longest_caption)
         steps = min(config.optim.epochs * steps_per_epoch, config.optim.max_steps or 2**62)
     else:
@@ -98,7 +98,7 @@ def plan(config: Config) -> tuple[Plan, Config]:
         str(group["name"]): (sum(weight.numel() for weight in group["params"]), float(group["lr"]))
         for group in parameter_groups(model.named_parameters(), config.optim)
     }
-    found = Plan(
+    run_plan = Plan(
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(count for count, _ in groups.values()),
         groups=groups,
@@ -110,14 +110,14 @@ def plan(config: Config) -> tuple[Plan, Config]:
         activations=activation_bytes(model, config),
         examples=examples,
     )
-    return found, config
+    return run_plan, config
 
 
 def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
-    """What autograd keeps of one video and one caption in the towers and over time, counted on the meta device.
+    """Bytes that autograd keeps of one video and one caption in the backbone, counted on the meta device.
 
-    Heads and the similarity come on top; they are small beside it at the batches of the recipes. Not a number for
-    another package's backbone that cannot run there, as one that looks at a tensor's values.
+    Heads and the similarity come on top; they are small beside it at the batches of the recipes. NaN for another
+    package's backbone that cannot run there, such as one that reads tensor values.
     """
     backbone = model.to(DTYPES[config.precision]).backbone.train()
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
@@ -126,12 +126,12 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other storage gets its number
+            kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
     data = config.data
-    frames = torch.zeros(data.frames, data.size, data.size, 3, dtype=torch.uint8, device="meta")
-    text = torch.zeros(1, data.words, dtype=torch.long, device="meta")
+    frames = torch.zeros(data.frames, data.image_size, data.image_size, 3, dtype=torch.uint8, device="meta")
+    text = torch.zeros(1, data.max_tokens, dtype=torch.long, device="meta")
     if config.model.cache_features:
         frames = torch.zeros(data.frames, backbone.image.width, device="meta")
         text = torch.zeros(1, backbone.text.width, device="meta")
@@ -149,9 +149,9 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
 
 
 def state_gib(plan: Plan, config: Config, stage: int, gpus: int) -> float:
-    """Weights, gradients and the optimiser's state of one GPU.
+    """GiB of weights, gradients and the optimiser's state on one GPU.
 
-    ZeRO 1 shares the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020).
+    ZeRO 1 shards the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020).
     """
     number = DTYPES[config.precision].itemsize
     weights, gradients = number * plan.parameters, number * plan.trained
@@ -161,23 +161,23 @@ def state_gib(plan: Plan, config: Config, stage: int, gpus: int) -> float:
 
 
 def _optimizer_bytes(plan: Plan, config: Config, stage: int, gpus: int) -> float:
-    """In half precision the optimiser holds weights in single precision besides its own numbers (Adam's two)."""
+    """In half precision the optimiser holds fp32 weights besides its own state (Adam's two moments)."""
     numbers = optimizer_class(config.optim).numbers_kept + (config.precision != "fp32")
     return 4 * numbers * plan.trained / (gpus if stage >= 1 else 1)
 
 
 def bucket_bytes(zero: Mapping[str, Any], parameters: int, number: int) -> int:
-    """What DeepSpeed 0.19 holds beside a step's own tensors for its messages.
+    """Bytes of DeepSpeed 0.19's communication buckets, besides a step's own tensors.
 
     Stages 1 and 2 allocate the whole reduction bucket, whatever the model's size, and a second one where communication
-    overlaps the backward pass; `allgather_bucket_size` only cuts messages of weights where they lie. Stage 3 has one
-    reduction bucket, and gathers weights up to `stage3_max_live_parameters`, those that it prefetches among them. Stage
-    0 copies gradients together after the backward pass, when the activations are gone.
+    overlaps the backward pass; `allgather_bucket_size` only splits messages of weights in place. Stage 3 has one
+    reduction bucket, and gathers weights up to `stage3_max_live_parameters`, prefetched ones included. Stage 0 copies
+    gradients into one buffer after the backward pass, when the activations are freed.
 
     Args:
         zero: `zero_optimization` of the DeepSpeed file.
-        parameters: of the model.
-        number: bytes of one.
+        parameters: number of the model's parameters.
+        number: bytes of one parameter.
     """
     stage = int(zero.get("stage", 0))
     if stage == 0:
@@ -191,47 +191,47 @@ def bucket_bytes(zero: Mapping[str, Any], parameters: int, number: int) -> int:
 
 
 def zero_settings(config: Config, stage: int) -> dict[str, Any]:
-    """`zero_optimization` of the run's DeepSpeed file where it is of this stage, else of the shipped one that is."""
+    """`zero_optimization` of the run's DeepSpeed file if it has this stage, else of the shipped file for the stage."""
     name = config.deepspeed if zero_stage(config) == stage else f"deepspeed/zero{stage}.json"
     return dict(json.loads(find_file(name, "deepspeed").read_text()).get("zero_optimization", {}))
 
 
-def planned_steps(found: Plan, config: Config, gpus: Sequence[int] = GPUS) -> dict[int, FakeStep]:
-    """The step of one rank by number of GPUs, run on fake tensors in a process of its own.
+def planned_steps(run_plan: Plan, config: Config, gpus: Sequence[int] = GPUS) -> dict[int, FakeStep]:
+    """The step of one rank by number of GPUs, run on fake tensors in a separate process.
 
     Raises:
-        NoFakeCudaError: this torch cannot.
+        NoFakeCudaError: this torch does not support it.
     """
     sizes = [(count, _videos(config, count)) for count in gpus]
-    return dict(zip(gpus, in_clean_process(fake_steps, config, sizes, found.examples), strict=True))
+    return dict(zip(gpus, in_clean_process(fake_steps, config, sizes, run_plan.examples), strict=True))
 
 
 def planned_peak(config: Config, gpus: int) -> float | None:
     """Bytes of one GPU at the peak of a step; None where this torch cannot plan it."""
-    found, config = plan(config)
+    run_plan, config = plan(config)
     try:
-        step = planned_steps(found, config, [gpus])[gpus]
+        step = planned_steps(run_plan, config, [gpus])[gpus]
     except NoFakeCudaError:
         return None
-    return sum(memory_parts(found, step, config, zero_stage(config), gpus).values())
+    return sum(memory_parts(run_plan, step, config, zero_stage(config), gpus).values())
 
 
-def memory_parts(found: Plan, step: FakeStep, config: Config, stage: int, gpus: int) -> dict[str, float]:
-    """Bytes of one GPU at the peak of a step, by what holds them."""
+def memory_parts(run_plan: Plan, step: FakeStep, config: Config, stage: int, gpus: int) -> dict[str, float]:
+    """Bytes of one GPU at the peak of a step, by owner."""
     several = config.optim.accumulation > 1
     held = dict(step.held_without_gradients if stage >= 2 or several else step.held)
     gradients: float = held.pop(GRADIENTS, 0)
     if stage >= 2:
         gradients = step.gradients / gpus
-    elif several:  # those of earlier micro-batches are there
+    elif several:  # those of earlier micro-batches are still allocated
         gradients = step.gradients
     weights = held.pop(PARAMETERS)
     number = DTYPES[config.precision].itemsize
     return {
         "weights": (weights / gpus if stage == 3 else weights) + held.pop(BUFFERS),
         "gradients": gradients,
-        "optimiser": _optimizer_bytes(found, config, stage, gpus),
-        "buckets": bucket_bytes(zero_settings(config, stage), found.parameters, number),
+        "optimiser": _optimizer_bytes(run_plan, config, stage, gpus),
+        "buckets": bucket_bytes(zero_settings(config, stage), run_plan.parameters, number),
         **held,
     }
 
@@ -242,58 +242,61 @@ def describe_plan(config: Config) -> str:
     Raises:
         UserError: as `plan`.
     """
-    found, config = plan(config)
+    run_plan, config = plan(config)
     deepspeed_settings(config, 1)
     data = config.data
     lines = [f"tasks: {', '.join(config.tasks)}", f"model: {config.model.name}, {config.precision}, {config.deepspeed}"]
-    lines.append(f"weights: {found.parameters / 1e6:.1f} M, {found.trained / 1e6:.1f} M of them trained")
-    for name, (count, rate) in found.groups.items():
+    lines.append(f"weights: {run_plan.parameters / 1e6:.1f} M, {run_plan.trained / 1e6:.1f} M of them trained")
+    for name, (count, rate) in run_plan.groups.items():
         lines.append(f"  {name:<14}{count / 1e6:9.1f} M at {rate:g}")
-    if found.samples is None:
+    if run_plan.samples is None:
         lines.append(f"training: its shards are missing; {config.optim.epochs} epochs of batches of {data.batch_size}")
     else:
         lines.append(
-            f"training: {found.samples:,} videos, {found.steps_per_epoch:,} steps an epoch of {data.batch_size} "
-            f"({data.pairs}s), {found.steps:,} steps in all"
+            f"training: {run_plan.samples:,} videos, {run_plan.steps_per_epoch:,} steps an epoch of {data.batch_size} "
+            f"({data.pairs}s), {run_plan.steps:,} steps in all"
         )
-    if found.test is not None:
-        lines.append(f"test: {found.test:,} videos")
+    if run_plan.test is not None:
+        lines.append(f"test: {run_plan.test:,} videos")
     try:
-        lines += _memory_lines(found, config, planned_steps(found, config))
+        lines += _memory_lines(run_plan, config, planned_steps(run_plan, config))
     except NoFakeCudaError as error:
-        lines += [f"activations not planned: {error}; estimated from the towers alone", *_estimate_lines(found, config)]
-    lines += [f"missing: {item}" for item in found.missing]
+        lines += [
+            f"activations not planned: {error}; estimated from the towers alone",
+            *_estimate_lines(run_plan, config),
+        ]
+    lines += [f"missing: {item}" for item in run_plan.missing]
     return "\n".join(lines)
 
 
-def _memory_lines(found: Plan, config: Config, steps: Mapping[int, FakeStep]) -> list[str]:
+def _memory_lines(run_plan: Plan, config: Config, steps: Mapping[int, FakeStep]) -> list[str]:
     """The table by GPUs and stages, and what holds the memory at the run's own stage."""
     lines = ["GiB a GPU at the peak of a step, planned on fake tensors, buckets of DeepSpeed included:"]
     lines.append("  GPUs  videos of each" + "".join(f"  ZeRO {stage}" for stage in STAGES))
     for gpus, step in steps.items():
-        peaks = [sum(memory_parts(found, step, config, stage, gpus).values()) / GIB for stage in STAGES]
+        peaks = [sum(memory_parts(run_plan, step, config, stage, gpus).values()) / GIB for stage in STAGES]
         lines.append(f"{gpus:>6}{_videos(config, gpus):>16}" + "".join(f"{peak:8.2f}" for peak in peaks))
     lines.append(f"of it, with {config.deepspeed}:")
     for gpus, step in steps.items():
-        parts = memory_parts(found, step, config, zero_stage(config), gpus)
-        named = [f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB]
+        usage = memory_parts(run_plan, step, config, zero_stage(config), gpus)
+        named = [f"{name} {size / GIB:.2f}" for name, size in usage.items() if size >= 0.005 * GIB]
         lines.append(f"{gpus:>6}  {', '.join(named)}")
     lines += sorted({f"odd: {odd}" for step in steps.values() for odd in step.odd})
     return lines
 
 
-def _estimate_lines(found: Plan, config: Config) -> list[str]:
+def _estimate_lines(run_plan: Plan, config: Config) -> list[str]:
     lines = ["GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:"]
     lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in STAGES) + "   activations (videos a GPU and step)")
     for gpus in GPUS:
-        cells = "".join(f"{state_gib(found, config, stage, gpus):8.2f}" for stage in STAGES)
+        cells = "".join(f"{state_gib(run_plan, config, stage, gpus):8.2f}" for stage in STAGES)
         videos = _videos(config, gpus)
-        lines.append(f"{gpus:>6}{cells}{videos * found.activations / GIB:14.2f} ({videos})")
+        lines.append(f"{gpus:>6}{cells}{videos * run_plan.activations / GIB:14.2f} ({videos})")
     return lines
 
 
 def _videos(config: Config, gpus: int) -> int:
-    """Of one GPU in one micro-batch."""
+    """Videos of one GPU in one micro-batch."""
     return -(-config.data.batch_size // (gpus * config.optim.accumulation))
 
 
@@ -302,7 +305,7 @@ def _longest_caption(sample: Sample) -> int:
 
 
 def _with_guesses(config: Config) -> Config:
-    """With what the tasks guess for their vocabularies and the like."""
+    """`config` with the tasks' guesses for their vocabularies and similar settings."""
     tasks = {
         name: task_class(config.kind_of(name)).placeholder_settings(settings, config)
         for name, settings in config.tasks.items()

@@ -22,12 +22,12 @@ WIDTH = 30
 
 
 def phase(name: str) -> record_function:
-    """A named part of a step; next to free where nothing is profiled."""
+    """A named part of a step; almost free if nothing is profiled."""
     return record_function(PREFIX + name)
 
 
 class StepProfile:
-    """Rank 0's profile of steps WARM to WARM + `steps` after the start; with 0, nothing.
+    """Rank 0's profile of steps WARM to WARM + `steps` after the start; none if `steps` is 0.
 
     While it runs, `forward` is split by the parts of the model: towers, temporal transformer, tasks.
     """
@@ -58,7 +58,7 @@ class StepProfile:
             self._end()
 
     def _begin(self) -> None:
-        for name, module in _parts(self.model).items():
+        for name, module in _watched_modules(self.model).items():
             self._watch(name, module)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._profiler = profile(activities=activities)
@@ -94,14 +94,14 @@ class StepProfile:
         self.say(f"\n{text}\ntrace: {trace} (open it in https://ui.perfetto.dev, or from the run in MLflow)")
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module]:
+def _watched_modules(model: nn.Module) -> dict[str, nn.Module]:
     backbone: Any = model.backbone
-    found = {"image tower": backbone.image, "text tower": backbone.text, "temporal": backbone.temporal}
+    modules = {"image tower": backbone.image, "text tower": backbone.text, "temporal": backbone.temporal}
     tasks: Any = model.tasks
     for task, head in tasks.items():
-        key = f"task {task}" if task in found else task
-        found |= {key: head, **{f"{key}/{name}": part for name, part in head.named_children()}}
-    return {name: module for name, module in found.items() if module is not None}
+        key = f"task {task}" if task in modules else task
+        modules |= {key: head, **{f"{key}/{name}": child for name, child in head.named_children()}}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 def summary(averages: Any, steps: int) -> str:

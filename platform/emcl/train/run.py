@@ -11,32 +11,32 @@ import torch
 from emcl import distributed
 from emcl.components import check_components
 from emcl.config import Config, to_yaml
-from emcl.data.at_hand import missing, of_sample, wanted
-from emcl.data.order import check_divisible
+from emcl.data.sampler import check_divisible
+from emcl.data.shard_checks import missing, of_sample, wanted
 from emcl.data.shards import find_shards
 from emcl.data.split import Split, open_split
 from emcl.disk import in_turn
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
-from emcl.evaluate.report import record, table
+from emcl.evaluate.results import record, table
+from emcl.model.architecture_limits import check_limits
 from emcl.model.backbone import backbone_class, tokenizer_of
-from emcl.model.limits import check_limits
+from emcl.model.feature_cache import with_features
 from emcl.multitask import VideoLanguageModel, check_tasks
-from emcl.prepare.sample import generate
+from emcl.prepare.sample_set import generate
 from emcl.run_folder import RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
-from emcl.train.cores import place, too_few_cores
+from emcl.train.cores import host_and_cores, too_few_cores
 from emcl.train.engine import deepspeed_settings
 from emcl.train.export import open_export
-from emcl.train.features import with_features
+from emcl.train.initialization import open_splits
 from emcl.train.loop import Trainer
+from emcl.train.preemption import Stopped
 from emcl.train.run_config import config_of_run, find_run
-from emcl.train.start import open_splits
-from emcl.train.stop import Stopped
-from emcl.train.watch import Watch
+from emcl.train.watchdog import Watchdog
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
     With `init`, training starts from the weights of an earlier run, of the same tasks or of others. `resume` is a run's
     folder, its name, or `auto`.
 
-    Everything that can be wrong with the settings is found before a process group or a folder is made.
+    All settings are checked before a process group or a folder is created.
 
     Raises:
         UserError: one line for the user.
@@ -71,16 +71,16 @@ def run(
     with (
         ExitStack() as at_end,
         _Recorded() as recorded,
-        Watch(ranks, config.patience, at_end=recorded.failed) as watch,
+        Watchdog(ranks, config.patience, at_end=recorded.failed) as watchdog,
     ):
         if opened is None:
             assert evaluate_path is not None
             folder = RunFolder.open(evaluate_path)
             folder.check_written()
             recorded.tracker = open_tracker(config, f"evaluate {folder.name}", first_rank=ranks.first)
-            return _score(folder, config, ranks, device, recorded.tracker, watch, step=0)
+            return _score(folder, config, ranks, device, recorded.tracker, watchdog, step=0)
         folder = at_end.enter_context(_claimed(ranks, config, resumed))  # until all is recorded
-        return _train(*opened, ranks, device, folder, recorded, watch, resuming=resumed is not None, init=init)
+        return _train(*opened, ranks, device, folder, recorded, watchdog, resuming=resumed is not None, init=init)
 
 
 def _train(
@@ -91,16 +91,16 @@ def _train(
     device: torch.device,
     folder: RunFolder,
     recorded: _Recorded,
-    watch: Watch,
+    watchdog: Watchdog,
     *,
     resuming: bool,
     init: Path | None,
 ) -> dict[str, Scores]:
-    few = too_few_cores(ranks.gather_objects(place()), config.data.workers)
+    few = too_few_cores(ranks.gather_objects(host_and_cores()), config.data.workers)
     if few and ranks.first:
         print(f"note: {few}", flush=True)
-    # before anything is recorded: it finds what is wrong
-    trainer = Trainer(config, training, val, ranks, device, folder, init=init, resuming=resuming, watch=watch)
+    # before anything is recorded, since it may raise
+    trainer = Trainer(config, training, val, ranks, device, folder, init=init, resuming=resuming, watchdog=watchdog)
     trainer.check()
     continued = folder.facts().get("mlflow_run") if resuming else None
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, unsent=folder.unsent)
@@ -122,7 +122,7 @@ def _train(
     del trainer
     scores = {}
     if config.data.test:
-        scores = _score(folder, config, ranks, device, tracker, watch, step=total)
+        scores = _score(folder, config, ranks, device, tracker, watchdog, step=total)
     if ranks.first:
         print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder.best}'))")
         if tracker.uri:
@@ -137,16 +137,16 @@ def _score(
     ranks: Ranks,
     device: torch.device,
     tracker: Tracker,
-    watch: Watch,
+    watchdog: Watchdog,
     *,
     step: int,
 ) -> dict[str, Scores]:
     """The run's best model on the test split."""
-    watch.slow("scoring the test split")
+    watchdog.slow("scoring the test split")
     model = _best_model(folder, config, ranks).to(device)
     test = open_split(str(config.data.test), tokenizer_of(config))
-    test = with_features(test, config, model.backbone, ranks, device, progress=watch.progress)
-    scores = evaluate(model, test, config, ranks, device, name="test", progress=watch.progress)
+    test = with_features(test, config, model.backbone, ranks, device, progress=watchdog.progress)
+    scores = evaluate(model, test, config, ranks, device, name="test", progress=watchdog.progress)
     if ranks.first:
         files_of = split_name("test", config)
         record(scores, test, config, folder, tracker, name=files_of, step=step)
@@ -156,7 +156,7 @@ def _score(
 
 
 def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguageModel:
-    """The same one on every rank, though a training may put a better one in its place meanwhile."""
+    """The run's best model, the same on every rank; raises if a training run replaces it meanwhile."""
     error, model, seen = None, None, []
     try:
         export = folder.export
@@ -173,7 +173,7 @@ def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguag
 
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
-    """What else would fail later: batch size, shards, weights, the DeepSpeed file. Renders the sample set if asked."""
+    """Checks what would fail later: batch size, shards, weights, DeepSpeed file. Renders the sample set if needed."""
     check_limits(config)
     check_components(config, training=training)
     backbone = backbone_class(config.model)
@@ -190,14 +190,14 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
             print(f"note: {notice}", flush=True)
     made = of_sample(config.data, patterns)
     for pattern in patterns:
-        if pattern not in made:  # an error comes before minutes of rendering
+        if pattern not in made:  # errors come before minutes of rendering
             find_shards(pattern)
     if missing(made):
         _render(Path(config.data.train).parent, made)
 
 
 def _render(folder: Path, patterns: list[str]) -> None:
-    """The sample set, by whichever process of this disk comes first; the others wait for it.
+    """Renders the sample set, in the first process on this disk; the others wait for it.
 
     Raises:
         UserError: its shards are not those of `patterns`.
@@ -211,7 +211,7 @@ def _render(folder: Path, patterns: list[str]) -> None:
 
 
 def _claimed(ranks: Ranks, config: Config, resumed: RunFolder | None) -> RunFolder:
-    """The folder of a new run, or of the one that goes on, which rank 0 holds; its error is one of all ranks."""
+    """The folder of a new or a resumed run, which rank 0 locks; its error is raised on all ranks."""
     folder, error = None, None
     if ranks.first:
         try:
@@ -219,18 +219,18 @@ def _claimed(ranks: Ranks, config: Config, resumed: RunFolder | None) -> RunFold
                 folder = RunFolder.create(Path(config.runs), config.name, list(config.tasks))
             else:
                 folder = RunFolder.resume(resumed.path)
-        except UserError as found:
-            error = found
+        except UserError as caught:
+            error = caught
     ranks.agree(error)
     path = ranks.from_first(folder.path if folder else None)
-    if resumed is not None and resumed.path != path:  # each rank has looked for the newest
+    if resumed is not None and resumed.path != path:  # each rank has searched for the newest
         error = UserError(f"--resume found {path} and then {resumed}, since another run has saved: name one of them")
     ranks.agree(error)
     return folder or RunFolder(path)
 
 
 class _Recorded:
-    """Ends the tracked run, once there is one, with the status that its block ends with."""
+    """Ends the tracked run, if there is one, with the status of its `with` block."""
 
     tracker: Tracker | None = None
 

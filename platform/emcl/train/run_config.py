@@ -1,4 +1,4 @@
-"""Which run is meant, and with which settings it trains or is scored; without PyTorch: an error comes at once."""
+"""Finds the run that is meant, and the settings to train or score it; without PyTorch, so that errors come at once."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from emcl.config import DEFAULT_RECIPE, Config, from_dict, resolve
 from emcl.errors import UserError, said_of
 from emcl.kinds import Kinds, kinds_in
-from emcl.nearest import nearest
 from emcl.recipe import filled_in, parse_overrides
 from emcl.registry import EVERY_TASK, settings_of
 from emcl.run_folder import CONFIG, RUNS, RunFolder, saved_settings, tasks_in
 from emcl.settings import Tree
+from emcl.suggestions import nearest
 
 AUTO = "auto"
-"""In place of a run: the one that `name=` names, or the newest one, of the tasks that are named."""
+"""In place of a run: the one that `name=` names, or the newest run of the given tasks."""
 
 
 def find_run(resume: str, tasks: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> RunFolder:
-    """The run that goes on: a folder, a name in `runs/`, or for `auto` the one with the newest checkpoint there.
+    """The run to resume: a folder, a name in `runs/`, or for `auto` the one with the newest checkpoint there.
 
     Raises:
-        UserError: there is none, it has no checkpoint, or `overrides` name another.
+        UserError: there is none, it has no checkpoint, or `overrides` name another run.
     """
     given = dict(parse_overrides(overrides))
     runs, name = Path(_typed(given, "runs") or RUNS), _typed(given, "name")
@@ -49,7 +49,7 @@ def _typed(given: Mapping[str, str], key: str) -> str:
 
 
 def _newest(runs: Path, tasks: Sequence[str] | None, kinds: Kinds) -> RunFolder:
-    """Of the named tasks, where any is named, and with these further names."""
+    """The newest run of the given tasks, if any are given, and with these `kinds`."""
     saved = [(folder.whole_checkpoints(), folder) for folder in map(RunFolder, runs.glob("*")) if folder.has_config()]
     named = _named(tasks)
     by_age = sorted((_written(steps[-1]), folder.name, folder) for steps, folder in saved if steps)
@@ -62,8 +62,8 @@ def _newest(runs: Path, tasks: Sequence[str] | None, kinds: Kinds) -> RunFolder:
 
 
 def _agree(kinds: Kinds, saved: Tree) -> bool:
-    """Whether a run has these further names of tasks."""
-    table = saved.get("kinds")  # unchecked: another run's is none of this one's concern
+    """Whether a run has these `kinds` of tasks."""
+    table = saved.get("kinds")  # not validated: another run's settings may be wrong
     of_run = table if isinstance(table, dict) else {}
     return all(of_run.get(name) == kind for name, kind in kinds.items())
 
@@ -71,7 +71,7 @@ def _agree(kinds: Kinds, saved: Tree) -> bool:
 def _written(checkpoint: Path) -> float:
     try:
         return checkpoint.stat().st_mtime
-    except OSError:  # its run has just saved another
+    except OSError:  # its run has just saved another and deleted this one
         return time.time()
 
 
@@ -84,9 +84,9 @@ def config_of_run(
     resumed: RunFolder | None,
     kind_of: Callable[[str], Any] = settings_of,
 ) -> Config:
-    """From the recipe; or, to evaluate or resume, from what the run itself was configured with.
+    """The configuration from the recipe; or, to evaluate or resume, from the run's own settings.
 
-    A run is scored on those of its tasks that are named, on all of them where none is; it goes on with all.
+    A run is scored on the given tasks, by default on all of its own; it is resumed with all.
 
     Raises:
         UserError: something in it is wrong, or the run was not trained for one of `tasks`.
@@ -102,16 +102,16 @@ def config_of_run(
         return resolve(tasks, recipe, overrides, kind_of=kind_of, kinds=kinds)
     _check_tasks(_named(tasks), tasks_in(saved), evaluate=evaluate, resumed=resumed)
     if isinstance(saved.get("tracking"), dict):
-        saved["tracking"].pop("profile", None)  # of the call that asked for it
+        saved["tracking"].pop("profile", None)  # belongs to the call that asked for it
     scored = _named(tasks) or None if evaluate else None
     return from_dict([saved], scored, overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
 
 
 def _without_kinds(overrides: Sequence[str], kinds: Kinds, run: str) -> list[str]:
-    """Overrides but for further names of tasks, which a run has from its start and may be given again.
+    """Overrides without `kinds.*`, which a run has from its start; giving the same ones again is allowed.
 
     Raises:
-        UserError: one is not of `kinds`; says `run`.
+        UserError: one differs from `kinds`; the message contains `run`.
     """
     given = parse_overrides(overrides)
     for name, kind in kinds_in([], given).items():
@@ -135,5 +135,5 @@ def _check_tasks(
 
 
 def _named(tasks: Sequence[str] | None) -> list[str]:
-    """Without `all`, which means all of a run's, as naming none does."""
+    """The given tasks; none for `all`, as both mean all tasks of a run."""
     return [] if list(tasks or ()) == [EVERY_TASK] else list(tasks or ())

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from emcl.train.clock import PARTS
+from emcl.train.step_clock import PARTS
 
 SHARE = 0.25
-"""Of the time between two reports: what the others have to lose by a rank before it is named."""
+"""Share of the time between two reports that a rank must cost the others before it is reported."""
 FLOOR = 0.05
-"""Seconds between two reports: below them any machine's noise is a large share."""
+"""Least such cost in seconds: below it, noise is a large share on any machine."""
 USUAL = 0.25
-"""The quantile of the other ranks that stands for how long it usually takes: a disk may be slow for half of them."""
+"""The quantile of the other ranks that is taken as the usual time: a disk may be slow for half of them."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Straggler:
     part: str
     """One of `PARTS`."""
     excess: float
-    """Seconds since the last report that it works longer than is usual."""
+    """Seconds since the last report that it worked longer than is usual."""
 
     def line(self, seconds: float, steps: int, detail: str) -> str:
         """For the log; `seconds` and `steps` since the last report."""

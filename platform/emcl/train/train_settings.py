@@ -1,0 +1,57 @@
+"""Settings of the optimiser and of checkpoints; without PyTorch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from emcl.settings import Epochs, Formerly, Steps, group
+
+
+@group
+class OptimConfig:
+    """The optimiser with EMCL-Net's groups, and its schedule."""
+
+    lr: float = Field(0.0001, gt=0, description="For the new modules.")
+    backbone_lr: Annotated[float, Formerly("clip_lr")] = Field(
+        1e-07, ge=0, description="For the backbone's pretrained towers."
+    )
+    weight_decay: float = Field(0.2, ge=0, description="Not on biases, norms and scales.")
+    optimizer: str = Field("adamw", description="`adamw`, `sgd`, or what an installed package brings.")
+    optimizer_options: dict[str, str] = Field(
+        default_factory=dict,
+        description="Settings of its own, where it has some: `momentum` and `nesterov` of `sgd`.",
+    )
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default_factory=lambda: [0.9, 0.98], min_length=2, max_length=2, description="AdamW's two."
+    )
+    eps: float = Field(1e-06, gt=0, description="AdamW's.")
+    grad_clip: float = Field(1.0, ge=0, description="Largest norm of the gradient; 0 does not clip.")
+    warmup: float = Field(
+        0.1, ge=0, le=1, description="Share of the steps over which the learning rate rises; the schedule follows."
+    )
+    schedule: str = Field(
+        "cosine", description="After the rise: `cosine` or `linear` (both to zero), `constant`, or a package's."
+    )
+    epochs: Epochs = Field(5, ge=1, le=10**6, description="Rounds over the training samples.")
+    max_steps: Steps | None = Field(None, ge=1, description="Stop earlier.")
+    max_skipped: Steps = Field(
+        10,
+        ge=0,
+        description=(
+            "So many in a row may have a gradient that is not finite (they are left out, on all ranks) before training "
+            "stops."
+        ),
+    )
+    accumulation: int = Field(
+        1, ge=1, description="Micro-batches a step; negatives come from the micro-batch of all ranks."
+    )
+
+
+@group
+class CheckpointConfig:
+    """What resuming needs."""
+
+    every_steps: Steps = Field(1000, ge=1, description="Between two checkpoints.")
+    keep: int = Field(2, ge=1, description="The newest so many are kept.")
