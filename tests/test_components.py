@@ -369,6 +369,8 @@ def test_an_index_knows_its_model_though_there_are_more_settings_now() -> None:
     assert "schedule" in to_yaml(usual) and "schedule" not in fingerprint_text(usual)
     other = resolve(["retrieval"], overrides=[f"model.name={TINY}", "optim.schedule=linear"])
     assert fingerprint_text(other) != fingerprint_text(usual)
+    of_task = fingerprint_text(resolve(["captioning"], overrides=["tasks.captioning.max_tokens=40"]))
+    assert "    words: 40\n" in of_task and "max_tokens" not in of_task
 
 
 def test_the_tables_name_what_there_is() -> None:

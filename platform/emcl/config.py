@@ -247,7 +247,7 @@ def _built(
         _check_task(key, text, names, kinds)
     settings = {name: kind_of(kinds.get(name, name)) for name in [*names, *tables]}
     known = {name: kind for name, kind in settings.items() if kind is not None}
-    schema = {**subgroups(Config), "tasks": known}
+    schema = _schema(known)
     tree: Tree = {}
     renamed: list[tuple[str, str]] = []
     for layer in layers:
@@ -265,6 +265,11 @@ def _built(
     config = build(Config, tree)
     assert isinstance(config, Config)
     return dataclasses.replace(config, tasks={name: built[name] for name in names if name in built})
+
+
+def _schema(of_tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """The groups of settings of a run with these tasks, each with the class of its settings."""
+    return {**subgroups(Config), "tasks": of_tasks}
 
 
 def _say_renamed(names: Iterable[tuple[str, str]]) -> None:
@@ -324,9 +329,7 @@ def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
             tree[table] = {
                 name: value for name, value in tree[table].items() if name not in names or value != usual[table][name]
             }
-        tree = _formerly_named(
-            tree, {**subgroups(Config), "tasks": {name: type(one) for name, one in config.tasks.items()}}
-        )
+        tree = _formerly_named(tree, _schema({name: type(one) for name, one in config.tasks.items()}))
     if not secrets:
         tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
     return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)
@@ -376,7 +379,7 @@ def _interpolated(tree: Tree, of_tasks: Mapping[str, Any]) -> Tree:
 
     defaults = dataclasses.replace(Config(), tasks={name: _default(kind) for name, kind in of_tasks.items()})
     whole = as_written(to_yaml(defaults))
-    schema = {**subgroups(Config), "tasks": of_tasks}
+    schema = _schema(of_tasks)
     merge(schema, whole, tree)
 
     def with_new_names(text: str) -> str:
