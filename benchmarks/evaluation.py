@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,7 +55,7 @@ def metrics(side: str, texts: int, videos: int) -> dict[str, float]:
     else:
         retrieval_metrics(scores, owner)
         text_to_video_ranks(scores, owner, rescore=DualSoftmax())
-        text_to_video_ranks(scores, owner, rescore=QueryBank(bank))
+        text_to_video_ranks(scores, owner, rescore=partial(QueryBank(), bank_BG=bank))
     return {"seconds": time.perf_counter() - began, "mib": max(1.0, _peak() - before)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from emcl.tasks.retrieval_plots import embeddings_of, plots, similarity_of
 
 from emcl.metrics.bootstrap import interval
+from emcl.metrics.rescoring import label_of
 from emcl.metrics.retrieval_metrics import RECALLS
 from emcl.pictures import FramesOf, blank_figure, strip
 from emcl.run_folder import OPTIONS
@@ -25,8 +27,10 @@ SHOWN = 3
 """Videos of an example in a report."""
 DRAWN, FIRST = 6, 5
 """Queries in a run's picture, and videos found for each."""
-DUAL = "_dsl_transductive"
-"""Suffix of the directions of the dual softmax."""
+TRANSDUCTIVE, INDUCTIVE = "transductive", "inductive"
+"""Whether a query's ranks depend on other queries of the test."""
+RESCORED = re.compile(rf"({'|'.join(WAYS)})_(.+)_({TRANSDUCTIVE}|{INDUCTIVE})/(.+)")
+"""A metric of a rescored similarity: direction, rescoring, kind, metric."""
 PAPER, README = "EMCL, NeurIPS 2022", "the reference's README"
 NET, NETPP = "EMCL-Net", "EMCL-Net++ (DSL)"
 
@@ -46,12 +50,11 @@ class Option:
     emcl: str
     rescoring: str
     transductive: bool
-    """Whether a query's ranks depend on other queries of the test."""
     metrics: dict[str, dict[str, float]]
 
     def cells(self) -> list[str]:
         """The cells of a table's line, under `OPTION_COLUMNS`."""
-        kind = "transductive" if self.transductive else "inductive"
+        kind = TRANSDUCTIVE if self.transductive else INDUCTIVE
         return [self.emcl, self.rescoring, kind, *(f"{self.metrics[way][name]:.1f}" for way in WAYS for name in RANKED)]
 
 
@@ -98,7 +101,7 @@ PUBLISHED = {
 
 
 class RetrievalReport(TaskReport):
-    """Recall and ranks in both directions, the dual softmax as a line of its own."""
+    """Recall and ranks in both directions, those of a rescored similarity in a line of their own."""
 
     columns = COLUMNS
     published = PUBLISHED
@@ -117,8 +120,12 @@ class RetrievalReport(TaskReport):
         return bounds
 
     def variants(self, result: Result) -> list[Variant]:
-        dual = {name.replace(DUAL, ""): value for name, value in result.metrics.items() if f"{DUAL}/" in name}
-        return [Variant("DSL", "transductive", dual)] if dual else []
+        rescored: dict[tuple[str, str], dict[str, float]] = {}
+        for key, value in result.metrics.items():
+            if match := RESCORED.fullmatch(key):
+                way, name, kind, metric = match.groups()
+                rescored.setdefault((name, kind), {})[f"{way}/{metric}"] = value
+        return [Variant(label_of(name), kind, metrics) for (name, kind), metrics in rescored.items()]
 
     def tables(self, result: Result) -> list[Table]:
         path = result.file(OPTIONS)

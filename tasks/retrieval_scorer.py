@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from emcl.tasks.retrieval_report import DRAWN, FIRST, Found, draw_found
+from emcl.tasks.retrieval_report import DRAWN, FIRST, INDUCTIVE, TRANSDUCTIVE, Found, draw_found
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +17,8 @@ from torch import Tensor
 from emcl.data.captions import EveryCaption
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.metrics.rescoring import DualSoftmax
+from emcl.evaluate.evaluate_settings import EvaluateConfig
+from emcl.metrics.rescoring import DualSoftmax, Rescoring, described, rescoring_of
 from emcl.metrics.retrieval_metrics import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Encoded
 from emcl.model.embeddings import Embeddings
@@ -91,9 +92,10 @@ class RetrievalScorer(Scorer):
         (scores_QG, kept, video_rows), config = records, self.evaluation.config
         plain, ranked = protocol_metrics(scores_QG, kept.owner)
         results = {"": plain}
-        if config.evaluate.dsl:
-            dsl = DualSoftmax(config.evaluate.dsl_temperature)
-            results["_dsl_transductive"] = retrieval_metrics(scores_QG, kept.owner, rescore=(dsl, dsl))
+        rescorings = _rescorings(config.evaluate)
+        for name, rescoring in rescorings.items():
+            suffix = f"_{name}_{TRANSDUCTIVE if rescoring.transductive else INDUCTIVE}"
+            results[suffix] = retrieval_metrics(scores_QG, kept.owner, rescore=(rescoring, rescoring))
         metrics = {
             f"{direction}{suffix}/{name}": value
             for suffix, both in results.items()
@@ -105,20 +107,28 @@ class RetrievalScorer(Scorer):
             save[SIMILARITY] = partial(save_file, {"similarity": torch.from_numpy(scores_QG)})
         return Scores(
             metrics,
-            self._protocol(len(kept.owner), len(video_rows)),
+            self._protocol(len(kept.owner), len(video_rows), [described(*item) for item in rescorings.items()]),
             chosen="text_to_video/R@1",
             picture=partial(draw_found, _examples(records), self.evaluation.title),
             items={"video": kept.owner.tolist(), **{way: ranks_Q.tolist() for way, ranks_Q in ranked.items()}},
             save=save,
         )
 
-    def _protocol(self, texts: int, videos: int) -> str:
+    def _protocol(self, texts: int, videos: int, rescored: Sequence[str]) -> str:
         layer: Regulariser | None = self.task.emcl
         how = "no EMCL" if layer is None else layer.protocol(self.evaluation.config.evaluate.tile)
         return (
             f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
-            f"against; {how}"
+            f"against; {how}{'; rescored besides: ' if rescored else ''}{', '.join(rescored)}"
         )
+
+
+def _rescorings(evaluate: EvaluateConfig) -> dict[str, Rescoring]:
+    """By name, those that an evaluation reports besides; `evaluate.dsl` is short for the first."""
+    chosen: dict[str, Rescoring] = {"dsl": DualSoftmax(evaluate.dsl_temperature)} if evaluate.dsl else {}
+    if evaluate.rescoring != "none":
+        chosen[evaluate.rescoring] = rescoring_of(evaluate.rescoring, evaluate.rescoring_options)
+    return chosen
 
 
 def _examples(compared: Compared) -> list[Found]:

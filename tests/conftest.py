@@ -19,6 +19,7 @@ from mlflow import MlflowClient, entities
 
 from forked import Program, start_program, start_ranks, start_server
 from local_ranks import free_port
+from worked_examples import example_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -50,14 +51,17 @@ def sample_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Somebody else's package (tests/third_party) in a folder of its own, and the environment that sees it."""
-    source = tmp_path_factory.mktemp("source")
+    """The package of docs/extending.md and that of tests/third_party in a folder, and the environment that sees it."""
+    examples, other = tmp_path_factory.mktemp("examples"), tmp_path_factory.mktemp("other")
+    for name, content in example_files().items():
+        (examples / name).write_text(content)
     for path in (ROOT / "tests" / "third_party").iterdir():
         if path.is_file():
-            shutil.copy(path, source)
+            shutil.copy(path, other)
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run([*command, "--target", str(target), str(source)], capture_output=True, text=True)
+    command += ["--target", str(target), str(examples), str(other)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {"PYTHONPATH": str(target)}
 

@@ -1,33 +1,47 @@
-"""Backbone, regulariser, optimiser and schedule are chosen by name, and somebody else's package brings others."""
+"""Backbone, regulariser, optimiser, schedule and rescoring are chosen by name, and another package brings more.
+
+Theirs are the examples of docs/extending.md.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from math import isnan
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from emcl.tasks.retrieval_report import RetrievalReport
+from safetensors.torch import load_file
 from torch import Tensor
 
 import emcl
 from conftest import TINY, launch, mlflow_run, recorded, small
 from emcl import components
-from emcl.components import BACKBONES, OPTIMIZERS, REGULARISERS, SCHEDULES, check_components
-from emcl.config import fingerprint_text, from_dict, resolve, to_yaml
+from emcl.cli import main
+from emcl.components import BACKBONES, OPTIMIZERS, REGULARISERS, RESCORINGS, SCHEDULES, check_components
+from emcl.config import Config, fingerprint_text, from_dict, resolve, to_yaml
+from emcl.config_docs import explain
 from emcl.data.batch import videos_of
 from emcl.distributed import ALONE, Ranks
 from emcl.em import Moments
 from emcl.errors import UserError
+from emcl.metrics.rescoring import DualSoftmax, Rescoring, check_rescoring, described, rescoring_of
 from emcl.model.backbone import Backbone, build_backbone, tokenizer_of
 from emcl.model.regulariser import Regulariser, regulariser_of
 from emcl.model.similarity import similarity, similarity_by_tile, similarity_on_ranks
+from emcl.report.options import _rescorings, every_option
 from emcl.run_folder import saved_config
+from emcl.settings import group
+from emcl.task import Variant
 from emcl.train import run as run_module
 from emcl.train.checkpoint import find
 from emcl.train.engine import _check_regularisers, deepspeed_settings
@@ -37,6 +51,7 @@ from emcl.train.plan import plan
 from emcl.train.schedule import build_schedule
 from emcl.train.train_settings import OptimConfig
 from ranks import run_on_ranks
+from worked_examples import example_commands, example_settings
 
 pytestmark = pytest.mark.xdist_group("serve")
 WIDTH = 16
@@ -72,15 +87,14 @@ def trained(
     sample_shards: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Two tasks on two ranks with nothing but their components."""
+    """Two tasks on two ranks with nothing but their components, chosen as docs/extending.md chooses each."""
     folder = tmp_path_factory.mktemp("components")
     settings = [
         *small(sample_shards), *recorded(folder),
-        "model.backbone=hf_clip", f"model.name={clip_folder}", f"model.pretrained={clip_folder}",
-        "model.regulariser=mean_removed", "model.regulariser_options.strength=0.5",
-        "model.regulariser_options.hubness=0.25", "optim.optimizer=lion", "optim.optimizer_options.beta1=0.8",
-        "optim.schedule=root", "data.image_size=32", "data.max_tokens=24", "optim.max_steps=4", "name=run",
-        "data.val=null", "tracking.every_steps=1", "optim.lr=1e-3",
+        *example_settings("A backbone"), f"model.name={clip_folder}", f"model.pretrained={clip_folder}",
+        *example_settings("A regulariser"), *example_settings("An optimiser, and a schedule"),
+        "data.image_size=32", "data.max_tokens=24", "optim.max_steps=4", "name=run", "data.val=null",
+        "tracking.every_steps=1",
     ]  # fmt: skip
     done = launch("--task", "retrieval,msrvtt_qa", *settings, ranks=2, cwd=folder, env=installed)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,7 +107,7 @@ def test_a_run_of_theirs_alone_trains_is_scored_and_says_so(trained: Path) -> No
     scores = json.loads((trained / "scores-test.json").read_text())["tasks"]["retrieval"]
     assert scores["protocol"].endswith("; MeanRemoved")
     config = (trained / "best/config.yaml").read_text()
-    for line in ("backbone: hf_clip", "strength: '0.5'", "optimizer: lion", "beta1: '0.8'", "schedule: root"):
+    for line in ("backbone: hf_clip", "strength: '0.5'", "optimizer: lion", "beta1: '0.8'", "schedule: inverse_root"):
         assert line in config
 
 
@@ -115,6 +129,89 @@ def test_its_export_compares_as_it_was_trained(trained: Path, theirs: Path) -> N
     assert len(model.answer(features, "what is it?", top=2)) == 2
 
 
+def test_scores_and_options_have_their_inference_trick(
+    trained: Path,
+    installed: dict[str, str],
+    theirs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By hand from the similarity that the run has kept, and beside the dual softmax."""
+    run = shutil.copytree(trained, tmp_path / "runs/NAME")
+    monkeypatch.chdir(tmp_path)
+    (_, _, *evaluate), (_, *options) = example_commands("An inference trick")
+    done = launch(*evaluate, "evaluate.dsl=true", "--task", "retrieval", cwd=tmp_path, env=installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    of_retrieval = json.loads((run / "scores-test.json").read_text())["tasks"]["retrieval"]
+    metrics = of_retrieval["metrics"]
+    assert of_retrieval["protocol"].endswith("; MeanRemoved; rescored besides: DSL, Z-norm (strength=0.5)")
+    scores_QG = load_file(run / "similarity-test.safetensors")["similarity"].double()
+    owner_Q = torch.tensor(json.loads((run / "items-retrieval-test.json").read_text())["video"])
+    by_text, by_video = (
+        (scores - 0.5 * scores.mean(0)) / scores.std(0, correction=0).sqrt() for scores in (scores_QG, scores_QG.T)
+    )
+    sets_GG = torch.stack([by_video[:, owner_Q == video].amax(1) for video in range(len(by_video))], dim=1)
+    for way, scores, right in (("text_to_video", by_text, owner_Q), ("video_to_text", sets_GG, torch.arange(12))):
+        ranks = (scores >= scores.gather(1, right[:, None])).sum(1)
+        assert metrics[f"{way}_z_norm_transductive/MnR"] == pytest.approx(ranks.double().mean().item())
+    assert {"text_to_video_dsl_transductive/R@1", "text_to_video/R@1"} <= set(metrics)
+    assert main([*options, "--bank", "10"]) == 0
+    table = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    kinds = {name: kind for layer, name, kind, *_ in table[2:] if layer == "none"}
+    assert kinds == {
+        "none": "inductive", "DSL": "transductive", "QB-Norm": "inductive", "Z-norm (strength=0.5)": "transductive",
+    }  # fmt: skip
+    own = next(cells for cells in table if cells[0].startswith("its own") and cells[1].startswith("Z-norm"))
+    mean_rank = table[0].index("t2v MnR")
+    assert float(own[mean_rank]) == pytest.approx(metrics["text_to_video_z_norm_transductive/MnR"], abs=0.06)
+    assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
+    report = capsys.readouterr().out
+    assert "NAME + Z-norm" in report and "NAME + DSL" in report
+
+
+def test_a_report_tells_a_trick_of_a_package_that_is_gone_and_its_odd_name() -> None:
+    name = "a_transductive_b"
+    metrics = {"text_to_video/R@1": 1.0, "text_to_video_as_published/R@1": 2.0}
+    metrics |= {f"text_to_video_{name}_inductive/R@1": 3.0, f"video_to_text_{name}_inductive/MdR": 4.0}
+    variants = RetrievalReport().variants(SimpleNamespace(metrics=metrics))
+    assert variants == [
+        Variant(name, "inductive", {"text_to_video/R@1": 3.0, "video_to_text/MdR": 4.0}),
+    ]
+
+
+def test_options_leave_out_a_trick_that_cannot_be_used_unless_it_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = [EntryPoint(name="theirs", value="nowhere:Thing", group=RESCORINGS.group)]
+    monkeypatch.setattr(components, "entry_points", lambda group, name="theirs": theirs if name == "theirs" else [])
+    evaluate = resolve(["retrieval"], overrides=["evaluate.dsl_temperature=0.05"]).evaluate
+    assert [label for label, _ in _rescorings(evaluate)] == ["none", "DSL (temperature=0.05)", "QB-Norm"]
+    assert "left out: evaluate.rescoring=theirs: nowhere:Thing of its package cannot be imported" in caplog.text
+    chosen = replace(evaluate, rescoring="qb_norm", rescoring_options={"temperature": "0.1"})
+    label, rescoring = _rescorings(chosen)[-1]
+    assert label == "QB-Norm (temperature=0.1)" and rescoring == type(rescoring)(0.1)
+    with pytest.raises(UserError, match=r"^evaluate\.rescoring=theirs: nowhere:Thing"):
+        _rescorings(replace(evaluate, rescoring="theirs"))
+
+
+@group
+class Shift(Rescoring):
+    by: float
+
+
+def test_a_trick_whose_setting_has_to_be_given_is_described_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components.Components, "load", lambda *_: Shift)
+    assert described("shift", rescoring_of("shift", {"by": "2"})) == "shift (by=2.0)"
+    with pytest.raises(UserError, match=r"^evaluate\.rescoring_options\.by has to be given: a number$"):
+        check_rescoring("shift", {})
+
+
+def test_options_refuse_a_setting_that_changes_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^evaluate\.dsl changes no option here: evaluate\.tile, "):
+        every_option(tmp_path, ["evaluate.dsl=true"])
+
+
 def test_without_the_package_the_run_is_refused_by_name(trained: Path) -> None:
     with pytest.raises(UserError, match=r"model\.backbone=hf_clip is none of open_clip"):
         emcl.load(trained)
@@ -122,10 +219,10 @@ def test_without_the_package_the_run_is_refused_by_name(trained: Path) -> None:
 
 def test_an_evaluation_does_without_the_package_of_an_optimiser() -> None:
     usual = resolve(["retrieval"])
-    for optim in (replace(usual.optim, optimizer="lion"), replace(usual.optim, schedule="root")):
+    for optim in (replace(usual.optim, optimizer="lion"), replace(usual.optim, schedule="inverse_root")):
         config = replace(usual, optim=optim)
         check_components(config, training=False)
-        with pytest.raises(UserError, match=r"^optim\.(optimizer=lion|schedule=root) is none of"):
+        with pytest.raises(UserError, match=r"^optim\.(optimizer=lion|schedule=inverse_root) is none of"):
             check_components(config)
 
 
@@ -137,7 +234,7 @@ def test_its_checkpoint_goes_on_with_its_ranks_and_optimiser_alone(
         ({}, "with optim.optimizer=lion it goes on with 2 ranks and deepspeed=deepspeed/zero1.json alone"),
         ({"optimizer": "adamw"}, "was begun with optim.optimizer=lion and does not go on with adamw: --init takes"),
         ({"optimizer_options": {}}, r"optim.optimizer_options={beta1: 0.8} and does not go on with {}"),
-        ({"schedule": "cosine"}, "optim.schedule=root and does not go on with cosine"),
+        ({"schedule": "cosine"}, "optim.schedule=inverse_root and does not go on with cosine"),
     ):
         optim = replace(config.optim, **changes)
         with pytest.raises(UserError, match=says.replace("{", r"\{")):
@@ -179,7 +276,11 @@ def test_a_backbone_of_transformers_gives_its_own_features(theirs: Path, clip_fo
             "is none of emcl, mean_removed (or install the package that brings it)",
         ),
         ("optim.optimizer=lyon", "optim.optimizer=lyon is none of adamw, sgd, lion, did you mean 'lion'?"),
-        ("optim.schedule=x", "optim.schedule=x is none of cosine, linear, constant, root"),
+        ("optim.schedule=x", "optim.schedule=x is none of cosine, linear, constant, inverse_root"),
+        ("evaluate.rescoring=znorm", "is none of none, dsl, qb_norm, z_norm, did you mean 'z_norm'?"),
+        ("evaluate.rescoring_options.strength=2", "evaluate.rescoring_options.strength=2 is not a number from 0 to 1"),
+        ("evaluate.rescoring_options.temperature=0", "rescoring_options.temperature=0 is not a number above 0"),
+        ("evaluate.rescoring_options.bank=1", "bank: none has no settings of its own (evaluate.rescoring_options={} "),
         (
             "optim.optimizer_options.beta1=0.5",
             "beta1: adamw has no settings of its own (optim.optimizer_options={} ",
@@ -190,14 +291,37 @@ def test_a_backbone_of_transformers_gives_its_own_features(theirs: Path, clip_fo
     ],
 )
 def test_a_wrong_name_or_option_is_refused_in_one_line(theirs: Path, override: str, says: str | None) -> None:
-    chosen = {"strenth": "model.regulariser=mean_removed", "momentum": "optim.optimizer=sgd"}
+    chosen = {
+        "strenth": "model.regulariser=mean_removed", "momentum": "optim.optimizer=sgd",
+        "strength": "evaluate.rescoring=z_norm", "temperature": "evaluate.rescoring=dsl",
+    }  # fmt: skip
     more = [setting for word, setting in chosen.items() if word in override]
     if says is None:
         check_components(resolve(["retrieval"], overrides=["model.backbone=hf_clip", override]))
         return
     with pytest.raises(UserError) as caught:
-        check_components(resolve(["retrieval"], overrides=[override, *more]))
+        config = resolve(["retrieval"], overrides=[override, *more])
+        check_rescoring(config.evaluate.rescoring, config.evaluate.rescoring_options)
+        check_components(config)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_lists_what_is_installed_with_its_settings(theirs: Path) -> None:
+    assert "Here: adamw, sgd, lion (--help optim.optimizer_options: " in explain("optim.optimizer")
+    assert explain("optim.schedule").endswith("Here: cosine, linear, constant, inverse_root")
+    options = explain("optim.optimizer_options")
+    assert "  with optim.optimizer=adamw: nothing\n" in options
+    assert "with optim.optimizer=lion:\n  optim.optimizer_options.beta1=0.9   (a number from 0 to below 1)" in options
+    assert "How much of mean and deviation counts." in explain("evaluate.rescoring_options")
+
+
+def test_help_on_options_names_a_broken_package_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = EntryPoint(name="theirs", value="nowhere:Thing", group=OPTIMIZERS.group)
+    found = {OPTIMIZERS.group: [entry]}
+    monkeypatch.setattr(components, "entry_points", lambda group, name=None: found.get(group, []))
+    options = explain("optim.optimizer_options")
+    assert "optim.optimizer=theirs: nowhere:Thing of its package cannot be imported" in options
+    assert "optim.optimizer_options.momentum=0.9" in options
 
 
 @pytest.mark.parametrize(
@@ -278,6 +402,34 @@ def test_their_regulariser_gives_the_same_on_two_ranks(theirs: Path, tmp_path: P
     for results in run_on_ranks(_with_regulariser, 2, tmp_path, str(theirs)):
         for one, other in zip(results, wanted, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (DualSoftmax(), "does not extend emcl.metrics.rescoring.Rescoring"),
+        (DualSoftmax, None),
+        (type("Plain", (Rescoring,), {}), None),
+        (type("OfAGroup", (group(type("Base", (Rescoring,), {})),), {}), "OfAGroup extends a group of settings"),
+    ],
+)
+def test_a_rescoring_is_a_class_and_one_that_extends_a_group_is_one(
+    kind: object, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components.Components, "load", lambda *_: kind)
+    if says is None:
+        assert isinstance(rescoring_of("theirs"), Rescoring)
+        return
+    with pytest.raises(UserError) as caught:
+        rescoring_of("theirs")
+    assert says in str(caught.value) and str(caught.value).startswith("evaluate.rescoring=theirs: ")
+
+
+@pytest.mark.parametrize("find_it", [plan, lambda config: run_module._check(config, ALONE, training=False)])
+def test_an_evaluation_has_no_bank_for_a_rescoring(find_it: Callable[[Config], object]) -> None:
+    config = resolve(["retrieval"], overrides=["evaluate.rescoring=qb_norm", "data.train=none", "data.generate=false"])
+    with pytest.raises(UserError, match=r"^evaluate\.rescoring=qb_norm needs a bank .* `emcl options RUN` scores it$"):
+        find_it(config)
 
 
 def test_one_that_does_nothing_changes_nothing() -> None:
@@ -369,12 +521,13 @@ def test_an_index_knows_its_model_though_there_are_more_settings_now() -> None:
     assert "schedule" in to_yaml(usual) and "schedule" not in fingerprint_text(usual)
     other = resolve(["retrieval"], overrides=[f"model.name={TINY}", "optim.schedule=linear"])
     assert fingerprint_text(other) != fingerprint_text(usual)
+    assert "rescoring" in to_yaml(usual) and "rescoring" not in fingerprint_text(usual)
     of_task = fingerprint_text(resolve(["captioning"], overrides=["tasks.captioning.max_tokens=40"]))
     assert "    words: 40\n" in of_task and "max_tokens" not in of_task
 
 
 def test_the_tables_name_what_there_is() -> None:
-    bases = ((BACKBONES, Backbone), (REGULARISERS, Regulariser), (OPTIMIZERS, OptimizerKind))
+    bases = ((BACKBONES, Backbone), (REGULARISERS, Regulariser), (OPTIMIZERS, OptimizerKind), (RESCORINGS, Rescoring))
     for table, base in bases:
         assert all(issubclass(table.load_class(name, base), base) for name in table.names())
     assert all(callable(SCHEDULES.load(name)) for name in SCHEDULES.names())

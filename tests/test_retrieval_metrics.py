@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,6 +28,10 @@ from emcl.metrics.retrieval_metrics import (
 
 DSL = (DualSoftmax(0.01), DualSoftmax(0.01))
 NAMES = {"R1": "R@1", "R5": "R@5", "R10": "R@10", "R50": "R@50", "MedianR": "MdR", "MeanR": "MnR"}
+
+
+def by_bank(bank: np.ndarray, temperature: float = 0.05) -> Rescore:
+    return partial(QueryBank(temperature), bank_BG=bank)
 
 
 def whole(rescore: Rescore, scores: np.ndarray) -> np.ndarray:
@@ -156,7 +161,7 @@ def test_the_query_bank_ranks_as_its_formula_does() -> None:
     scores, bank, beta = random_scores(40, 12, 1), random_scores(BLOCK + 30, 12, 2), 20.0
     bank[:, 3] += 0.3  # a hub: the best of most bank queries
     bank[:, 5] -= 1.0  # never the best
-    ours = whole(QueryBank(bank, 1 / beta), scores)
+    ours = whole(by_bank(bank, 1 / beta), scores)
     hubs = {int(row.argmax()) for row in bank}
     assert 3 in hubs and 5 not in hubs
     changed = 0
@@ -171,11 +176,11 @@ def test_the_query_bank_ranks_as_its_formula_does() -> None:
 
 def test_query_banks_of_both_directions_and_one_query_alone() -> None:
     scores, texts, videos = random_scores(20, 20, 3), random_scores(60, 20, 4), random_scores(20, 50, 5)
-    both = retrieval_metrics(scores, rescore=(QueryBank(texts), QueryBank(videos.T)))
-    turned = retrieval_metrics(scores.T, rescore=(QueryBank(videos.T), QueryBank(texts)))
+    both = retrieval_metrics(scores, rescore=(by_bank(texts), by_bank(videos.T)))
+    turned = retrieval_metrics(scores.T, rescore=(by_bank(videos.T), by_bank(texts)))
     assert both["text_to_video"] == turned["video_to_text"] and both["video_to_text"] == turned["text_to_video"]
-    alone = whole(QueryBank(texts), scores[4:5])  # inductive: no other query of the test is needed
-    np.testing.assert_allclose(alone[0], whole(QueryBank(texts), scores)[4])
+    alone = whole(by_bank(texts), scores[4:5])  # inductive: no other query of the test is needed
+    np.testing.assert_allclose(alone[0], whole(by_bank(texts), scores)[4])
 
 
 def test_ranks_need_little_memory_beside_the_scores() -> None:
@@ -192,7 +197,7 @@ def test_rescored_ranks_in_blocks_are_those_of_the_whole_matrix() -> None:
     queries = BLOCK * THREADS + 30
     scores = random_scores(queries, queries + 50, 6)
     owner = np.arange(len(scores))
-    for rescore in (DualSoftmax(0.05), QueryBank(random_scores(40, queries + 50, 7))):
+    for rescore in (DualSoftmax(0.05), by_bank(random_scores(40, queries + 50, 7))):
         blocks = text_to_video_ranks(scores, owner, rescore=rescore)
         np.testing.assert_array_equal(blocks, ranks_of(whole(rescore, scores), owner))
 

@@ -17,6 +17,7 @@ from emcl.errors import UserError, one_line
 from emcl.model.architecture_limits import check_limits
 from emcl.recipe import as_written, read_yaml
 from emcl.run_folder import RunFolder
+from emcl.settings import build, group
 from emcl.train.deepspeed_file import read_deepspeed
 from emcl.train.run_config import config_of_run
 
@@ -53,6 +54,11 @@ REFUSED = {
     "emcl.momentum=2": "from 0 to 1",
     "evaluate.tile=0": "from 1 up",
     "evaluate.dsl_temperature=0": "above 0",
+    "evaluate.rescoring=dls": "evaluate.rescoring=dls is none of none, dsl, qb_norm, did you mean 'dsl'?",
+    "evaluate.rescoring_options.temperature=1": "evaluate.rescoring_options.temperature: none has no settings",
+    "evaluate={rescoring: dsl, rescoring_options: {temperature: 0}}": "rescoring_options.temperature=0 is not a number",
+    "evaluate.rescoring=qb_norm": "evaluate.rescoring=qb_norm needs a bank of training samples",
+    "evaluate={dsl: true, rescoring: dsl}": "evaluate.rescoring=dsl is what dsl=true asks for already",
     "evaluate.every_epochs=0": "a whole number of epochs from 1 up",
     "checkpoint.keep=0": "from 1 up",
     "checkpoint.every_steps=0": "from 1 up",
@@ -421,6 +427,11 @@ def test_options_that_are_wrong_are_refused_in_one_line_and_without_torch(argume
     status, said, _, torch = launched(*arguments)
     assert (status, torch) == (2, False)
     assert said.startswith("error: ") and said.count("\n") == 1 and named in said
+
+
+def test_a_group_without_fields_refuses_any_key_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"unknown configuration key 'tasks\.plain\.x' \(keys here: none\)"):
+        build(group(type("Plain", (), {})), {"x": "1"}, "tasks.plain.")
 
 
 def test_groups_of_a_recipe_may_be_empty_or_merged_from_others(tmp_path: Path) -> None:

@@ -110,10 +110,17 @@ def build_parser() -> argparse.ArgumentParser:
     options = commands.add_parser(
         "options",
         help="every inference option on a run's kept embeddings, in one table",
-        description="EMCL (none, the model's own, as an inference module) by rescoring (none, DSL, QB-Norm), each "
-        "marked inductive or transductive. The run must have been scored on its test split.",
+        description="EMCL (none, the model's own, as an inference module) by rescoring (none, DSL, QB-Norm, "
+        "those of installed packages), each marked inductive or transductive. The run must have been scored on its "
+        "test split.",
     )
     options.add_argument("run", type=Path, help="a run's folder")
+    options.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as evaluate.rescoring=qb_norm evaluate.rescoring_options.temperature=0.1, or evaluate.tile=64",
+    )
     options.add_argument(
         "--bank",
         type=whole(ge=1),
@@ -337,7 +344,7 @@ def _transform(options: argparse.Namespace) -> None:
 def _options(options: argparse.Namespace) -> None:
     from emcl.report.options import every_option, table
 
-    print(table(every_option(options.run, task=options.task, bank_videos=options.bank)))
+    print(table(every_option(options.run, options.overrides, task=options.task, bank_videos=options.bank)))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a model and of its training that are chosen by name; without PyTorch.
+"""The parts of a model, of its training and of its evaluation that are chosen by name; without PyTorch.
 
 Those of this package stand here, each table in one line; another package registers its own under the table's
 entry-point group, as tasks are registered (registry.py). No import fills a table.
@@ -7,13 +7,14 @@ entry-point group, as tasks are registered (registry.py). No import fills a tabl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 from pkgutil import resolve_name
 from typing import Any
 
 from emcl.errors import UserError, first_line
-from emcl.settings import as_group, build
+from emcl.settings import as_group, build, fields
 from emcl.suggestions import nearest
 
 DISTRIBUTION = "emcl-platform"
@@ -86,18 +87,31 @@ class Components:
     def options(self, name: str, table: Mapping[str, str]) -> Any:
         """The settings of the part's own, an instance of its `config_class`; None where it has none.
 
+        A part that is a dataclass is its own settings: this gives the part itself.
+
         Raises:
             UserError: one that it does not know, or a value that it does not take.
         """
-        kind = getattr(self.load(name), "config_class", None)
-        if kind is not None:
-            return build(as_group(kind), dict(table), f"{self.setting}_options.")
-        if table:
+        kind = self.config_class(name)
+        if table and not fields(kind):
             raise UserError(
                 f"{self.setting}_options.{next(iter(table))}: {name} has no settings of its own "
                 f"({self.setting}_options={{}} forgets those of another)"
             )
-        return None
+        return None if kind is None else build(kind, dict(table), f"{self.setting}_options.")
+
+    def config_class(self, name: str) -> Any:
+        """The group of the part's own settings; None where it has none.
+
+        Raises:
+            UserError: it cannot be imported, or is no group.
+        """
+        part = self.load(name)
+        own: Any = part if isinstance(part, type) and is_dataclass(part) else getattr(part, "config_class", None)
+        try:
+            return None if own is None else as_group(own)
+        except (TypeError, AttributeError) as error:
+            raise UserError(f"{self.setting}={name}: {first_line(error)}") from None
 
 
 BACKBONES = Components(
@@ -124,6 +138,20 @@ SCHEDULES = Components(
 )
 """Functions (optimizer, warm-up steps, steps) -> PyTorch's scheduler; without settings of their own."""
 
+RESCORINGS = Components(
+    "evaluate.rescoring",
+    "emcl.rescorings",
+    {
+        "none": "emcl.metrics.rescoring:Rescoring",
+        "dsl": "emcl.metrics.rescoring:DualSoftmax",
+        "qb_norm": "emcl.metrics.rescoring:QueryBank",
+    },
+)
+"""Dataclasses that extend `emcl.metrics.rescoring.Rescoring`; their fields are their settings."""
+
+
+TABLES = (BACKBONES, REGULARISERS, OPTIMIZERS, SCHEDULES, RESCORINGS)
+
 
 def check_names(config: Any) -> None:
     """Whether there are such parts as a `Config` names; nothing is imported.
@@ -133,14 +161,14 @@ def check_names(config: Any) -> None:
     Raises:
         UserError: there is one that is not.
     """
-    BACKBONES.check(config.model.backbone)
-    REGULARISERS.check(config.model.regulariser)
-    OPTIMIZERS.check(config.optim.optimizer)
-    SCHEDULES.check(config.optim.schedule)
+    for table in TABLES:
+        table.check(attrgetter(table.setting)(config))
 
 
 def check_components(config: Any, *, training: bool = True) -> None:
-    """Whether all parts that a `Config` names can be imported, with their own settings; an evaluation has no optimiser.
+    """Whether a model's parts can be imported, with their own settings, and those of its training.
+
+    An evaluation has no optimiser; its rescoring is checked by `emcl.metrics.rescoring.check_rescoring`.
 
     Raises:
         UserError: one cannot, or has no such setting.

@@ -304,6 +304,7 @@ def _tasks(settings: Any) -> Sequence[str]:
 LATER = {
     "model": ("backbone", "backbone_options", "regulariser", "regulariser_options"),
     "optim": ("optimizer", "optimizer_options", "schedule"),
+    "evaluate": ("rescoring", "rescoring_options"),
 }
 """Settings that were added when people had indexes already (`fingerprint_text`)."""
 

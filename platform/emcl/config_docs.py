@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from emcl.components import TABLES, Components
 from emcl.config import Config
 from emcl.errors import UserError
 from emcl.inline_values import as_typed
@@ -88,12 +89,35 @@ def explain(word: str) -> str:
             return f"  {word} is {former[word]} now:\n{explain(former[word])}"
         keys = [*names, *(one.key for one in settings)]
         raise UserError(f"--help {word}: no group and no key{nearest(word, keys)} (groups: {', '.join(names)})")
-    return "\n".join(map(_paragraph, matches))
+    return "\n".join([*map(_paragraph, matches), *_of_components(word)])
+
+
+def _of_components(word: str) -> Iterator[str]:
+    """The parts that a setting chooses among on this machine, or what is set of each in a table of options."""
+    for table in TABLES:
+        if word == table.setting:
+            has_options = f"{word.partition('.')[2]}_options" in fields(_kind(word.partition(".")[0]))
+            more = f" (--help {word}_options: what is set of each)" if has_options else ""
+            yield f"      Here: {', '.join(table.names())}{more}"
+        elif word == f"{table.setting}_options":
+            for name in table.names():
+                yield from _of_component(table, name)
+
+
+def _of_component(table: Components, name: str) -> Iterator[str]:
+    try:
+        settings = list(_settings(table.config_class(name), f"{table.setting}_options."))
+    except UserError as error:  # its package is broken, and others' are not
+        yield f"  {error}"
+        return
+    yield f"  with {table.setting}={name}:{'' if settings else ' nothing'}"
+    yield from map(_paragraph, settings)
 
 
 def _paragraph(setting: Setting) -> str:
     head = f"  {setting.key}={setting.default}   ({setting.values})"
-    return f"{head}\n{textwrap.fill(setting.meaning, width=100, initial_indent='      ', subsequent_indent='      ')}"
+    meaning = textwrap.fill(setting.meaning, width=100, initial_indent="      ", subsequent_indent="      ")
+    return f"{head}\n{meaning}" if meaning else head
 
 
 def _prefix(name: str) -> str:

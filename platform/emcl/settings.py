@@ -297,7 +297,8 @@ def _length(metadata: Sequence[Any]) -> str:
 
 
 def _known(kind: Any) -> str:
-    return f"keys here: {', '.join(fields(kind) or kind)}"
+    names = kind if isinstance(kind, Mapping) else fields(kind)
+    return f"keys here: {', '.join(names) or 'none'}"
 
 
 def _explained(kind: Any, tree: Any, error: ValidationError, prefix: str) -> str:
@@ -320,6 +321,8 @@ def _explained(kind: Any, tree: Any, error: ValidationError, prefix: str) -> str
         for name in path[:depth]:
             tree = tree[name]
         value = tree
+    if first["type"].startswith("missing"):
+        return f"{where}{key} has to be given: {wanted(annotation, metadata)}"
     value = shown(value)
     near = nearest(value, map(str, get_args(inner))) if get_origin(inner) is Literal else ""
     words = wanted(annotation, metadata)

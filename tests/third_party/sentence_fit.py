@@ -1,4 +1,4 @@
-"""Another of theirs, which is asked something: does a sentence fit the video?"""
+"""A task of somebody else's that is asked something: does a sentence fit the video?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from other_settings import SentenceFitConfig
+from sentence_fit_settings import SentenceFitConfig
 from torch import Tensor, nn
 
 from emcl.config import Config

@@ -25,7 +25,17 @@ class EvaluateConfig:
     dsl: bool = Field(
         False, description="Also report the dual softmax (transductive: it uses all test queries together)."
     )
-    dsl_temperature: float = Field(0.01, gt=0, description="Of the dual softmax.")
+    dsl_temperature: float = Field(0.01, gt=0, description="Of the dual softmax that `dsl` asks for.")
+    rescoring: str = Field(
+        "none",
+        description=(
+            "Also report retrieval with its similarity changed before ranking: `dsl`, or what an installed package "
+            "brings. `emcl options` tries all, and alone those that need a bank of training samples, as `qb_norm` does."
+        ),
+    )
+    rescoring_options: dict[str, str] = Field(
+        default_factory=dict, description="Settings of the rescoring's own, where it has some."
+    )
     shuffle_frames: bool = Field(
         False, description="Score with every video's frames in a random order, to see whether order matters."
     )
@@ -35,3 +45,7 @@ class EvaluateConfig:
             "Score with the videos dealt out anew among the samples: a control, which says what is known without them."
         ),
     )
+
+    def __post_init__(self) -> None:
+        if self.dsl and self.rescoring == "dsl":
+            raise ValueError("rescoring=dsl is what dsl=true asks for already: give one of them")

@@ -1,14 +1,17 @@
 """All combinations of retrieval's inference options on a run's saved embeddings: `emcl options RUN`.
 
 EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) times rescoring of
-the similarity (none, the dual softmax, QB-Norm by the same bank). Only the bank is encoded, once.
+the similarity (none, the dual softmax, QB-Norm by the same bank, those of installed packages). Only the bank is
+encoded, once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from emcl.components import RESCORINGS
 from emcl.config import Config
 from emcl.data.split import open_training_split
 from emcl.disk import write_whole
 from emcl.distributed import ALONE, device
 from emcl.em import EMCL
+from emcl.errors import UserError
 from emcl.evaluate.driver import collect
-from emcl.metrics.rescoring import DualSoftmax, QueryBank
-from emcl.metrics.retrieval_metrics import Rescore, retrieval_metrics, unchanged
+from emcl.evaluate.evaluate_settings import EvaluateConfig
+from emcl.metrics.rescoring import Rescoring, described, rescoring_of
+from emcl.metrics.retrieval_metrics import retrieval_metrics
 from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
@@ -34,13 +40,16 @@ from emcl.model.feature_cache import with_features
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.model.regulariser import Regulariser
 from emcl.multitask import VideoLanguageModel
+from emcl.recipe import parse_overrides
 from emcl.registry import task_class
-from emcl.run_folder import EMBEDDINGS, OPTIONS, WEIGHTS, RunFolder, saved_config
+from emcl.run_folder import EMBEDDINGS, OPTIONS, WEIGHTS, RunFolder
 from emcl.task.prediction import only_task
 from emcl.tasks.retrieval import RetrievalTask
 from emcl.tasks.retrieval_report import OPTION_COLUMNS, Option
 from emcl.train.export import open_export
+from emcl.train.run_config import config_of_run
 
+log = logging.getLogger("emcl")
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
 
@@ -48,19 +57,30 @@ Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 """texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
 
 
-def every_option(run: Path, *, task: str | None = None, bank_videos: int = 500) -> list[Option]:
+TAKEN = ("evaluate.tile", "evaluate.dsl_temperature", "evaluate.rescoring", "evaluate.rescoring_options")
+"""The settings that change an option."""
+
+
+def every_option(
+    run: Path, overrides: Sequence[str] = (), *, task: str | None = None, bank_videos: int = 500
+) -> list[Option]:
     """Scores all combinations and saves them in the run's folder.
 
     Args:
+        overrides: `key=value` of `TAKEN`; the chosen rescoring gets the options.
         task: which of the run's tasks, if several are retrieval.
 
     Raises:
-        UserError: no export, no retrieval in it, or no kept embeddings.
+        UserError: no export, no retrieval in it, no kept embeddings, or an override that is none.
     """
+    for key, _ in parse_overrides(overrides):
+        if not any(f"{key}.".startswith(f"{one}.") for one in TAKEN):
+            raise UserError(f"{key} changes no option here: {', '.join(TAKEN)} do")
     folder = RunFolder.open(run)
     folder.check_written()
     export = folder.export
-    saved = saved_config(export)
+    saved = config_of_run(None, None, overrides, evaluate=run, resumed=None)
+    rescorings = _rescorings(saved.evaluate)
     able = [name for name in saved.tasks if issubclass(task_class(saved.kind_of(name)), RetrievalTask)]
     name = only_task(run, able, task, "retrieve, which these options are for", "--task, task=")
     alias = saved.alias_of(name)
@@ -69,7 +89,7 @@ def every_option(run: Path, *, task: str | None = None, bank_videos: int = 500) 
     target = device()
     model.to(target)
     bank = _bank(export, folder.kept(EMBEDDINGS, "bank", alias=alias), model, config, name, bank_videos, target)
-    options = list(_combinations(model.heads[name], config.evaluate.tile, test, bank, target))
+    options = list(_combinations(model.heads[name], saved.evaluate.tile, rescorings, test, bank, target))
     as_json = json.dumps([dataclasses.asdict(option) for option in options], indent=1)
     write_whole(folder.kept(OPTIONS, "test", alias=alias), as_json)
     return options
@@ -95,21 +115,44 @@ def _bank(
     return bank
 
 
-def _combinations(task: Any, tile: int, test: Embeddings, bank: Embeddings, target: torch.device) -> Iterator[Option]:
+def _combinations(
+    task: Any,
+    tile: int,
+    rescorings: Sequence[tuple[str, Rescoring]],
+    test: Embeddings,
+    bank: Embeddings,
+    target: torch.device,
+) -> Iterator[Option]:
     layers = _layers(task, tile, bank)
     for name, (score, in_tiles) in tqdm(layers.items(), desc="inference options", unit="layer", leave=False):
         text, frames, mask = (tensor.to(target) for tensor in (test.text, test.frames, test.mask))
         similarity = score(text, frames, mask)
         by_text = score(bank.text.to(target), frames, mask)
         by_video = score(text, bank.frames.to(target), bank.mask.to(target))
-        rescorings: dict[str, tuple[Rescore, Rescore]] = {
-            "none": (unchanged, unchanged),
-            "DSL": (DualSoftmax(), DualSoftmax()),
-            "QB-Norm": (QueryBank(by_text), QueryBank(by_video.T)),
-        }
-        for rescoring, both in rescorings.items():
+        for label, rescoring in rescorings:
+            both = partial(rescoring, bank_BG=by_text), partial(rescoring, bank_BG=by_video.T)
             metrics = retrieval_metrics(similarity, test.owner, rescore=both)
-            yield Option(name, rescoring, in_tiles or rescoring == "DSL", metrics)
+            yield Option(name, label, in_tiles or rescoring.transductive, metrics)
+
+
+def _rescorings(evaluate: EvaluateConfig) -> list[tuple[str, Rescoring]]:
+    """All that there are, with what tables call them; with settings of its own the one that is chosen.
+
+    Another package's that cannot be used is left out with a line that says why.
+    """
+    options: dict[str, Mapping[str, str]] = {"dsl": {"temperature": str(evaluate.dsl_temperature)}}
+    options |= {evaluate.rescoring: evaluate.rescoring_options}
+    usable = []
+    for name in RESCORINGS.names():
+        try:
+            rescoring = rescoring_of(name, options.get(name))
+        except UserError as error:
+            if name == evaluate.rescoring:
+                raise
+            log.warning("left out: %s", error)
+            continue
+        usable.append((described(name, rescoring), rescoring))
+    return usable
 
 
 def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bool]]:

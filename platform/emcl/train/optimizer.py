@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from emcl.components import OPTIMIZERS
+from emcl.settings import group
 from emcl.train.train_settings import OptimConfig
 
 
@@ -95,12 +95,12 @@ class AdamW(OptimizerKind):
         return DeepSpeedCPUAdam(groups, lr=optim.lr, betas=_two(optim.betas), eps=optim.eps, adamw_mode=True)
 
 
-@dataclass(frozen=True, kw_only=True)
+@group
 class SGDConfig:
     """Settings of SGD."""
 
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
+    momentum: float = Field(0.9, ge=0, lt=1, description="Share of the earlier gradients' mean that stays.")
+    nesterov: bool = Field(False, description="Look ahead along it (Nesterov).")
 
     def __post_init__(self) -> None:
         if self.nesterov and not self.momentum:

@@ -24,6 +24,7 @@ from emcl.data.samples import Sample
 from emcl.data.shard_checks import missing, wanted
 from emcl.data.shards import open_shards
 from emcl.data.split import open_training_split
+from emcl.metrics.rescoring import check_rescoring
 from emcl.model.backbone import backbone_class
 from emcl.multitask import VideoLanguageModel
 from emcl.registry import task_class
@@ -76,6 +77,7 @@ def plan(config: Config) -> tuple[Plan, Config]:
         UserError: something other than shards that the configuration names is missing or does not fit.
     """
     check_components(config)
+    check_rescoring(config.evaluate.rescoring, config.evaluate.rescoring_options)
     backbone = backbone_class(config.model)
     backbone.check(config)
     weights = backbone.missing_weights(config.model)

@@ -20,6 +20,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.results import record, table
+from emcl.metrics.rescoring import check_rescoring
 from emcl.model.architecture_limits import check_limits
 from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.model.feature_cache import with_features
@@ -176,6 +177,7 @@ def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
     """Checks what would fail later: batch size, shards, weights, DeepSpeed file. Renders the sample set if needed."""
     check_limits(config)
     check_components(config, training=training)
+    check_rescoring(config.evaluate.rescoring, config.evaluate.rescoring_options)
     backbone = backbone_class(config.model)
     backbone.check(config)
     kinds = check_tasks(config)
