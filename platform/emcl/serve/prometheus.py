@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client import generate_latest as text_of
 
-from emcl.serve.asgi import watched
+from emcl.serve.asgi import HttpMiddleware, watched
 
 
 class Metrics:
@@ -32,14 +32,8 @@ class Metrics:
         """An ASGI middleware that counts."""
         metrics = self
 
-        class Counted:
-            def __init__(self, app: Any) -> None:
-                self.app = app
-
-            async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-                if scope["type"] != "http":
-                    await self.app(scope, receive, send)
-                    return
+        class Counted(HttpMiddleware):
+            async def respond(self, scope: Any, receive: Any, send: Any) -> None:
                 seen, began = {"status": 500}, time.perf_counter()
                 try:
                     await self.app(scope, receive, watched(send, seen.update))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from emcl.serve.asgi import watched
+from emcl.serve.asgi import HttpMiddleware, watched
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 _POLICY = (
@@ -20,17 +20,10 @@ _DESCRIPTION = "/docs"
 """FastAPI's API page loads scripts from another host, so it gets no policy; it shows no data of the index."""
 
 
-class Headers:
+class Headers(HttpMiddleware):
     """Adds headers to every response: pages load nothing from other hosts and cannot be framed by other pages."""
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
+    async def respond(self, scope: Any, receive: Any, send: Any) -> None:
         def add(message: Any) -> None:
             policy = [] if scope["path"].startswith(_DESCRIPTION) else [(b"content-security-policy", _POLICY.encode())]
             message["headers"] = [*message["headers"], *_HEADERS, *policy]
