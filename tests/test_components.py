@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from math import isnan
 from pathlib import Path
@@ -200,6 +200,12 @@ class Shift(Rescoring):
     by: float
 
 
+def test_a_part_that_is_a_dataclass_has_the_settings_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = dataclass(type("Kind", (OptimizerKind,), {"config_class": Shift}))
+    monkeypatch.setattr(components.Components, "load", lambda *_: kind)
+    assert OPTIMIZERS.options("theirs", {"by": "2"}) == Shift(by=2.0)
+
+
 def test_a_trick_whose_setting_has_to_be_given_is_described_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(components.Components, "load", lambda *_: Shift)
     assert described("shift", rescoring_of("shift", {"by": "2"})) == "shift (by=2.0)"
@@ -317,8 +323,8 @@ def test_help_lists_what_is_installed_with_its_settings(theirs: Path) -> None:
 
 def test_help_on_options_names_a_broken_package_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint(name="theirs", value="nowhere:Thing", group=OPTIMIZERS.group)
-    found = {OPTIMIZERS.group: [entry]}
-    monkeypatch.setattr(components, "entry_points", lambda group, name=None: found.get(group, []))
+    registered = {OPTIMIZERS.group: [entry]}
+    monkeypatch.setattr(components, "entry_points", lambda group, name=None: registered.get(group, []))
     options = explain("optim.optimizer_options")
     assert "optim.optimizer=theirs: nowhere:Thing of its package cannot be imported" in options
     assert "optim.optimizer_options.momentum=0.9" in options

@@ -106,8 +106,10 @@ class Components:
         Raises:
             UserError: it cannot be imported, or is no group.
         """
-        part = self.load(name)
-        own: Any = part if isinstance(part, type) and is_dataclass(part) else getattr(part, "config_class", None)
+        component = self.load(name)
+        own: Any = getattr(component, "config_class", None)
+        if own is None and isinstance(component, type) and is_dataclass(component):
+            own = component
         try:
             return None if own is None else as_group(own)
         except (TypeError, AttributeError) as error:
@@ -149,8 +151,8 @@ RESCORINGS = Components(
 )
 """Dataclasses that extend `emcl.metrics.rescoring.Rescoring`; their fields are their settings."""
 
-
 TABLES = (BACKBONES, REGULARISERS, OPTIMIZERS, SCHEDULES, RESCORINGS)
+"""Of all kinds."""
 
 
 def check_names(config: Any) -> None:

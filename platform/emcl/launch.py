@@ -124,7 +124,6 @@ def check(options: argparse.Namespace) -> Callable[[], Config]:
     """
     from emcl.data.sampler import check_divisible
     from emcl.data.shard_checks import check_local
-    from emcl.metrics.rescoring import check_rescoring
     from emcl.model.architecture_limits import check_limits
     from emcl.registry import early_settings_of
     from emcl.train.deepspeed_file import read_deepspeed
@@ -135,7 +134,10 @@ def check(options: argparse.Namespace) -> Callable[[], Config]:
     )
     early = chosen(kind_of=early_settings_of)
     check_limits(early)
-    check_rescoring(early.evaluate.rescoring, early.evaluate.rescoring_options)
+    if early.evaluate.rescoring != "none" or early.evaluate.rescoring_options:
+        from emcl.metrics.rescoring import check_rescoring  # NumPy: a tenth of a second, which no other start waits for
+
+        check_rescoring(early.evaluate.rescoring, early.evaluate.rescoring_options)
     if options.init:
         _ = RunFolder.open(options.init).export
     if options.evaluate:

@@ -57,7 +57,7 @@ Score = Callable[[Tensor, Tensor, Tensor], NDArray[np.float32]]
 """texts (Q, D), frames (G, T, D), mask (G, T) -> (Q, G)"""
 
 
-TAKEN = ("evaluate.tile", "evaluate.dsl_temperature", "evaluate.rescoring", "evaluate.rescoring_options")
+OPTION_SETTINGS = ("evaluate.tile", "evaluate.dsl_temperature", "evaluate.rescoring", "evaluate.rescoring_options")
 """The settings that change an option."""
 
 
@@ -67,15 +67,15 @@ def every_option(
     """Scores all combinations and saves them in the run's folder.
 
     Args:
-        overrides: `key=value` of `TAKEN`; the chosen rescoring gets the options.
+        overrides: `key=value` of `OPTION_SETTINGS`; the chosen rescoring gets the options.
         task: which of the run's tasks, if several are retrieval.
 
     Raises:
         UserError: no export, no retrieval in it, no kept embeddings, or an override that is none.
     """
     for key, _ in parse_overrides(overrides):
-        if not any(f"{key}.".startswith(f"{one}.") for one in TAKEN):
-            raise UserError(f"{key} changes no option here: {', '.join(TAKEN)} do")
+        if not any(f"{key}.".startswith(f"{one}.") for one in OPTION_SETTINGS):
+            raise UserError(f"{key} changes no option here: {', '.join(OPTION_SETTINGS)} do")
     folder = RunFolder.open(run)
     folder.check_written()
     export = folder.export
