@@ -10,6 +10,9 @@ import torch
 
 from conftest import TINY
 from emcl.config import Config, resolve
+from emcl.data.captions import every_caption
+from emcl.data.loader import Clips
+from emcl.data.sampler import Draw
 from emcl.data.split import open_split
 from emcl.distributed import ALONE
 from emcl.errors import UserError
@@ -31,28 +34,31 @@ def settings(*more: str) -> Config:
     )
 
 
-def test_features_are_what_the_towers_say(sample_shards: Path) -> None:
+def test_features_are_what_the_towers_say(sample_shards: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "val-000000.tar"  # features are written beside it, and other tests read `sample_shards`
+    shard.write_bytes((sample_shards / shard.name).read_bytes())
     config = settings()
     torch.manual_seed(0)
-    backbone = build_backbone(config)
-    split = open_split(f"{sample_shards}/val-000000.tar", tokenizer_of(config))
+    backbone = build_backbone(config).eval()
+    split = open_split(str(shard), tokenizer_of(config))
     kept = with_features(split, config, backbone, ALONE, CPU)
-    assert path_of(config, split.shards.paths[0]).is_file()
-    from emcl.data.captions import every_caption
-    from emcl.data.loader import Clips
-    from emcl.data.sampler import Draw
+    assert path_of(config, shard).is_file()
 
     clips = Clips(split, config.data, training=False)
     tokenize = tokenizer(TINY, 16)
-    for row in range(len(split)):
-        loaded = clips[Draw(row, None, 0)]
-        assert loaded.frames is not None
-        with torch.no_grad():
-            direct = backbone.image.trunk(backbone.preprocess(torch.from_numpy(loaded.frames)))
-            words = backbone.text.trunk(tokenize(loaded.sample.captions))
-        torch.testing.assert_close(torch.from_numpy(kept.remembered_frames(row)), direct, atol=2e-3, rtol=2e-3)
-        remembered = kept.text(every_caption(loaded.sample, Draw(row, None, 0)))
-        torch.testing.assert_close(remembered, words, atol=2e-3, rtol=2e-3)
+    draws = [Draw(row, None, 0) for row in range(len(split))]
+    pictures, sentences = [], []
+    with torch.no_grad():
+        for draw in draws:
+            loaded = clips[draw]
+            assert loaded.frames is not None
+            pictures.append(backbone.image.trunk(backbone.preprocess(torch.from_numpy(loaded.frames))))
+            sentences.append(backbone.text.trunk(tokenize(loaded.sample.captions)))
+    # all videos at once, so that a failure shows whether one differs, or all
+    remembered = [torch.from_numpy(kept.remembered_frames(draw.row)) for draw in draws]
+    torch.testing.assert_close(torch.stack(remembered), torch.stack(pictures), atol=2e-3, rtol=2e-3)
+    captions = [caption for draw in draws for caption in every_caption(split.sample(draw.row), draw)]
+    torch.testing.assert_close(kept.text(captions), torch.cat(sentences), atol=2e-3, rtol=2e-3)
 
 
 def test_another_model_size_or_shard_never_finds_them(sample_shards: Path, tmp_path: Path) -> None:
