@@ -44,6 +44,8 @@ CONFIG, WEIGHTS, EXPORT_SCORES = "config.yaml", "model.safetensors", "scores.jso
 BEST = "best"
 SAVED = "saved"
 """In `run.json`: whether a checkpoint was ever saved."""
+TOWERS = "towers"
+"""In `run.json`: which towers the run's cached features are of."""
 STEP = "step-"
 MANIFEST = "manifest.json"
 """In a checkpoint: how many ranks and which ZeRO stage wrote it, the optimiser's groups; size and checksum of every

@@ -6,7 +6,7 @@ encoder, freezing, recomputation and cached features are the same for all. Kinds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,18 +27,6 @@ from emcl.model.tower import Towers
 
 TOWERS = ("image", "text")
 _TOKENIZERS_KEPT = 4
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Identifies towers whose outputs are cached."""
-
-    architecture: Mapping[str, Any]
-    """Its description as JSON, since the architecture behind a name may change."""
-    weights: Sequence[str | None]
-    """Files or folders of pretrained weights, or names of some; None where there are none."""
-    random: bool
-    """Whether some weights are initialised at random, by the seed."""
 
 
 @dataclass
@@ -122,10 +110,9 @@ class Backbone(nn.Module):
         """Raises UserError, before the work: settings that its models do not support, such as `data.image_size`."""
 
     @classmethod
-    def origin(cls, config: ModelConfig) -> Origin:
-        """Identifies these towers in the cache of features."""
-        options = {config.backbone: dict(config.backbone_options)}
-        return Origin(options, [config.pretrained, config.name], random=config.pretrained is None)
+    def architecture(cls, config: ModelConfig) -> Mapping[str, Any]:
+        """Describes the towers beside their weights, as JSON: cached features belong to both."""
+        return {"backbone": config.backbone, "options": dict(config.backbone_options), "name": config.name}
 
     @classmethod
     def options(cls, config: ModelConfig) -> Any:

@@ -1,8 +1,8 @@
 """Cached outputs of frozen towers: computed once, stored beside the shards, read by later runs and epochs.
 
 For every shard there is a tar of `KEY.safetensors` with `frames` (n, W) and `captions` (c, W'), in a folder named by
-a fingerprint of everything that they depend on: model, weights, transform and the shard itself. Another model or size
-never reads a stale one.
+a fingerprint of everything that they depend on: the towers, transform and the shard itself. Towers are known by their
+weights and not by the settings that made them, since `--init` and exports bring weights that no setting tells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from emcl.data.samples import Sample
 from emcl.data.split import Feature, Split
 from emcl.distributed import Ranks
 from emcl.errors import UserError
-from emcl.model.backbone import Backbone, Origin
+from emcl.model.backbone import Backbone
 
 TEXTS_AT_ONCE = 256
 FRAMES_AT_ONCE = {"cpu": 8, "cuda": 256}
@@ -44,6 +44,7 @@ def with_features(
     ranks: Ranks,
     device: torch.device,
     *,
+    towers: str | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Split:
     """The split with cached features, if they are configured; computes those that are missing.
@@ -51,13 +52,16 @@ def with_features(
     `backbone` must not be in a DeepSpeed engine yet. Called by all ranks, which share the shards' work; `progress`
     is called with every video.
 
+    Args:
+        towers: what `identify_towers` says of the backbone, where that is known.
+
     Raises:
         UserError: a clip does not decode.
     """
     if not config.model.cache_features:
         return split
-    shards, origin = split.shards, backbone.origin(config.model)
-    paths = [feature_path(config, origin, shard) for shard in shards.paths]
+    shards, towers = split.shards, towers or identify_towers(backbone, ranks)
+    paths = feature_paths(split, config, towers)
     missing = [number for number, path in enumerate(paths) if not path.exists()]
     missing = ranks.gather_objects(missing)[0]  # one list: another rank may look after the first has been written
     backbone.to(device).eval()
@@ -126,23 +130,38 @@ def _of_group(
         yield sample.id, {"frames": frames.clone(), "captions": captions_.clone()}
 
 
-def fingerprint(config: Config, origin: Origin, shard: Path) -> str:
+def identify_towers(backbone: Backbone, ranks: Ranks) -> str:
+    """Hash of both trunks: their architecture and every weight. Called by all ranks; the first one's counts."""
+    return str(ranks.gather_objects(_hash_of_towers(backbone) if ranks.first else None)[0])
+
+
+def _hash_of_towers(backbone: Backbone) -> str:
+    architecture = {**backbone.architecture(backbone.config), "colours": backbone.normalisation}
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for tower in (backbone.image, backbone.text):
+        for name, weight in tower.trunk.state_dict().items():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def feature_paths(split: Split, config: Config, towers: str) -> list[Path]:
+    """Where the features of each of the split's shards are, or will be."""
+    return [
+        shard.parent / "features" / _fingerprint(config, towers, shard) / shard.name for shard in split.shards.paths
+    ]
+
+
+def _fingerprint(config: Config, towers: str, shard: Path) -> str:
     """Hash of all that a shard's features depend on."""
-    data = config.data
+    data, file = config.data, shard.stat()
     facts: dict[str, Any] = {
-        "version": 4,
-        "model": config.model.name,
-        "architecture": dict(origin.architecture),
-        "weights": [_stamp(Path(path)) if path and Path(path).exists() else path for path in origin.weights],
-        "seed": config.seed if origin.random else None,
+        "version": 5,
+        "towers": towers,
         "transform": [data.frames, data.fps, data.image_size, data.max_tokens, data.keyframes],
-        "shard": _stamp(shard),
+        "shard": [shard.name, file.st_size, file.st_mtime_ns],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def feature_path(config: Config, origin: Origin, shard: Path) -> Path:
-    return shard.parent / "features" / fingerprint(config, origin, shard) / shard.name
 
 
 def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:
@@ -168,11 +187,3 @@ def read_features(path: Path) -> Iterator[Feature]:
             stream = tar.extractfile(member)
             assert stream is not None
             yield {key: value.half() for key, value in load(stream.read()).items()}
-
-
-def _stamp(path: Path) -> list[Any]:
-    """A file's name, size and time (a folder's: those of its files); cheap, and it changes if the file is replaced."""
-    if path.is_dir():
-        return [_stamp(file) for file in sorted(path.iterdir())]
-    facts = path.stat()
-    return [path.name, facts.st_size, facts.st_mtime_ns]

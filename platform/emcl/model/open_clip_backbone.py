@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from emcl.data.captions import Tokenizer
 from emcl.errors import UserError, first_line
 from emcl.model.architecture_limits import CONTEXT
-from emcl.model.backbone import Backbone, Origin
+from emcl.model.backbone import Backbone
 from emcl.model.conv import ConvTower
 from emcl.model.model_settings import ModelConfig
 from emcl.model.patches import embed_patches_by_product
@@ -59,10 +59,8 @@ class OpenClipBackbone(Backbone):
         return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
 
     @classmethod
-    def origin(cls, config: ModelConfig) -> Origin:
-        architecture = model_json(config.name)
-        of_each = [config.image_weights, architecture["text_cfg"].get("hf_model_name")]
-        return Origin(architecture, [config.pretrained, *of_each], config.pretrained is None and None in of_each)
+    def architecture(cls, config: ModelConfig) -> Mapping[str, Any]:
+        return {**model_json(config.name), "quick_gelu": wants_quick_gelu(config)}
 
 
 class OpenClipTextTower(TextTower):

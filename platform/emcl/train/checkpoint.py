@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import deepspeed
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from emcl.config import Config
 from emcl.disk import OLD, free_bytes, replace_folder
@@ -28,6 +29,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError, first_line
 from emcl.inline_values import as_typed
 from emcl.run_folder import MANIFEST, STEP, checkpoints_in
+from emcl.train import reshard
 from emcl.train.optimizer import optimizer_class
 from emcl.train.reshard import KEPT, PART, UNIVERSAL, to_universal
 from emcl.train.train_settings import OptimConfig
@@ -181,6 +183,8 @@ class FoundCheckpoint:
     """The checkpoint that a run resumes from."""
 
     path: Path
+    stage: int
+    """ZeRO's, of the run that goes on."""
     universal: bool
     """Whether it is DeepSpeed's universal form, which any number of ranks can read."""
     converted: bool
@@ -215,7 +219,7 @@ def _fitting(path: Path, wanted: dict[str, int], config: Config) -> FoundCheckpo
                 f"{as_typed(now[name])}: --init takes the weights alone"
             )
     if layout == wanted or (before, after) == (0, 0):  # without ZeRO every rank holds all
-        return FoundCheckpoint(path, universal=False, converted=False)
+        return FoundCheckpoint(path, after, universal=False, converted=False)
     if 0 in (before, after) and precision != "fp32":
         raise UserError(
             f"{path} is of ZeRO stage {before}; stage {after} goes on from it in fp32 alone, not in {precision}: give "
@@ -232,7 +236,30 @@ def _fitting(path: Path, wanted: dict[str, int], config: Config) -> FoundCheckpo
     target = path.with_name(f"{path.name}{UNIVERSAL}")
     print(f"{path} is of {layout['ranks']} ranks, ZeRO {before}: converting it to any", flush=True)
     to_universal(path, target, manifest["groups"], before, after)
-    return FoundCheckpoint(target, universal=after > 0, converted=True)
+    return FoundCheckpoint(target, after, universal=after > 0, converted=True)
+
+
+def restore_untrained(model: nn.Module, source: FoundCheckpoint, names: list[list[str]]) -> None:
+    """Restores buffers and frozen weights of a model that is in no engine yet.
+
+    Args:
+        names: names of the trained weights, by optimiser group.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    path = source.path
+    kept = load_file(path / KEPT) if source.converted else reshard.untrained(path, names, source.stage)
+    try:
+        model.load_state_dict(kept, strict=False)
+    except RuntimeError as failed:
+        raise _does_not_fit(path, failed) from None
+
+
+def _does_not_fit(path: Path, failed: Exception) -> UserError:
+    lines = [line.strip() for line in str(failed).splitlines() if line.strip() and not line.endswith(":")]
+    first = shorten(next(iter(lines), type(failed).__name__), 200, placeholder=" ...")  # may list all weights
+    return UserError(f"{path} does not fit this run (another model?): {first}")
 
 
 def _begun_with(optim: OptimConfig) -> dict[str, Any]:
@@ -251,8 +278,7 @@ def load(engine: Any, source: FoundCheckpoint) -> dict[str, Any]:
     try:
         loaded, state = engine.load_checkpoint(str(source.path.parent), tag=source.path.name)
     except Exception as failed:
-        first = next((line for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
-        raise UserError(f"{source.path} does not fit this run (another model?): {first}") from None
+        raise _does_not_fit(source.path, failed) from None
     if loaded is None:
         raise UserError(f"{source.path} could not be read; remove it to continue from the one before")
     if source.converted:

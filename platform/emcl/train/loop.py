@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate
 from emcl.evaluate.results import as_json
-from emcl.model.feature_cache import with_features
+from emcl.model.feature_cache import feature_paths, identify_towers, with_features
 from emcl.multitask import VideoLanguageModel, collators, total_loss
-from emcl.run_folder import RunFolder
+from emcl.run_folder import TOWERS, RunFolder
 from emcl.task import Scores
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
@@ -94,13 +95,14 @@ class Trainer:
         model = VideoLanguageModel(config, ranks=ranks)
         self.taken = start_from(model, init, self.config) if init else None
         self.watchdog = watchdog or Watchdog(ranks, config.patience)
-        backbone, progress = model.backbone, self.watchdog.progress
-        self.training = with_features(training, config, backbone, ranks, device, progress=progress)
-        self.val = with_features(val, config, backbone, ranks, device, progress=progress) if val else None
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.names = group_names(model, config.optim)
         resumed_from = checkpoint.find(folder.checkpoints, ranks, zero_stage(config), config) if resuming else None
         universal = resumed_from is not None and resumed_from.universal
-        self.names = group_names(model, config.optim)
+        self.towers = self._towers(model, [split for split in (training, val) if split], resumed_from)
+        cached = partial(with_features, towers=self.towers, progress=self.watchdog.progress)
+        self.training = cached(training, config, model.backbone, ranks, device)
+        self.val = cached(val, config, model.backbone, ranks, device) if val else None
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
         self.start, self.best = 0, None
         if resumed_from is not None:
@@ -114,6 +116,29 @@ class Trainer:
         self.meter = Meter(config, ranks, device, self.bad)
         self.stragglers: list[str] = []
         self.stop = StopRequest()
+
+    def _towers(
+        self, model: VideoLanguageModel, splits: list[Split], resumed_from: checkpoint.FoundCheckpoint | None
+    ) -> str | None:
+        """Which towers the cached features are of, if there are any: those that the run began with.
+
+        A run that is resumed has not been given what it began with, such as another run's weights: if its features
+        are gone, they are computed by the towers of its checkpoint.
+        """
+        if not self.config.model.cache_features:
+            return None
+        built = identify_towers(model.backbone, self.ranks)
+        if resumed_from is None:
+            return built
+        begun_with = self.folder.facts().get(TOWERS)
+        there = begun_with and all(
+            path.exists() for split in splits for path in feature_paths(split, self.config, begun_with)
+        )
+        begun_with, there = self.ranks.gather_objects((begun_with, there))[0]  # another rank may look later
+        if there or built == begun_with:
+            return str(begun_with)
+        checkpoint.restore_untrained(model, resumed_from, self.names)
+        return identify_towers(model.backbone, self.ranks)
 
     @property
     def model(self) -> VideoLanguageModel:

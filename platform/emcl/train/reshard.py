@@ -40,12 +40,12 @@ def to_universal(path: Path, target: Path, names: list[list[str]], before: int, 
     temporary = target.with_name(f"{target.name}{PART}")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
-    model = _load(path / (SHARDED.format(0) if before == 3 else PLAIN))
+    model = _model(path, before)
     if before == 0:
         _split(model, temporary, names)
     else:
         _convert(path, temporary)
-    kept = {**load_file(path / KEPT), **_frozen(path, model, names, before)}
+    kept = untrained(path, names, before, model)
     for file in temporary.glob("*_model_states.pt"):
         file.unlink()
     optimizer = _optimizer(temporary, model, before)
@@ -59,6 +59,22 @@ def to_universal(path: Path, target: Path, names: list[list[str]], before: int, 
         _label(temporary, shapes, optimizer)
     save_file(kept, temporary / KEPT)
     temporary.rename(target)
+
+
+def untrained(path: Path, names: list[list[str]], stage: int, model: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """Buffers and frozen weights of a checkpoint of ZeRO stage `stage`, by name.
+
+    Args:
+        names: names of the trained weights, by optimiser group.
+        model: its model file, if that has been read.
+    """
+    return {**load_file(path / KEPT), **_frozen(path, model or _model(path, stage), names, stage)}
+
+
+def _model(path: Path, stage: int) -> dict[str, Any]:
+    """A checkpoint's model file; at stage 3, the first rank's."""
+    model: dict[str, Any] = _load(path / (SHARDED.format(0) if stage == 3 else PLAIN))
+    return model
 
 
 def _load(file: Path) -> Any:

@@ -26,7 +26,7 @@ from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.model.feature_cache import with_features
 from emcl.multitask import VideoLanguageModel, check_tasks
 from emcl.prepare.sample_set import generate
-from emcl.run_folder import RunFolder, export_identity
+from emcl.run_folder import TOWERS, RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
@@ -107,7 +107,12 @@ def _train(
     tracker = open_tracker(config, folder.name, first_rank=ranks.first, continued=continued, unsent=folder.unsent)
     recorded.tracker = tracker
     if ranks.first:
-        facts = {"tracking": tracker.uri, "mlflow_run": tracker.run_id or continued, "ranks": ranks.world_size}
+        facts = {
+            "tracking": tracker.uri,
+            "mlflow_run": tracker.run_id or continued,
+            "ranks": ranks.world_size,
+            TOWERS: trainer.towers,
+        }
         folder.write_start(to_yaml(config), facts)
         tracker.text(to_yaml(config, secrets=False), folder.config_file.name)
         print(
