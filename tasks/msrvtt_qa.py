@@ -23,7 +23,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.answer_head import AnswerHead
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.contrastive import clamp_logit_scale, contrastive_loss, of_own_slice
 from emcl.model.regulariser import regulariser_of
 from emcl.task import Offer, Prediction, Task
 
@@ -42,20 +42,28 @@ class MsrvttQATask(Task):
         if not settings.answers:
             raise UserError("answers is not set: it is found from the questions of data.train")
         self.settings = settings
-        widths = backbone.embed_dim, backbone.text.token_width
-        self.head = AnswerHead(*widths, len(settings.answers), settings.dropout, settings.fusion)
+        self.reference = settings.head == "reference"
+        widths = backbone.embed_dim, backbone.embed_dim if self.reference else backbone.text.token_width
+        self.head = AnswerHead(
+            *widths, len(settings.answers), settings.dropout, settings.fusion, reference=self.reference
+        )
         self.logit_scale = nn.Parameter(torch.tensor([backbone.initial_logit_scale]))
         self.emcl = regulariser_of(config, 4 * backbone.embed_dim) if settings.contrastive_weight else None
+        self.gather_with_grad = config.optim.gather_with_grad
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
-        if settings.answers:
+        if settings.answers and (settings.answers_beyond is not None or not settings.answers_counted):
             return settings
         counts = Counter(answer_of(pair) for sample in samples for pair in sample.qa)
         if not counts:
             raise UserError(f"none of the {len(samples)} training samples has a question")
         ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
-        return dataclasses.replace(settings, answers=ordered[: settings.answers_kept])
+        answers = settings.answers or ordered[: settings.answers_kept]
+        beyond = None
+        if settings.answers_counted:
+            beyond = [answer for answer in ordered[: settings.answers_counted] if answer not in set(answers)]
+        return dataclasses.replace(settings, answers=answers, answers_beyond=beyond)
 
     @classmethod
     def placeholder_settings(cls, settings: Any, config: Config) -> Any:
@@ -67,12 +75,13 @@ class MsrvttQATask(Task):
 
     def losses(self, backbone: Backbone, encoded: Encoded, inputs: Any, ranks: Ranks) -> dict[str, Tensor]:
         questions: Questions = inputs
-        asked_ULW, asked_mask_UL = backbone.encode_tokens(questions.ids_UL)
+        asked_ULW, asked_mask_UL = self.tokens(backbone, questions.ids_UL)
         video_BE, question_NE, logits_NV = self.head_of_all(
             encoded, asked_ULW, asked_mask_UL, questions.video_N, questions.asked_N
         )
-        known_N = questions.answer_N != UNKNOWN
-        loss = F.cross_entropy(logits_NV.float(), questions.answer_N, ignore_index=UNKNOWN, reduction="sum")
+        answer_N = questions.answer_N.clamp_min(UNKNOWN)
+        known_N = answer_N != UNKNOWN
+        loss = F.cross_entropy(logits_NV.float(), answer_N, ignore_index=UNKNOWN, reduction="sum")
         weight = self.settings.weight
         losses = {"cross_entropy": weight * loss / ranks.sum(known_N.sum()).clamp_min(1)}
         if self.settings.contrastive_weight:
@@ -80,6 +89,13 @@ class MsrvttQATask(Task):
             compared = self(video_BE, question_BE, questions.present_B, encoded.videos_of_all_ranks(ranks), ranks)
             losses |= {name: weight * self.settings.contrastive_weight * term for name, term in compared.items()}
         return losses
+
+    def tokens(self, backbone: Backbone, ids_NL: Tensor) -> tuple[Tensor, Tensor]:
+        """Questions token by token (N, L, W), and the token mask (N, L)."""
+        if self.reference:  # padding counts there: all questions get as much, however long their neighbours are
+            missing = backbone.max_tokens - ids_NL.shape[1]
+            ids_NL = F.pad(ids_NL, (0, missing), value=backbone.text.padding)
+        return backbone.encode_tokens(ids_NL, projected=self.reference)
 
     def head_of_all(
         self, encoded: Encoded, asked_ULW: Tensor, asked_mask_UL: Tensor, place_N: Tensor, asked_N: Tensor
@@ -110,6 +126,8 @@ class MsrvttQATask(Task):
             moved = self.emcl(video_BE, question_BE, all_reduce=ranks.sum)
             own = self.emcl.loss(question_BE, video_BE[:, None], present_B[:, None], ranks)
             video_BE, question_BE = moved
+        if not self.gather_with_grad:
+            video_BE, question_BE = of_own_slice(video_BE, ranks), of_own_slice(question_BE, ranks)
         everyone_BE = ranks.gather_rows(F.normalize(video_BE.float(), dim=1))
         logits = F.normalize(question_BE.float(), dim=1) @ everyone_BE.T
         scale = clamp_logit_scale(self.logit_scale.float()).exp()
@@ -118,7 +136,7 @@ class MsrvttQATask(Task):
 
     def answers_of(self, backbone: Backbone, encoded: Encoded, ids_NL: Tensor, place_N: Tensor) -> Tensor:
         """Logits (N, V) of questions, each about the video with its index `place_N`."""
-        tokens_NLW, mask_NL = backbone.encode_tokens(ids_NL)
+        tokens_NLW, mask_NL = self.tokens(backbone, ids_NL)
         each_N = torch.arange(len(ids_NL), device=ids_NL.device)
         return self.head_of_all(encoded, tokens_NLW, mask_NL, place_N, each_N)[2]
 
@@ -127,7 +145,7 @@ class MsrvttQATask(Task):
     ) -> list[list[Prediction]]:
         """The likeliest answers to a question, with their probabilities."""
         videos, device = len(encoded.frames_BTD), encoded.frames_BTD.device
-        asked = backbone.encode_tokens(backbone.tokenize([question or ""]))
+        asked = self.tokens(backbone, backbone.tokenize([question or ""]))
         every_B = torch.arange(videos, device=device)
         logits_NV = self.head_of_all(encoded, *asked, every_B, torch.zeros_like(every_B))[2]
         best = logits_NV.float().softmax(1).topk(min(top, logits_NV.shape[1]))

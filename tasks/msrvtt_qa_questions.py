@@ -18,6 +18,8 @@ from emcl.model.backbone import tokenizer_of
 
 UNKNOWN = -1
 """The index of an answer that is not in the vocabulary."""
+BEYOND = -2
+"""That of one which is, but no choice."""
 
 
 def answer_of(pair: QAPair) -> str:
@@ -26,8 +28,8 @@ def answer_of(pair: QAPair) -> str:
 
 
 @lru_cache(maxsize=4)
-def _numbers(answers: tuple[str, ...]) -> dict[str, int]:
-    return {answer: number for number, answer in enumerate(answers)}
+def _numbers(answers: tuple[str, ...], beyond: tuple[str, ...]) -> dict[str, int]:
+    return {**dict.fromkeys(beyond, BEYOND), **{answer: number for number, answer in enumerate(answers)}}
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Questions:
     video_N: Tensor
     """Its video, as its index in the batch."""
     answer_N: Tensor
-    """Its answer's index, or UNKNOWN."""
+    """Its answer's index, or UNKNOWN, or BEYOND."""
     first_B: Tensor
     """For each video the index of one of its questions among the N; 0 if it has none (`present_B`)."""
     present_B: Tensor
@@ -51,12 +53,12 @@ class Questions:
 
 
 class AskedQuestions:
-    """A collator: in training a few questions of each video, drawn anew; in evaluations all."""
+    """A collator: in training the draw's question, or a few of each video, drawn anew; in evaluations all."""
 
     def __init__(self, settings: QAConfig, config: Config, *, training: bool) -> None:
         self.settings, self.training = settings, training
         self.tokenize = tokenizer_of(config)
-        self.numbers = _numbers(tuple(settings.answers or ()))
+        self.numbers = _numbers(tuple(settings.answers or ()), tuple(settings.answers_beyond or ()))
 
     def __call__(self, samples: Sequence[Sample], draws: Sequence[Draw]) -> Questions:
         pairs: list[tuple[int, QAPair]] = []
@@ -80,4 +82,6 @@ class AskedQuestions:
     def _drawn(self, sample: Sample, draw: Draw) -> list[QAPair]:
         if not self.training:
             return sample.qa
+        if draw.question is not None:
+            return [sample.qa[draw.question]]
         return random.Random(draw.seed).sample(sample.qa, min(self.settings.questions_per_video, len(sample.qa)))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from emcl.tasks.msrvtt_qa_questions import UNKNOWN
 from numpy.typing import NDArray
 
 from emcl.pictures import FramesOf, blank_figure
@@ -50,7 +49,7 @@ def confusion(
     given_Q: NDArray[np.int64], right_Q: NDArray[np.int64], answers: Sequence[str]
 ) -> tuple[list[str], NDArray[np.int64]]:
     """The most frequent right answers of this split: (lines, lines + 1), the last column any other answer."""
-    asked = Counter(right_Q[right_Q != UNKNOWN].tolist())
+    asked = Counter(right_Q[right_Q >= 0].tolist())
     kept = [number for number, _ in asked.most_common(SHOWN)]
     columns = {number: column for column, number in enumerate(kept)}
     counts = np.zeros((len(kept), len(kept) + 1), np.int64)

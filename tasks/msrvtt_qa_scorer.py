@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from emcl.tasks.msrvtt_qa_questions import UNKNOWN, Questions
+from emcl.tasks.msrvtt_qa_questions import Questions
 from emcl.tasks.msrvtt_qa_report import confusion, draw_confusion
 from torch import Tensor
 
@@ -55,6 +55,8 @@ class AnswerScorer(Scorer):
         top_QK, right_Q = np.array([one.best for one in answered]), np.array([one.right for one in answered])
         settings = self.task.settings
         given = "" if settings.use_video else "; WITHOUT THE VIDEO"
+        if settings.answers_beyond:
+            given += f"; vocabulary: those and {len(settings.answers_beyond)} more"
         names, counts = confusion(top_QK[:, 0], right_Q, settings.answers)
         return Scores(
             answer_metrics(top_QK, right_Q, questions, most_frequent=0),
@@ -64,7 +66,7 @@ class AnswerScorer(Scorer):
             items={
                 "id": [self.evaluation.sample(row).id for row, _ in records],
                 "question": questions,
-                "answer": [settings.answers[number] if number != UNKNOWN else None for number in right_Q.tolist()],
+                "answer": [settings.answers[number] if number >= 0 else None for number in right_Q.tolist()],
                 "given": [settings.answers[number] for number in top_QK[:, 0].tolist()],
                 "accuracy": (100.0 * (top_QK[:, 0] == right_Q)).tolist(),
             },

@@ -20,7 +20,7 @@ from emcl.data.samples import Sample
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
+from emcl.model.contrastive import clamp_logit_scale, contrastive_loss, of_own_slice
 from emcl.model.regulariser import Regulariser, regulariser_of
 from emcl.model.similarity import similarity, similarity_on_ranks
 from emcl.task import Task
@@ -39,6 +39,7 @@ class RetrievalTask(Task):
         scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
         self.emcl = regulariser_of(config, backbone.embed_dim)
+        self.gather_with_grad = config.optim.gather_with_grad
 
     @classmethod
     def learn_settings(cls, settings: Any, config: Config, samples: Sequence[Sample]) -> Any:
@@ -66,10 +67,13 @@ class RetrievalTask(Task):
         Args:
             video_B: of all ranks.
         """
+        compared_AD, compared_BTD = text_AD, frames_BTD
+        if not self.gather_with_grad:
+            compared_AD, compared_BTD = of_own_slice(text_AD, ranks), of_own_slice(frames_BTD, ranks)
         everyone_BT = ranks.gather_rows(mask_BT)
-        everything_BTD = ranks.gather_rows(frames_BTD)
+        everything_BTD = ranks.gather_rows(compared_BTD)
         present_A = mask_BT.any(1)
-        scores_AB = self.similarity(text_AD, everything_BTD, everyone_BT, ranks, self.emcl, present_A)
+        scores_AB = self.similarity(compared_AD, everything_BTD, everyone_BT, ranks, self.emcl, present_A)
         logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
         losses = {"contrastive": contrastive_loss(logits_AB, ranks, everyone_BT.any(1), video_B)}
         if self.emcl is not None:

@@ -83,18 +83,42 @@ class QAConfig:
         description="Of the symmetric contrastive loss of questions and their videos, over EMCL of the projected rows.",
     )
     answers_kept: int = Field(
-        1500, ge=1, description="The vocabulary: so many of the training split's most frequent answers."
+        1500, ge=1, description="What it chooses from: so many of the training split's most frequent answers."
+    )
+    answers_counted: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "The vocabulary of `accuracy_in_vocabulary`, where it is larger: so many of the most frequent answers. "
+            "Published: 1500, of which 1000 can be chosen."
+        ),
     )
     answers: list[str] | None = Field(
-        None, min_length=1, description="The vocabulary, most frequent first; found by the run itself."
+        None, min_length=1, description="What it chooses from, most frequent first; found by the run itself."
+    )
+    answers_beyond: list[str] | None = Field(
+        None, description="Those of `answers_counted` that are no choice; found by the run itself."
     )
     questions_per_video: int = Field(
-        1, ge=1, description="Questions of a video that a step trains on, drawn anew each time."
+        1,
+        ge=1,
+        description="Questions of a video that a step trains on, drawn anew each time; with `data.pairs=question` one.",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="In the head.")
+    head: Literal["masked", "reference"] = Field(
+        "masked",
+        description=(
+            "`reference`, that of EMCL-Net's code: padding takes part in the pooling's softmax and is masked "
+            "afterwards, tokens pass the text tower's last projection, weights begin from N(0, 0.02)."
+        ),
+    )
     fusion: Literal["concat", "product"] = Field(
         "concat", description="Of video and question: `concat`, as published, or `product`, which adds their product."
     )
     use_video: bool = Field(
         True, description="`false` trains and scores on the questions alone: what the video must beat."
     )
+
+    def __post_init__(self) -> None:
+        if self.answers_counted is not None and self.answers_counted < self.answers_kept:
+            raise ValueError(f"answers_counted={self.answers_counted} is less than answers_kept={self.answers_kept}")

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from emcl.tasks.msrvtt_qa_questions import BEYOND, UNKNOWN
 
 from conftest import TINY
 from emcl.config import Config, resolve
@@ -16,6 +17,7 @@ from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.metrics.answer_metrics import answer_metrics, question_type
 from emcl.model.backbone import Encoded, build_backbone
+from emcl.model.emcl_layer import EMCLLayer
 from emcl.registry import task_class
 
 SAMPLES = [
@@ -137,3 +139,57 @@ def test_each_video_of_several_is_asked_the_same_question() -> None:
         assert [one.text for one in said] == [one.text for one in wanted] and len(said) == len(task.settings.answers)
         assert [one.probability for one in said] == pytest.approx([one.probability for one in wanted], abs=1e-5)
         assert sum(one.probability for one in said) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_published_vocabulary_counts_answers_that_cannot_be_chosen() -> None:
+    """1,500 answers of which 1,000 can be chosen, in small: three, of which one can."""
+    task, config, _ = task_of(settings("tasks.msrvtt_qa.answers_kept=1", "tasks.msrvtt_qa.answers_counted=3"))
+    assert task.settings.answers == ["circle"]
+    assert task.settings.answers_beyond == ["nobody", "two"]
+    assert task_of(settings("tasks.msrvtt_qa.answers_kept=1"))[0].settings.answers_beyond is None
+    again = type(task).learn_settings(task.settings, config, [Sample(id="x")])  # a run that is scored or goes on
+    assert again == task.settings
+
+    inputs = type(task).collator(task.settings, config, None, training=False)(SAMPLES, [Draw(0, None, 0)] * 3)
+    assert inputs.answer_N.tolist() == [0, BEYOND, 0, BEYOND]
+    top, right = np.zeros((5, 1), np.int64), np.array([0, BEYOND, 0, BEYOND, UNKNOWN])
+    metrics = answer_metrics(top, right, ["what?"] * 5, most_frequent=0)
+    assert metrics["accuracy"] == metrics["top_5"] == pytest.approx(40)
+    assert metrics["accuracy_in_vocabulary"] == pytest.approx(50)
+    assert metrics["answers_in_vocabulary"] == pytest.approx(80)
+
+    encoded = Encoded(torch.randn(3, 3, 32), torch.ones(3, 3, dtype=torch.bool))
+    backbone = task_of(settings())[2]
+    loss = task.losses(backbone, encoded, inputs, ALONE)["cross_entropy"]
+    assert float(loss.detach()) == 0  # of one choice, and nothing of the two that are none
+
+
+def test_a_question_is_a_sample_of_its_own() -> None:
+    task, config, _ = task_of(settings("tasks.msrvtt_qa.questions_per_video=5"))
+    collate = type(task).collator(task.settings, config, None, training=True)
+    inputs = collate(SAMPLES, [Draw(0, None, 0, 1), Draw(1, None, 0), Draw(2, None, 0, 0)])
+    assert inputs.texts == [SAMPLES[0].qa[1]["question"], SAMPLES[2].qa[0]["question"]]
+    assert inputs.video_N.tolist() == [0, 2] and inputs.present_B.tolist() == [True, False, True]
+
+
+def test_videos_without_a_question_are_no_rows_of_em() -> None:
+    """mu moves as it does on a batch of the others alone."""
+    videos, questions = torch.randn(4, 8), torch.randn(4, 8)
+    there = torch.tensor([True, False, True, False])
+    layers = [EMCLLayer(bases=4, width=8) for _ in range(2)]
+    layers[0](videos * there[:, None], questions * there[:, None])
+    layers[1](videos[there], questions[there])
+    torch.testing.assert_close(layers[0].mu, layers[1].mu)
+    assert not torch.equal(layers[0].mu, EMCLLayer(bases=4, width=8).mu)
+
+
+def test_in_the_published_head_an_answer_does_not_depend_on_its_neighbours_length() -> None:
+    """Padding takes part in its softmax, so all questions get as much, also by tokenizers that pad to the longest."""
+    task, _, backbone = task_of(settings("tasks.msrvtt_qa.head=reference"))
+    ids = torch.randint(1, 400, (1, 6))
+    longest = torch.nn.functional.pad(ids, (0, 18), value=backbone.text.padding)
+    encoded = Encoded(torch.randn(1, 3, backbone.embed_dim), torch.ones(1, 3, dtype=torch.bool))
+    with torch.no_grad():
+        answers = [task.answers_of(backbone, encoded, tokens, ONLY) for tokens in (ids, longest)]
+    torch.testing.assert_close(*answers)
+    assert float(task.head.classifier[1].weight.detach().std()) == pytest.approx(0.02, rel=0.05)

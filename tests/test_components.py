@@ -281,8 +281,8 @@ def test_a_backbone_of_transformers_gives_its_own_features(theirs: Path, clip_fo
             "model.regulariser=",
             "is none of emcl, mean_removed (or install the package that brings it)",
         ),
-        ("optim.optimizer=lyon", "optim.optimizer=lyon is none of adamw, sgd, lion, did you mean 'lion'?"),
-        ("optim.schedule=x", "optim.schedule=x is none of cosine, linear, constant, inverse_root"),
+        ("optim.optimizer=lyon", "optim.optimizer=lyon is none of adamw, bert_adam, sgd, lion, did you mean 'lion'?"),
+        ("optim.schedule=x", "optim.schedule=x is none of cosine, warmup_cosine, linear, constant, inverse_root"),
         ("evaluate.rescoring=znorm", "is none of none, dsl, qb_norm, z_norm, did you mean 'z_norm'?"),
         ("evaluate.rescoring_options.strength=2", "evaluate.rescoring_options.strength=2 is not a number from 0 to 1"),
         ("evaluate.rescoring_options.temperature=0", "rescoring_options.temperature=0 is not a number above 0"),
@@ -313,8 +313,8 @@ def test_a_wrong_name_or_option_is_refused_in_one_line(theirs: Path, override: s
 
 
 def test_help_lists_what_is_installed_with_its_settings(theirs: Path) -> None:
-    assert "Here: adamw, sgd, lion (--help optim.optimizer_options: " in explain("optim.optimizer")
-    assert explain("optim.schedule").endswith("Here: cosine, linear, constant, inverse_root")
+    assert "Here: adamw, bert_adam, sgd, lion (--help optim.optimizer_options: " in explain("optim.optimizer")
+    assert explain("optim.schedule").endswith("Here: cosine, warmup_cosine, linear, constant, inverse_root")
     options = explain("optim.optimizer_options")
     assert "  with optim.optimizer=adamw: nothing\n" in options
     assert "with optim.optimizer=lion:\n  optim.optimizer_options.beta1=0.9   (a number from 0 to below 1)" in options

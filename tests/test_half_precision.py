@@ -47,6 +47,25 @@ def test_a_step_of_every_shipped_architecture_in_bf16(
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.bfloat16}
 
 
+def test_a_step_of_all_tasks_with_clip_in_fp16_recomputed_and_in_micro_batches(
+    sample_shards: Path, tmp_path: Path
+) -> None:
+    config = resolve(["retrieval", "captioning", "msrvtt_qa"], "sample", [
+        *small(sample_shards), "precision=clip_fp16", "deepspeed=deepspeed/zero0.json", "optim.accumulation=2",
+        "model.activation_checkpointing=true", "optim.gather_with_grad=false", "data.workers=0",
+        "tasks.msrvtt_qa.head=reference", "optim.optimizer=bert_adam", "emcl.bases=8",
+    ])  # fmt: skip
+    ranks = distributed.start()
+    trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
+    trainer.engine.train()
+    batches, _ = next(trainer._steps(0))
+    losses = trainer._step(batches)
+    assert len(batches) == 2 and len(losses) >= 4 and all(loss.isfinite() for loss in losses.values())
+    assert trainer.engine.skipped_steps == 0
+    kinds = {weight.dtype for name, weight in trainer.model.named_parameters() if ".trunk." not in name}
+    assert kinds == {torch.float32}
+
+
 def test_statistics_of_batch_norms_move_in_full_precision() -> None:
     half, full = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
     keep_statistics_in_full_precision(half)

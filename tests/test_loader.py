@@ -34,7 +34,7 @@ def ids(samples: Any, draws: Any) -> list[str]:
 
 
 def batches(split: Split, data: DataConfig, steps: int = 4, rank: int = 0, world_size: int = 1) -> list[Batch]:
-    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), texts=None, batch_size=6, buffer=8, seed=0)
     rank_sampler = RankBatchSampler(sampler, rank=rank, world_size=world_size, accumulation=1, start=0, stop=steps)
     return [augmented(batch) for batch in training_loader(split, data, rank_sampler, {"ids": ids})]
 
@@ -115,7 +115,7 @@ def test_a_broken_clip_is_replaced_and_named(sample_shards: Path, tmp_path: Path
 
 def test_a_batch_for_which_no_clip_is_left_ends_the_run_with_names(sample_shards: Path, tmp_path: Path) -> None:
     split = broken(sample_shards, tmp_path, 1)
-    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), texts=None, batch_size=6, buffer=8, seed=0)
     rank_sampler = RankBatchSampler(sampler, rank=0, world_size=1, accumulation=1, start=0, stop=1)
     with pytest.raises(OneRankError, match=r"rank 0, step 1: no clip decodes among .* after it: train\w+ in"):
         next(ResilientLoader(split, DATA, rank_sampler, {}).steps(0))

@@ -10,7 +10,7 @@ import torch
 from emcl.config import resolve
 from emcl.data.batch import Batch, VideoFrames
 from emcl.data.captions import Captions
-from emcl.distributed import Ranks
+from emcl.distributed import ALONE, Ranks
 from emcl.model.contrastive import clamp_logit_scale, contrastive_loss
 from emcl.multitask import VideoLanguageModel, total_loss
 from ranks import run_on_ranks
@@ -76,6 +76,49 @@ def test_loss_and_every_gradient_agree_with_one_rank(world_size: int, overrides:
             difference = (part_gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
             assert difference < 1e-4, name
         torch.testing.assert_close(part_state, state, rtol=1e-4, atol=1e-7)
+
+
+def _published_gradients(ranks: Ranks, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """As published: every rank takes the loss of the gathered batch, in which its own slice alone has a gradient."""
+    config = resolve(["retrieval"], overrides=[*SETTINGS, *overrides])
+    torch.manual_seed(0)
+    model = VideoLanguageModel(config)
+    batch, own = global_batch(), ranks.share(BATCH)
+    part = part_of(batch, own)
+    frames_BTD, text_AD = model.encode(part).frames_BTD, model.backbone.encode_text(part.tasks["retrieval"].text)
+
+    def gathered(rows: torch.Tensor) -> torch.Tensor:
+        everyone = [torch.empty_like(rows) for _ in range(ranks.world_size)]
+        torch.distributed.all_gather(everyone, rows.detach())
+        everyone[ranks.rank] = rows
+        return torch.cat(everyone)
+
+    losses = model.tasks["retrieval"](gathered(text_AD), gathered(frames_BTD), batch["mask"], batch["video"], ALONE)
+    total_loss(losses).backward()
+    return {
+        name: ranks.sum(parameter.grad) / ranks.world_size  # as DistributedDataParallel
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def test_without_gathered_gradients_they_are_those_of_each_ranks_own_slice(tmp_path: Path) -> None:
+    overrides = ["optim.gather_with_grad=false"]
+    published = run_on_ranks(_published_gradients, 2, tmp_path, overrides)[0]
+    loss, ours, _ = run_on_ranks(_losses_and_gradients, 2, tmp_path, overrides)[0]
+    whole_loss, whole, _ = run_on_ranks(_losses_and_gradients, 1, tmp_path, [])[0]
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    assert ours.keys() == published.keys() == whole.keys()
+    for name, gradient in published.items():
+        size = gradient.norm().clamp_min(1e-6)
+        assert (ours[name] - gradient).norm() / size < 1e-4, name
+        share = 1.0 if name.endswith("logit_scale") else 0.5
+        assert (share * whole[name] - gradient).norm() / size < 1e-4, name
+
+
+def test_on_one_rank_there_is_no_slice(tmp_path: Path) -> None:
+    one, other = (_losses_and_gradients(ALONE, [f"optim.gather_with_grad={choice}"]) for choice in ("true", "false"))
+    assert one[0] == other[0] and all(torch.equal(one[1][name], gradient) for name, gradient in other[1].items())
 
 
 def test_loss_is_the_symmetric_cross_entropy() -> None:

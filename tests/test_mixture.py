@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from emcl.config import resolve
+from emcl.data import mixture
 from emcl.data.data_settings import DataConfig
 from emcl.data.mixture import open_training, shares, training_patterns
 from emcl.errors import UserError
@@ -68,3 +69,22 @@ def test_a_set_that_stands_twice_under_two_names_is_refused() -> None:
 def test_bad_weights_are_refused() -> None:
     with pytest.raises(UserError, match="above 0"):
         resolve(["retrieval"], overrides=["data.mixture={sample: 0}"])
+
+
+def test_shards_that_are_validated_on_are_not_trained_on(sample_shards: Path) -> None:
+    train = f"{sample_shards}/train-*.tar"
+    whole = open_training(DataConfig(train=train, batch_size=4), 0)[0]
+    held = open_training(DataConfig(train=train, val=f"{sample_shards}/train-000000.tar", batch_size=4), 0)[0]
+    assert [path.name for path in whole.paths] == ["train-000000.tar", "train-000001.tar"]
+    assert [path.name for path in held.paths] == ["train-000001.tar"] and len(held) == 12
+    assert len(open_training(DataConfig(train=train, val=train, batch_size=4), 0)[0]) == 24  # nothing would be left
+
+
+def test_a_set_without_questions_is_named_where_questions_are_samples(sample_shards: Path) -> None:
+    data = DataConfig(train=f"{sample_shards}/train-*.tar", pairs="question", batch_size=4)
+    shards, sampler = open_training(data, 0)
+    assert sampler.batch(0)[0].question is not None
+    for row in shards.rows:
+        row.sample.qa.clear()
+    with pytest.raises(UserError, match=r"no sample in .*sample has a question; take data\.pairs=caption or clip"):
+        mixture._sampler(shards, range(2), data, 0, alone=True)

@@ -27,7 +27,17 @@ PUBLISHED = {
     "msrvtt_qa": (32, 5, 32, 12),
     "pretrain_all": (1024, 20, 32, 12),
 }
-GROUPS = {"clip_decay": 1e-7, "clip_no_decay": 1e-7, "new_decay": 1e-4, "new_no_decay": 1e-4}
+GROUPS = {"clip_decay": 1e-6, "clip_no_decay": 1e-6, "new_decay": 1e-4, "new_no_decay": 1e-4}
+UNCHANGED = ("activitynet_retrieval", "didemo_retrieval", "msrvtt_qa")
+"""Where frames are not augmented."""
+AS_PUBLISHED = (
+    "msrvtt_retrieval",
+    "lsmdc_retrieval",
+    "msvd_retrieval",
+    "activitynet_retrieval",
+    "didemo_retrieval",
+    "msrvtt_qa",
+)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -35,7 +45,8 @@ def test_a_recipe_resolves_and_is_counted(name: str, tmp_path: Path) -> None:
     config = resolve(None, name, [f"data.root={tmp_path}/none"])
     data, optim = config.data, config.optim
     assert (data.batch_size, optim.epochs, data.max_tokens, data.frames) == PUBLISHED[name]
-    assert (data.fps, data.image_size, data.augment) == (1.0, 224, "rand-m7-n4-mstd0.5-inc1")
+    augment = "none" if name in UNCHANGED else "rand-m7-n4-mstd0.5-inc1"
+    assert (data.fps, data.image_size, data.augment) == (1.0, 224, augment)
     assert (optim.weight_decay, optim.betas, optim.eps, optim.grad_clip, optim.warmup) == (
         0.2,
         [0.9, 0.98],
@@ -44,20 +55,56 @@ def test_a_recipe_resolves_and_is_counted(name: str, tmp_path: Path) -> None:
         0.1,
     )
     layer = config.emcl
-    assert (layer.variant, layer.bases, layer.iterations, layer.temperature, layer.beta, layer.momentum) == (
-        "reference", 32, 9, 1.0, 3.0, 0.9,
-    )  # fmt: skip
+    of_task = (16, 5, 1.0) if name == "msrvtt_qa" else (32, 9, 3.0)
+    assert (layer.bases, layer.iterations, layer.beta) == of_task
+    assert (layer.variant, layer.temperature, layer.momentum) == ("reference", 1.0, 0.9)
     assert "zero_optimization" in json.loads(find_file(config.deepspeed, "deepspeed").read_text())
     planned, _ = plan(config)
     assert {group: rate for group, (_, rate) in planned.groups.items()} == GROUPS
     assert planned.trained == planned.parameters == sum(count for count, _ in planned.groups.values())
-    assert 150e6 < planned.groups["clip_decay"][0] + planned.groups["clip_no_decay"][0] < 152e6  # ViT-B/32
+    millions = 149 if name == "msrvtt_qa" else 151  # ViT-B/16, ViT-B/32
+    assert millions <= (planned.groups["clip_decay"][0] + planned.groups["clip_no_decay"][0]) / 1e6 < millions + 1
     assert planned.steps is None
     assert len(planned.missing) >= 1 and all(str(tmp_path) in item for item in planned.missing)
 
 
-def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> None:
+@pytest.mark.parametrize("name", AS_PUBLISHED)
+def test_a_published_recipe_trains_as_the_published_code(name: str, tmp_path: Path) -> None:
+    config = resolve(None, f"published/{name}", [f"data.root={tmp_path}/none"])
+    ours = resolve(None, name, [f"data.root={tmp_path}/none"])
+    optim, data, qa = config.optim, config.data, name == "msrvtt_qa"
+    assert (config.precision, config.deepspeed) == ("clip_fp16", "deepspeed/zero0.json")
+    assert (optim.optimizer, optim.schedule, optim.decay) == ("bert_adam", "warmup_cosine", "all_but_biases")
+    assert (optim.lr, optim.backbone_lr, optim.logit_scale_lr, optim.gather_with_grad) == (1e-4, 1e-7, 1e-7, False)
+    assert (config.evaluate.select, config.evaluate.every_steps, data.val) == ("test", None if qa else 150, None)
+    assert data.train.endswith("/train-*.tar") and data.pairs == ("question" if qa else "caption")
+    same = ("frames", "fps", "max_tokens", "image_size", "augment", "batch_size")
+    assert [getattr(data, key) for key in same] == [getattr(ours.data, key) for key in same]
+    assert (optim.epochs, optim.betas, optim.eps, optim.warmup) == (ours.optim.epochs, [0.9, 0.98], 1e-6, 0.1)
+    assert config.emcl == ours.emcl
+    planned, _ = plan(config)
+    rates = {"new_decay": 1e-4, "new_no_decay": 1e-4, "clip_decay": 1e-7, "clip_no_decay": 1e-7}
+    assert {group: rate for group, (_, rate) in planned.groups.items()} == {**rates, "logit_scale_decay": 1e-7}
+    frozen = planned.parameters - planned.trained
+    below = 25.3e6 + 151_296 + 2 * 768 + 768 + 77 * 512 if qa else 0  # tokens and positions
+    assert frozen == pytest.approx((16 if qa else 32) ** 2 * 3 * 768 + below, rel=2e-3)
+    if qa:
+        answering = config.tasks["msrvtt_qa"]
+        assert (config.model.name, config.model.temporal_projection, answering.head) == ("ViT-B-16", True, "reference")
+        assert (answering.answers_kept, answering.answers_counted, answering.dropout) == (1000, 1500, 0.1)
+
+
+def test_our_recipes_choose_their_model_apart_from_the_test_set(tmp_path: Path) -> None:
     for name in PUBLISHED:
+        config = resolve(None, name, [f"data.root={tmp_path}/none"])
+        assert config.evaluate.select == "val"
+        if name != "pretrain_all":
+            assert config.data.val and config.data.val != config.data.test
+            assert "val-" in config.data.val or config.data.val.endswith("train-000000.tar")  # then not trained on
+
+
+def test_every_recipe_says_how_its_shards_are_made_and_how_it_is_started() -> None:
+    for name in (*PUBLISHED, *(f"published/{name}" for name in AS_PUBLISHED)):
         head = (configs_folder() / "recipe" / f"{name}.yaml").read_text().split("include:")[0]
         assert "emcl prepare" in head and f"--recipe {name} data.root=" in head and "GPUs of" in head
 
@@ -120,7 +167,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(tmp_path: Path) -> None:
         "tasks: retrieval",
         "GiB a GPU",
         "image tower",
-        f"missing: no shard matches {tmp_path}/msrvtt/train-*.tar",
+        f"missing: no shard matches {tmp_path}/msrvtt/test-*.tar",
     ):
         assert line in done.stdout
     assert not list(tmp_path.iterdir())

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from emcl.data.mixture import MixtureSampler
 from emcl.data.sampler import Draw, RankBatchSampler, ShardSampler
 from emcl.errors import UserError
 
-CLIPS = ShardSampler(lengths=(10, 7, 13), captions=None, batch_size=6, buffer=8, seed=3)
-CAPTIONS = replace(CLIPS, captions=tuple(1 + row % 5 for row in range(30)))
+CLIPS = ShardSampler(lengths=(10, 7, 13), texts=None, batch_size=6, buffer=8, seed=3)
+CAPTIONS = replace(CLIPS, texts=tuple(1 + row % 5 for row in range(30)))
+QUESTIONS = replace(CLIPS, texts=tuple(row % 5 for row in range(30)), kind="question")
 
 
 def read(
@@ -36,22 +38,26 @@ def read(
     return steps
 
 
-@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS])
+@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS, QUESTIONS])
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (3, 1), (6, 1), (1, 3), (2, 3)])
 def test_the_same_batches_for_any_number_of_ranks(sampler: ShardSampler, world_size: int, accumulation: int) -> None:
     assert read(sampler, world_size, accumulation) == read(sampler, 1)
 
 
-@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS])
+@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS, QUESTIONS])
 def test_starting_in_the_middle_gives_the_rest(sampler: ShardSampler) -> None:
     assert read(sampler, 2, start=7) == read(sampler, 2)[7:]
 
 
-@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS])
+@pytest.mark.parametrize("sampler", [CLIPS, CAPTIONS, QUESTIONS])
 def test_an_epoch_takes_no_pair_twice_and_another_epoch_another_order(sampler: ShardSampler) -> None:
     per_epoch = sampler.steps_per_epoch
-    first = [(draw.row, draw.caption) for step in range(per_epoch) for draw in sampler.batch(step)]
-    second = [(draw.row, draw.caption) for step in range(per_epoch, 2 * per_epoch) for draw in sampler.batch(step)]
+    first = [(draw.row, draw.caption, draw.question) for step in range(per_epoch) for draw in sampler.batch(step)]
+    second = [
+        (draw.row, draw.caption, draw.question)
+        for step in range(per_epoch, 2 * per_epoch)
+        for draw in sampler.batch(step)
+    ]
     assert len(set(first)) == len(first) == per_epoch * sampler.batch_size
     assert first != second
 
@@ -61,7 +67,7 @@ def test_another_seed_gives_another_order() -> None:
 
 
 def test_captions_of_one_video_rarely_meet_in_a_batch() -> None:
-    sampler = ShardSampler(lengths=(100, 100), captions=(20,) * 200, batch_size=50, buffer=50, seed=0)
+    sampler = ShardSampler(lengths=(100, 100), texts=(20,) * 200, batch_size=50, buffer=50, seed=0)
     distinct = [len({draw.row for draw in sampler.batch(step)}) for step in range(sampler.steps_per_epoch)]
     assert sum(distinct) >= 0.97 * 50 * len(distinct)  # 44.3 of 50 if they were drawn from all pairs alike
 
@@ -72,7 +78,7 @@ def test_a_batch_size_that_does_not_divide_names_one_that_does() -> None:
 
 
 def test_shards_are_drawn_at_random_and_read_in_sequence() -> None:
-    sampler = ShardSampler(lengths=(6,) * 8, captions=None, batch_size=6, buffer=1, seed=0)
+    sampler = ShardSampler(lengths=(6,) * 8, texts=None, batch_size=6, buffer=1, seed=0)
     epochs = [
         [draw.row for step in range(8 * epoch, 8 * epoch + 8) for draw in sampler.batch(step)] for epoch in range(2)
     ]
@@ -81,3 +87,11 @@ def test_shards_are_drawn_at_random_and_read_in_sequence() -> None:
     assert drawn[0] != drawn[1]
     for rows in epochs:
         assert sum(after == before + 1 for before, after in itertools.pairwise(rows)) >= 8 * 5
+
+
+def test_each_question_is_a_sample_and_videos_without_any_are_none() -> None:
+    draws = [draw for step in range(QUESTIONS.steps_per_epoch) for draw in QUESTIONS.batch(step)]
+    assert QUESTIONS.size == 60 == len({(draw.row, draw.question) for draw in draws})
+    assert all(draw.caption is None and draw.row % 5 > (draw.question or 0) for draw in draws)
+    both = MixtureSampler(samplers=(replace(QUESTIONS, batch_size=1),) * 2, counts=(2, 2), seed=0)
+    assert all(draw.caption is None and draw.question is not None for draw in both.batch(0))

@@ -97,7 +97,7 @@ REFUSED = {
     "data.mixture={a: 1e300}": "data.mixture.a=1e300 is not a number above 0 up to",
     "data.mixture={a: {b: 1}}": "data.mixture.a={b: 1} is not a number above 0",
     # choices
-    "precision=fp8": "precision=fp8 is not one of fp32, bf16, fp16, did you mean 'fp32'?",
+    "precision=fp8": "precision=fp8 is not one of fp32, bf16, fp16, clip_fp16, did you mean 'fp32'?",
     "precision=": "is not one of",
     "model.temporal=lstm": "is not one of transformer, mean",
     "emcl.variant=refrence": "did you mean 'reference'?",

@@ -86,6 +86,22 @@ def test_losses_and_gradients_on_two_ranks_are_those_of_one(coverage: str, more:
         assert all(float(gradient.abs().sum()) == 0 for gradient in gradients.values())
 
 
+def test_of_answers_the_contrastive_term_alone_takes_a_slice_of_the_gradient(tmp_path: Path) -> None:
+    """`optim.gather_with_grad=false` halves its share in all weights before it on two ranks, but not in its scale."""
+    alone = ["tasks.retrieval.weight=0", "tasks.captioning.weight=0"]
+
+    def gradients(*more: str) -> dict[str, torch.Tensor]:
+        return run_on_ranks(_joint, 2, tmp_path, "all have all", [*alone, *more])[0][1]
+
+    answers, whole = gradients("tasks.msrvtt_qa.contrastive_weight=0"), gradients()
+    for name, gradient in gradients("optim.gather_with_grad=false").items():
+        share = 1.0 if name.endswith("logit_scale") else 0.5
+        wanted = answers[name] + share * (whole[name] - answers[name])
+        assert (gradient - wanted).norm() / whole[name].norm().clamp_min(1e-5) < 1e-4, name
+    name = "tasks.msrvtt_qa.head.video_projection.weight"
+    assert (whole[name] - answers[name]).norm() > 1e-3
+
+
 @pytest.mark.parametrize("more", [["emcl.enabled=false"], [], ["emcl.variant=compact", "emcl.beta=1"]])
 def test_a_sample_without_captions_is_nobodys_negative_and_no_row_of_em(more: list[str]) -> None:
     """The loss of the samples that have captions is that of a batch of those alone."""

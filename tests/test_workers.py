@@ -40,7 +40,7 @@ DATA = DataConfig(frames=4, image_size=32, batch_size=6, workers=2)
 
 
 def step_loader(split: Split, data: DataConfig, steps: int) -> ResilientLoader:
-    sampler = ShardSampler(lengths=tuple(split.shards.lengths), captions=None, batch_size=6, buffer=8, seed=0)
+    sampler = ShardSampler(lengths=tuple(split.shards.lengths), texts=None, batch_size=6, buffer=8, seed=0)
     batches = RankBatchSampler(sampler, rank=0, world_size=1, accumulation=1, start=0, stop=steps)
     return ResilientLoader(split, data, batches, {})
 

@@ -71,6 +71,18 @@ def test_two_micro_batches_of_one_rank_are_the_batch_of_two_ranks(sample_shards:
 
 
 @pytest.mark.xdist_group("zero")
+def test_the_published_question_answering_trains_alike_on_sharded_weights(sample_shards: Path, tmp_path: Path) -> None:
+    """Its head reads a weight of the text tower, which ZeRO-3 gathers for the tower alone."""
+    published = [
+        "tasks.msrvtt_qa.head=reference", "tasks.msrvtt_qa.dropout=0", "model.temporal_projection=true",
+        "data.pairs=question", "emcl.bases=16", "emcl.iterations=5", "emcl.beta=1",
+    ]  # fmt: skip
+    zero0, zero3 = (f"deepspeed=deepspeed/zero{stage}.json" for stage in (0, 3))
+    one = trained(sample_shards, tmp_path / "one", *published, zero0, ranks=1, task="msrvtt_qa")
+    same(trained(sample_shards, tmp_path / "two", *published, zero3, task="msrvtt_qa"), one)
+
+
+@pytest.mark.xdist_group("zero")
 def test_activations_computed_again_change_no_loss(
     plain: tuple[Weights, list[float]], sample_shards: Path, tmp_path: Path
 ) -> None:

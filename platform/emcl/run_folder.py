@@ -44,6 +44,8 @@ CONFIG, WEIGHTS, EXPORT_SCORES = "config.yaml", "model.safetensors", "scores.jso
 BEST = "best"
 SAVED = "saved"
 """In `run.json`: whether a checkpoint was ever saved."""
+EVALUATIONS = "evaluations"
+"""In `run.json`: how many times the run was scored while training, for the best model."""
 TOWERS = "towers"
 """In `run.json`: which towers the run's cached features are of."""
 STEP = "step-"
@@ -203,11 +205,42 @@ class RunFolder:
         write_whole(self.config_file, config_yaml)
         write_whole(self.facts_file, json.dumps({**facts, SAVED: bool(self.whole_checkpoints())}, indent=1))
 
-    def note_saved(self) -> None:
-        """Called after the first checkpoint: from then on it can be resumed, and its name is taken."""
+    def note(self, name: str, value: Any) -> None:
+        """Adds to `run.json`. With SAVED it can be resumed, and its name is taken."""
         facts = self.facts()
-        if not facts.get(SAVED):
-            write_whole(self.facts_file, json.dumps({**facts, SAVED: True}, indent=1))
+        if facts.get(name) != value:
+            write_whole(self.facts_file, json.dumps({**facts, name: value}, indent=1))
+
+    def training_notes(self) -> str:
+        """A protocol's notes on a model that the test set chose, or that another gradient trained; else empty.
+
+        They are the model's own, whatever the settings are with which it is scored.
+        """
+        chosen = "; MODEL CHOSEN ON THE TEST SET" if self._choice().get("split") == "test" else ""
+        sliced = not saved_config(self.export).optim.gather_with_grad
+        return chosen + ("; trained on each rank's own slice of the gradient" if sliced else "")
+
+    def _choice(self) -> dict[str, Any]:
+        """What its export says of the scores by which it was chosen."""
+        try:
+            record = json.loads((self.export / EXPORT_SCORES).read_text())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(record, dict):
+            return {}
+        return record if record.get("tasks") else {"step": record.get("step")}
+
+    def chosen(self) -> str:
+        """How its model was chosen; empty where it does not say."""
+        choice = self._choice()
+        step, split = choice.get("step"), choice.get("split")
+        if step is None:
+            return ""
+        if split is None:
+            return f"model of step {step:,}, the last"
+        times = self.facts().get(EVALUATIONS)
+        best = f"the best of {times} evaluation{'s' if times > 1 else ''}" if times else "the best"
+        return f"model of step {step:,}, {best} on {'THE TEST SET' if split == 'test' else split}"
 
     def check_written(self) -> None:
         """Raises UserError: scores cannot be written here."""

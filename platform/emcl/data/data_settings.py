@@ -29,7 +29,12 @@ class DataConfig:
             "or shards as in `train`."
         ),
     )
-    val: str | None = Field(None, description="Scored while training; its score chooses the best model.")
+    val: str | None = Field(
+        None,
+        description=(
+            "Scored while training; its score chooses the best model. A shard that `train` names too is not trained on."
+        ),
+    )
     test: str | None = Field(None, description="Scored once, at the end, with the best model.")
     generate: bool = Field(
         False, description="Render the sample set where its shards are missing, in a folder of the name `sample`."
@@ -61,10 +66,11 @@ class DataConfig:
     jitter: bool = Field(
         False, description="In training, draw each frame's time at random within its slice of the video."
     )
-    pairs: Literal["clip", "caption"] = Field(
+    pairs: Literal["clip", "caption", "question"] = Field(
         "clip",
         description=(
-            "An epoch's samples: `clip` (each video once, one caption drawn) or `caption` (each caption a pair)."
+            "An epoch's samples: `clip` (each video once, its caption and questions drawn), `caption` or `question` "
+            "(each of them once, with its video)."
         ),
     )
     captions_per_video: int | None = Field(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from emcl.data.data_settings import DataConfig
 from emcl.data.sampler import Draw, ShardSampler
@@ -45,7 +47,7 @@ def _pattern(name: str, root: str) -> str:
 def open_training(data: DataConfig, seed: int) -> tuple[ShardSet, ShardSampler | MixtureSampler]:
     """The shards of all sets as one set, and the sampler of global batches."""
     patterns = training_patterns(data)
-    paths = [find_shards(pattern) for pattern in patterns]
+    paths = _without_validation([find_shards(pattern) for pattern in patterns], data)
     shards = ShardSet([path for set_paths in paths for path in set_paths], data.max_bad_fraction)
     samplers, first = [], 0
     for set_paths in paths:
@@ -57,14 +59,31 @@ def open_training(data: DataConfig, seed: int) -> tuple[ShardSet, ShardSampler |
     return shards, MixtureSampler(samplers=tuple(samplers), counts=counts, seed=seed)
 
 
+def _without_validation(paths: list[list[Path]], data: DataConfig) -> list[list[Path]]:
+    """Each set's shards without those that are validated on; all, where they are the same."""
+    held: set[Path] = set()
+    if data.val:
+        with suppress(UserError):  # a missing one is named elsewhere
+            held = {path.resolve() for path in find_shards(data.val)}
+    return [[path for path in of_set if path.resolve() not in held] or of_set for of_set in paths]
+
+
 def _sampler(shards: ShardSet, chosen: range, data: DataConfig, seed: int, *, alone: bool) -> ShardSampler:
     rows = [row for row in shards.rows if row.shard in chosen]
     counts = None
     if data.pairs == "caption":
         counts = tuple(len(row.sample.captions[: data.captions_per_video]) for row in rows)
+    elif data.pairs == "question":
+        counts = tuple(len(row.sample.qa) for row in rows)
+        if not any(counts):
+            shown = shards.paths[chosen.start].parent
+            raise UserError(
+                f"data.pairs=question: no sample in {shown} has a question; take data.pairs=caption or clip"
+            )
     return ShardSampler(
         lengths=tuple(shards.lengths[number] for number in chosen),
-        captions=counts,
+        texts=counts,
+        kind="question" if data.pairs == "question" else "caption",
         batch_size=data.batch_size if alone else 1,
         buffer=data.shuffle_buffer,
         seed=seed,
@@ -100,7 +119,8 @@ class MixtureSampler:
             for pair in sampler.pairs(step * count, (step + 1) * count)
         ]
         random.Random(f"{self.seed}/mixture/{step}").shuffle(pairs)  # so that each rank gets samples of every set
-        return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]
+        kind = self.samplers[0].kind  # the same for all
+        return [Draw.of(self.seed, step, slot, *pair, kind) for slot, pair in enumerate(pairs)]
 
 
 def shares(weights: Sequence[float], batch_size: int) -> tuple[int, ...]:

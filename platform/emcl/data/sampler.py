@@ -10,9 +10,11 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from emcl.errors import UserError
+
+TextKind = Literal["caption", "question"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,14 @@ class Draw:
     """Index of the caption, or None to draw one with `seed`."""
     seed: int
     """Seed of everything random about this sample in this epoch: caption, frame times, augmentation."""
+    question: int | None = None
+    """Index of the question, or None to draw some with `seed`."""
 
     @staticmethod
-    def of(seed: int, step: int, slot: int, row: int, caption: int | None) -> Draw:
-        return Draw(row, caption, hash((seed, step, slot)) & 0xFFFFFFFF)
+    def of(seed: int, step: int, slot: int, row: int, text: int | None, kind: TextKind) -> Draw:
+        """`text` is the index of a caption or a question, by `kind`."""
+        number = hash((seed, step, slot)) & 0xFFFFFFFF
+        return Draw(row, None, number, text) if kind == "question" else Draw(row, text, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +42,15 @@ class ShardSampler:
 
     lengths: tuple[int, ...]
     """Samples in each shard."""
-    captions: tuple[int, ...] | None
-    """Number of captions of each sample if each caption is a separate pair, else None."""
+    texts: tuple[int, ...] | None
+    """Number of captions (or questions) of each sample if each is a separate pair, else None."""
     batch_size: int
     buffer: int
     seed: int
     first_row: int = 0
     """Row of the first sample of these shards among all open shards."""
+    kind: TextKind = "caption"
+    """What `texts` are."""
 
     def __post_init__(self) -> None:
         if self.size < self.batch_size:
@@ -53,7 +61,7 @@ class ShardSampler:
     @property
     def size(self) -> int:
         """Pairs in an epoch, before the incomplete last batch is dropped."""
-        return sum(self.captions) if self.captions is not None else sum(self.lengths)
+        return sum(self.texts) if self.texts is not None else sum(self.lengths)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,10 +71,10 @@ class ShardSampler:
         """Global batch `step`, counted over all epochs."""
         epoch, within = divmod(step, self.steps_per_epoch)
         pairs = _epoch(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
-        return [Draw.of(self.seed, step, slot, *pair) for slot, pair in enumerate(pairs)]
+        return [Draw.of(self.seed, step, slot, *pair, self.kind) for slot, pair in enumerate(pairs)]
 
     def pairs(self, first: int, stop: int) -> list[tuple[int, int | None]]:
-        """Rows and captions of samples `first` to `stop` of the endless sequence; no sample of an epoch is dropped."""
+        """Rows and texts of samples `first` to `stop` of the endless sequence; no sample of an epoch is dropped."""
         pairs: list[tuple[int, int | None]] = []
         while first + len(pairs) < stop:
             epoch, within = divmod(first + len(pairs), self.size)
@@ -76,24 +84,24 @@ class ShardSampler:
 
 @lru_cache(maxsize=16)
 def _epoch(sampler: ShardSampler, epoch: int) -> list[tuple[int, int | None]]:
-    """All pairs of an epoch. Caption pairs go over the videos once per caption: otherwise a batch would have several
-    captions of the same video, which are not negatives of each other, and so fewer negatives."""
+    """All pairs of an epoch. Pairs of texts go over the videos once per text: otherwise a batch would have several
+    texts of the same video, which are not negatives of each other, and so fewer negatives."""
     rng = random.Random(f"{sampler.seed}/{epoch}")
     starts = [sampler.first_row + sum(sampler.lengths[:index]) for index in range(len(sampler.lengths))]
     shards = list(range(len(sampler.lengths)))
-    captions: list[list[int | None]] | None = None
-    if sampler.captions is not None:
-        captions = [rng.sample(range(count), count) for count in sampler.captions]
+    texts: list[list[int | None]] | None = None
+    if sampler.texts is not None:
+        texts = [rng.sample(range(count), count) for count in sampler.texts]
 
     def in_sequence() -> Iterator[tuple[int, int | None]]:
-        for turn in range(max(sampler.captions) if sampler.captions is not None else 1):
+        for turn in range(max(sampler.texts) if sampler.texts is not None else 1):
             rng.shuffle(shards)
             for shard in shards:
                 for row in range(starts[shard], starts[shard] + sampler.lengths[shard]):
-                    if captions is None:
+                    if texts is None:
                         yield row, None
-                    elif turn < len(captions[row - sampler.first_row]):
-                        yield row, captions[row - sampler.first_row][turn]
+                    elif turn < len(texts[row - sampler.first_row]):
+                        yield row, texts[row - sampler.first_row][turn]
 
     return _buffered_shuffle(in_sequence(), sampler.buffer, rng)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
-from emcl.settings import Clips, Epochs, group
+from emcl.settings import Clips, Epochs, Steps, group
 
 
 @group
@@ -15,6 +17,16 @@ class EvaluateConfig:
         1,
         ge=1,
         description="Validate after so many epochs; the test set is scored once, at the end, with the best model.",
+    )
+    every_steps: Steps | None = Field(
+        None, ge=1, description="Validate after so many steps, and at the end, in place of `every_epochs`."
+    )
+    select: Literal["val", "test"] = Field(
+        "val",
+        description=(
+            "Whose scores choose the best model: `data.val`, or `data.test` as in EMCL-Net's code, which flatters it; "
+            "scores then say so."
+        ),
     )
     batch_size: Clips = Field(32, ge=1, description="Samples a rank encodes at once.")
     tile: int = Field(

@@ -93,6 +93,7 @@ def record(
         **as_json(scores, split, name, config),
         "samples_sha256": hashlib.sha256("\n".join(row.sample.id for row in split.shards.rows).encode()).hexdigest(),
         "model_id": export_identity(folder.export),
+        "model": folder.chosen(),
     }
     for tag in ("benchmark", "benchmark_split"):
         tracker.tag(tag, summary[tag])

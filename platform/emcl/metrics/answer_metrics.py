@@ -23,7 +23,8 @@ def answer_metrics(
 
     Args:
         top_QK: ranked answers, best first, as vocabulary indices; K is at least 5 if the vocabulary is that large.
-        right_Q: each question's answer; -1 if it is not in the vocabulary, which counts as wrong.
+        right_Q: each question's answer; -1 if it is not in the vocabulary, -2 if it is, but cannot be chosen: both
+            count as wrong.
         questions: their texts.
         most_frequent: the most frequent training answer, for the baseline.
 
@@ -31,12 +32,12 @@ def answer_metrics(
         accuracy, accuracy_in_vocabulary (over the questions whose answer is in the vocabulary), top_5, most_frequent
         (accuracy of always giving that answer), answers_in_vocabulary (share), type/NAME for each type that occurs.
     """
-    hit = (top_QK[:, 0] == right_Q) & (right_Q >= 0)
-    known = right_Q >= 0
+    hit_QK = (top_QK == right_Q[:, None]) & (right_Q >= 0)[:, None]
+    hit, known = hit_QK[:, 0], right_Q != -1
     metrics = {
         "accuracy": hit.mean(),
         "accuracy_in_vocabulary": hit[known].mean() if known.any() else 0.0,
-        "top_5": ((top_QK[:, :5] == right_Q[:, None]).any(1) & known).mean(),
+        "top_5": hit_QK[:, :5].any(1).mean(),
         "most_frequent": (right_Q == most_frequent).mean(),
         "answers_in_vocabulary": known.mean(),
     }

@@ -69,13 +69,18 @@ class Backbone(nn.Module):
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
+            start = config.temporal_start or ("text" if config.pretrained else "random")
             self.temporal = TemporalTransformer(
-                towers.embed_dim, config.temporal_layers, towers.text.trunk if config.pretrained else None
+                towers.embed_dim,
+                config.temporal_layers,
+                towers.text.trunk if start == "text" else None,
+                projection=config.temporal_projection,
             )
         # numbers and not buffers: a cast of the model to bf16 would round them
         self.normalisation = [(255 * mean, 255 * std) for mean, std in zip(towers.mean, towers.std, strict=True)]
         self.recomputed = _checkpoint_blocks(self) if config.activation_checkpointing else []
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
+        self.half_matrices = False
         _freeze(self, config.frozen)
 
     # --- what a kind of backbone defines
@@ -108,6 +113,17 @@ class Backbone(nn.Module):
     @classmethod
     def check(cls, config: Config) -> None:
         """Raises UserError, before the work: settings that its models do not support, such as `data.image_size`."""
+        if config.precision == "clip_fp16":
+            raise UserError(only_for_clip(f"model.backbone={config.model.backbone}"))
+
+    def keep_matrices_in_half(self) -> None:
+        """Casts the towers' matrices to fp16 and sets `half_matrices`: `precision=clip_fp16`. Norms and embeddings stay
+        in fp32, and what the towers return is cast to it.
+
+        Raises:
+            UserError: they cannot be trained so.
+        """
+        raise UserError(only_for_clip(f"model.backbone={self.config.backbone}"))
 
     @classmethod
     def architecture(cls, config: ModelConfig) -> Mapping[str, Any]:
@@ -147,15 +163,19 @@ class Backbone(nn.Module):
             return self.text.head(text.to(_dtype(self.text)))
         return self._run(self.text, text)
 
-    def encode_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) -> each token in context (B, L, text.token_width), and the token mask (B, L)."""
+    def encode_tokens(self, ids: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) -> each token in context (B, L, text.token_width), and the token mask (B, L).
+
+        With `projected`, after the text tower's last projection: (B, L, D).
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and "text" not in self.frozen_towers):
-            return self.text.tokens(ids)
+            tokens, mask = self.text.tokens(ids)
+        return self._in_full(self.text.projected(tokens) if projected else tokens), mask
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """uint8 (n, H, W, 3) -> normalised (n, 3, H, W) in the image tower's precision."""
         channels = [(frames[..., c].float() - mean) / std for c, (mean, std) in enumerate(self.normalisation)]
-        return torch.stack(channels, 1).to(_dtype(self.image))
+        return torch.stack(channels, 1).to(torch.float16 if self.half_matrices else _dtype(self.image))
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """(n, L) token ids on the text tower's device."""
@@ -164,8 +184,16 @@ class Backbone(nn.Module):
 
     def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
         if tower in self.recomputed and self.training and torch.is_grad_enabled():
-            return checkpoint(tower, inputs, use_reentrant=False)
-        return tower(inputs)
+            return self._in_full(checkpoint(tower, inputs, use_reentrant=False))
+        return self._in_full(tower(inputs))
+
+    def _in_full(self, outputs: Tensor) -> Tensor:
+        return outputs.float() if self.half_matrices else outputs
+
+
+def only_for_clip(setting: str) -> str:
+    """The refusal of a model that cannot be trained in `clip_fp16`."""
+    return f"precision=clip_fp16 is for CLIPs of OpenAI's layout, which {setting} is not: take fp32, bf16 or fp16"
 
 
 def backbone_class(config: ModelConfig) -> type[Backbone]:

@@ -51,6 +51,26 @@ def _of_other_video_or_itself(video_B: Tensor, own: slice) -> Tensor:
     return (video_B[own][:, None] != video_B[None, :]) | (row_B[own][:, None] == row_B[None, :])
 
 
+def of_own_slice(rows: Tensor, ranks: Ranks) -> Tensor:
+    """The features, with their gradient divided by the number of ranks: `optim.gather_with_grad=false`.
+
+    That is the gradient of the published code, whose every rank takes the loss of the whole batch, but gradients of its
+    own slice of the gathered features alone, which DistributedDataParallel then averages over the ranks.
+    """
+    return rows if ranks.world_size == 1 else _Divided.apply(rows, ranks.world_size)
+
+
+class _Divided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, number: int) -> Tensor:
+        ctx.number = number
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.number, None
+
+
 class _ClampScale(torch.autograd.Function):
     """min(scale, maximum), whose gradient vanishes only where a step would go further over the maximum."""
 

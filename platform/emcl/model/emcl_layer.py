@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from emcl.config import Config
-from emcl.em import EMCL
+from emcl.em import EMCL, Moments
 from emcl.errors import UserError
 from emcl.model.regulariser import Regulariser
 
@@ -46,6 +48,10 @@ class EMCLLayer(EMCL, Regulariser):
     def transductive(self) -> bool:  # type: ignore[override]
         """The reference is fitted anew to the rows that are compared."""
         return self.variant == "reference"
+
+    def measure(self, *blocks: Tensor) -> list[Moments]:
+        """As a regulariser: rows of zeros are absent ones."""
+        return Regulariser.measure(self, *blocks)
 
     @property
     def label(self) -> str:

@@ -51,6 +51,19 @@ class ModelConfig:
         ),
     )
     temporal_layers: int = Field(4, ge=1, le=64, description="Of the temporal transformer.")
+    temporal_start: Literal["text", "random"] | None = Field(
+        None,
+        description=(
+            "What its blocks begin as: copies of the text tower's first ones, of their activation too, where widths "
+            "allow it (EMCL-Net's set-up), or `random`. Where not given, `text` with `model.pretrained`."
+        ),
+    )
+    temporal_projection: bool = Field(
+        False,
+        description=(
+            "A linear map after the temporal transformer, before the residual: EMCL-Net's for question answering."
+        ),
+    )
     frozen: list[str] = Field(
         default_factory=list,
         description=(

@@ -6,30 +6,38 @@ A head that open_clip puts on a timm or Hugging Face trunk is new; in its own mo
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
+from open_clip.model import convert_weights_to_lp
 from open_clip.timm_model import TimmModel
+from open_clip.transformer import LayerNormFp32, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
+from emcl.config import Config
 from emcl.data.captions import Tokenizer
 from emcl.errors import UserError, first_line
 from emcl.model.architecture_limits import CONTEXT
-from emcl.model.backbone import Backbone
+from emcl.model.backbone import Backbone, only_for_clip
 from emcl.model.conv import ConvTower
 from emcl.model.model_settings import ModelConfig
 from emcl.model.patches import embed_patches_by_product
 from emcl.model.tower import TextTower, Tower, Towers
 from emcl.resources import find_architecture
 
+VOCABULARY, WITHOUT_MERGES = 49408, 514
+"""Tokens of CLIP's byte pair encoding, and those that are no merges: twice the 256 bytes, start and end."""
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """CLIP's, before any training."""
 OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
@@ -59,6 +67,22 @@ class OpenClipBackbone(Backbone):
         return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        if config.precision == "clip_fp16" and not _of_openais_layout(model_json(config.model.name)):
+            raise UserError(only_for_clip(f"model.name={config.model.name}"))
+
+    def keep_matrices_in_half(self) -> None:
+        trunks = self.image.trunk, self.text.trunk
+        if not isinstance(trunks[0], VisionTransformer) or not isinstance(trunks[1], TextTransformer):
+            raise UserError(only_for_clip(f"model.name={self.config.name}"))
+        for trunk in trunks:
+            convert_weights_to_lp(trunk, torch.float16)
+            for module in trunk.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.__class__ = LayerNormFp32
+        self.half_matrices = True
+
+    @classmethod
     def architecture(cls, config: ModelConfig) -> Mapping[str, Any]:
         return {**model_json(config.name), "quick_gelu": wants_quick_gelu(config)}
 
@@ -74,6 +98,23 @@ class OpenClipTextTower(TextTower):
         finally:
             trunk.output_tokens = False
         return tokens, ids != self.padding
+
+    def projected(self, tokens_BLW: Tensor) -> Tensor:
+        projection: Any = getattr(self.trunk, "text_projection", None)  # of open_clip's own, whose head is none
+        if projection is None:
+            return super().projected(tokens_BLW)
+        return projection(tokens_BLW) if isinstance(projection, nn.Module) else tokens_BLW @ projection
+
+
+def _of_openais_layout(towers: Mapping[str, Any]) -> bool:
+    """Whether a configuration in open_clip's format is that of a CLIP with two plain transformers."""
+    vision, text = towers["vision_cfg"], towers["text_cfg"]
+    return (
+        set(towers) <= {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}
+        and set(vision) <= {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio"}
+        and set(text) <= {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
+        and isinstance(vision.get("layers", 12), int)
+    )
 
 
 def model_json(name: str) -> dict[str, Any]:
@@ -173,7 +214,19 @@ def tokenizer(name: str, max_tokens: int) -> Tokenizer:
     limit = text.get("context_length", CONTEXT)
     if max_tokens > limit:  # architecture_limits.py does not know architectures of open_clip's `local-dir:`
         raise UserError(f"data.max_tokens={max_tokens} is more than the {limit} positions of {name}'s text tower")
-    return open_clip.tokenizer.SimpleTokenizer(context_length=max_tokens)
+    return open_clip.tokenizer.SimpleTokenizer(_byte_pairs(text, name), context_length=max_tokens)
+
+
+def _byte_pairs(text: Mapping[str, Any], name: str) -> Any:
+    """CLIP's byte pair encoding, cut to its first merges where a model has fewer tokens; what its tokenizer opens."""
+    words, whole = text.get("vocab_size", VOCABULARY), open_clip.tokenizer.default_bpe()
+    if words >= VOCABULARY:
+        return whole
+    if words < WITHOUT_MERGES:
+        raise UserError(f"model {name}: vocab_size={words} has no room for the {WITHOUT_MERGES} tokens of single bytes")
+    with gzip.open(whole) as stream:
+        lines = stream.read().split(b"\n")[: 1 + words - WITHOUT_MERGES]  # the first is a heading
+    return io.BytesIO(gzip.compress(b"\n".join(lines)))
 
 
 class _Trimmed:
@@ -203,12 +256,22 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
                 state = torch.jit.load(str(path), map_location="cpu").state_dict()
             except RuntimeError:  # not TorchScript
                 state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError:  # also of a file that is none at all
+        raise UserError(
+            f"{path} is no readable checkpoint: no file of tensors alone (other pickles are not run)"
+        ) from None
     except Exception as error:
         raise UserError(f"{path} is no readable checkpoint: {first_line(error)}") from None
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path} is no readable checkpoint: no weights by name")
+    wrong = next((key for key, value in state.items() if not isinstance(value, Tensor | int)), None)
+    if wrong is not None:
+        raise UserError(f"{path} is no readable checkpoint: {wrong} is no weight; give a state dictionary alone")
     state = {key.removeprefix("module."): value for key, value in state.items()}
     is_openai = all(key in state for key in OPENAI_KEYS)
-    return {key: value.float() for key, value in state.items() if key not in OPENAI_KEYS}, is_openai
+    weights = {key: value.float() for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in weights.items() if key not in OPENAI_KEYS}, is_openai
 
 
 def without_downloads(settings: dict[str, Any]) -> dict[str, Any]:

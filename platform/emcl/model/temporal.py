@@ -8,6 +8,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
+from emcl.model.initial_weights import begin_as_published
 from emcl.model.model_settings import MAX_FRAMES
 
 POSITION_SCALE = 0.5
@@ -20,9 +21,12 @@ class TemporalTransformer(nn.Module):
 
     Where a pretrained text tower of the same width is given, positions and the first blocks start as copies of its own
     (EMCL-Net's set-up); else they are random.
+
+    Args:
+        projection: whether a linear map follows the blocks, before the residual is added.
     """
 
-    def __init__(self, width: int, layers: int, text: nn.Module | None = None) -> None:
+    def __init__(self, width: int, layers: int, text: nn.Module | None = None, *, projection: bool = False) -> None:
         super().__init__()
         self.heads = max(1, width // 64)
         fits = isinstance(text, TextTransformer) and text.width == width and len(text.transformer.resblocks) >= layers
@@ -36,6 +40,10 @@ class TemporalTransformer(nn.Module):
                 self.positions[:count] = text.positional_embedding[:count]
         else:
             self.blocks = nn.ModuleList(ResidualAttentionBlock(width, self.heads) for _ in range(layers))
+        self.projection: nn.Linear | None = None
+        if projection:
+            self.projection = nn.Linear(width, width)
+            begin_as_published(self.projection)
 
     def forward(self, frames_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """(B, T, D) and mask (B, T) -> (B, T, D)."""
@@ -46,4 +54,4 @@ class TemporalTransformer(nn.Module):
         out = frames_BTD + self.positions[:length].to(frames_BTD.dtype)
         for block in self.blocks:
             out = block(out, attn_mask=attention)
-        return frames_BTD + out
+        return frames_BTD + (out if self.projection is None else self.projection(out))

@@ -45,6 +45,10 @@ class TextTower(Tower):
         """(B, L) -> the trunk's last layer (B, L, token_width), and the token mask (B, L)."""
         raise NotImplementedError
 
+    def projected(self, tokens_BLW: Tensor) -> Tensor:
+        """Tokens as the sentence's embedding would be made from each: (B, L, D)."""
+        return self.head(tokens_BLW)
+
 
 @dataclass(frozen=True)
 class Towers:

@@ -102,8 +102,8 @@ def _comparison(benchmark: str, split: str, kind: str, results: list[Result]) ->
         lines.append(Line(paper.model, False, note, [_cell(paper.metrics, name) for name in columns]))
     title = " ".join(word for word in (benchmark or "unnamed set", split, _words(kind)) if word)
     protocols = [
-        f"{result.name}: {result.protocol}; seed {result.seed}; commit {result.commit[:12]}; "
-        "intervals: 95% by bootstrap over videos, of one training"
+        f"{result.name}: {result.protocol}; {f'{result.chosen}; ' if result.chosen else ''}seed {result.seed}; "
+        f"commit {result.commit[:12]}; intervals: 95% by bootstrap over videos, of one training"
         for result in results
     ]
     return Comparison(title, [report.short(name) for name in columns], lines, protocols)

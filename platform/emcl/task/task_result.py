@@ -30,6 +30,8 @@ class Result:
     commit: str
     seed: int
     config: Config
+    chosen: str = ""
+    """How the model was chosen."""
 
     @property
     def kind(self) -> str:
@@ -86,6 +88,7 @@ def open_results(path: Path) -> list[Result]:
                 commit=item.get("commit", scores["commit"]),
                 seed=scores["seed"],
                 config=config,
+                chosen=scores.get("model", ""),
             )
             for task, item in scores["tasks"].items()
         ]

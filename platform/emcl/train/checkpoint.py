@@ -45,8 +45,7 @@ def save(
     ranks: Ranks,
     *,
     names: list[list[str]],
-    optim: OptimConfig,
-    keep: int,
+    config: Config,
 ) -> None:
     """Saves a checkpoint, then deletes all but the newest `keep` up to its step, and later ones. Called by all ranks.
 
@@ -54,7 +53,7 @@ def save(
 
     Args:
         names: names of the trained weights, by optimiser group.
-        optim: the optimiser's settings, some of which must not change when the run is resumed.
+        config: the run's settings, some of which must not change when it is resumed.
 
     Raises:
         UserError: it cannot be written; the earlier checkpoints are unchanged.
@@ -81,8 +80,9 @@ def save(
     if ranks.first:
         try:
             save_file(_buffers(engine), temporary / KEPT)
-            facts = {"layout": _layout(engine, ranks), "optim": _begun_with(optim), "groups": names}
-            _finish(temporary, folder / tag, facts, keep)
+            begun = {"optim": _begun_with(config.optim), "precision": config.precision}
+            facts = {"layout": _layout(engine, ranks), **begun, "groups": names}
+            _finish(temporary, folder / tag, facts, config.checkpoint.keep)
         except (OSError, SafetensorError) as caught:
             error = _not_written(folder, tag, _needed(engine, folder), str(caught))
             shutil.rmtree(temporary, ignore_errors=True)
@@ -218,6 +218,12 @@ def _fitting(path: Path, wanted: dict[str, int], config: Config) -> FoundCheckpo
                 f"{path} was begun with optim.{name}={as_typed(before_it)} and does not go on with "
                 f"{as_typed(now[name])}: --init takes the weights alone"
             )
+    begun = manifest.get("precision", precision)
+    if begun != precision and "clip_fp16" in (begun, precision):
+        raise UserError(
+            f"{path} was begun with precision={begun} and does not go on with {precision}: --init takes the weights "
+            "alone"
+        )
     if layout == wanted or (before, after) == (0, 0):  # without ZeRO every rank holds all
         return FoundCheckpoint(path, after, universal=False, converted=False)
     if 0 in (before, after) and precision != "fp32":
@@ -264,7 +270,8 @@ def _does_not_fit(path: Path, failed: Exception) -> UserError:
 
 def _begun_with(optim: OptimConfig) -> dict[str, Any]:
     """The settings on which the state of the optimiser and its schedule depends."""
-    return {name: getattr(optim, name) for name in ("optimizer", "optimizer_options", "schedule")}
+    names = ("optimizer", "optimizer_options", "schedule", "decay", "logit_scale_lr")  # the last two: its groups
+    return {name: getattr(optim, name) for name in names}
 
 
 def load(engine: Any, source: FoundCheckpoint) -> dict[str, Any]:

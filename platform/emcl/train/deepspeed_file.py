@@ -45,6 +45,11 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
     stage = stage_of(settings)
     if isinstance(stage, bool) or stage not in STAGES:
         raise UserError(f"{path}: zero_optimization.stage={stage!r} is not one of {', '.join(map(str, STAGES))}")
+    if config.precision == "clip_fp16" and stage != 0:
+        raise UserError(
+            f"precision=clip_fp16 keeps no fp32 weights, as ZeRO {stage} ({path}) would: give "
+            "deepspeed=deepspeed/zero0.json"
+        )
     if config.precision == "fp16" and stage == 0:
         # without ZeRO, DeepSpeed 0.19.8 divides gradients by a scale that the loss was never multiplied by
         raise UserError(f"precision=fp16 trains wrong without ZeRO ({path}): give deepspeed=deepspeed/zero1.json")

@@ -14,9 +14,10 @@ from emcl.config import Config
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.regulariser import Regulariser
+from emcl.multitask import VideoLanguageModel
 from emcl.train.deepspeed_file import read_deepspeed, stage_of
 from emcl.train.gradient_norm import take_norms_at_once
-from emcl.train.optimizer import build_optimizer, optimizer_class
+from emcl.train.optimizer import build_optimizer, check_optimizer, optimizer_class
 from emcl.train.schedule import build_schedule
 
 
@@ -24,13 +25,14 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     """The JSON file of `deepspeed=`, completed by batch size, precision and clipping.
 
     Raises:
-        UserError: as `read_deepspeed` does; or the device does not support the precision.
+        UserError: as `read_deepspeed` and the optimiser's `check` do; or the device does not support the precision.
     """
     settings = read_deepspeed(config)
     accelerator = deepspeed.accelerator.get_accelerator()
     if config.precision == "fp16" and not accelerator.is_fp16_supported():
         name = accelerator.device_name()
         raise UserError(f"precision=fp16: DeepSpeed does not support it on this device ({name}); take bf16 or fp32")
+    check_optimizer(config.optim, stage_of(settings))
     if offloads(settings) and not optimizer_class(config.optim).offloads:
         raise UserError(
             f"{config.deepspeed} offloads the optimiser's state, which optim.optimizer={config.optim.optimizer} has no "
@@ -51,7 +53,13 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def build_engine(
-    model: nn.Module, config: Config, ranks: Ranks, device: torch.device, steps: int, *, universal: bool = False
+    model: VideoLanguageModel,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    steps: int,
+    *,
+    universal: bool = False,
 ) -> Any:
     """Wraps the model, with its optimiser and schedule over `steps`.
 
@@ -62,7 +70,10 @@ def build_engine(
         settings["checkpoint"] = {**settings.get("checkpoint", {}), "load_universal": True}
     _check_regularisers(model, stage_of(settings))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    checked = config.precision == "fp32" and stage_of(settings) == 0
+    if config.precision == "clip_fp16":
+        model.backbone.keep_matrices_in_half()
+        _reduce_fp16_anywhere()
+    checked = config.precision in ("fp32", "clip_fp16") and stage_of(settings) == 0
     offload, fused = offloads(settings), device.type == "cuda"
     optimizer = build_optimizer(model, config.optim, offload=offload, fused=fused, checked=checked)
     schedule = build_schedule(optimizer, config.optim, steps)
@@ -73,6 +84,14 @@ def build_engine(
     # DeepSpeed broadcasts parameters, not buffers
     ranks.broadcast_(engine.module.buffers())
     return engine
+
+
+def _reduce_fp16_anywhere() -> None:
+    """On CPUs without instructions for fp16, DeepSpeed refuses to reduce such gradients; it reduces them in fp32."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    reduced = accelerator.supported_dtypes()
+    if torch.float16 not in reduced:
+        accelerator.supported_dtypes = lambda: [*reduced, torch.float16]
 
 
 def offloads(settings: Mapping[str, Any]) -> bool:

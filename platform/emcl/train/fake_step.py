@@ -91,7 +91,9 @@ def fake_step(config: Config, world_size: int, videos: int, samples: Sequence[Sa
         batch = batch_of(config, videos, samples)
         model.ranks = ranks
         mode = FakeTensorMode(allow_non_fake_inputs=False)
-        move_to_fake_gpu(model, DTYPES[config.precision], mode)
+        if config.precision == "clip_fp16":
+            model.backbone.keep_matrices_in_half()
+        move_to_fake_gpu(model, DTYPES.get(config.precision), mode)
         odd = [f"{name}: a tensor outside parameters and buffers" for name in stray_tensors(model)]
         watch = _Watch()
         with mode, parts_of(model, watch):
@@ -123,15 +125,15 @@ def build_on_meta(config: Config) -> VideoLanguageModel:
         return VideoLanguageModel(config, load_weights=False)
 
 
-def move_to_fake_gpu(model: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    """As DeepSpeed would hold the model: parameters in the run's precision, buffers as they are."""
+def move_to_fake_gpu(model: nn.Module, dtype: torch.dtype | None, mode: FakeTensorMode) -> None:
+    """As DeepSpeed would hold the model: parameters in `dtype` (None: each in its own), buffers as they are."""
     made: dict[int, Tensor] = {}  # tied parameters stay tied
     with mode:
         for module in model.modules():
             for key, old in module._parameters.items():
                 if old is not None:
                     if id(old) not in made:
-                        new = torch.empty(old.shape, dtype=dtype, device=GPU)
+                        new = torch.empty(old.shape, dtype=dtype or old.dtype, device=GPU)
                         made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad)
                     module._parameters[key] = made[id(old)]  # type: ignore[assignment]
             for key, buffer in module._buffers.items():

@@ -15,6 +15,7 @@ from emcl.data.captions import Tokens
 from emcl.data.split import Split, open_split, open_training_split
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import backbone_class, tokenizer_of
+from emcl.model.model_settings import ModelConfig
 from emcl.registry import task_class
 from emcl.run_folder import WEIGHTS, saved_config
 from emcl.train.export import different_shape
@@ -24,7 +25,7 @@ UNCERTAINTY = "uncertainty.log_variance"
 
 
 def open_splits(config: Config, init: Path | None = None) -> tuple[Config, Split, Split | None]:
-    """The configuration completed from the training samples, the training split, and the validation split, if any.
+    """The configuration completed from the training samples, the training split, and the split that chooses, if any.
 
     Opened and checked before the process group exists, so that an error costs no rendezvous.
 
@@ -35,7 +36,8 @@ def open_splits(config: Config, init: Path | None = None) -> tuple[Config, Split
     config = learn_settings(config, training, init)
     tokenizer = tokenizer_of(config)  # of the completed settings, so that the tasks' collators get the same cached one
     training = dataclasses.replace(training, tokens=Tokens(tokenizer))
-    return config, training, open_split(config.data.val, tokenizer) if config.data.val else None
+    chooses_by = config.chooses_by()
+    return config, training, open_split(chooses_by, tokenizer) if chooses_by else None
 
 
 def learn_settings(config: Config, training: Split, init: Path | None = None) -> Config:
@@ -53,8 +55,18 @@ def learn_settings(config: Config, training: Split, init: Path | None = None) ->
             settings = dataclasses.replace(settings, **kept)
         with said_of(name):
             tasks[name] = kind.learn_settings(settings, config, samples)
-    model = backbone_class(config.model).completed(config.model)
+    model = backbone_class(config.model).completed(_as_trained(config, init))
     return dataclasses.replace(config, tasks=tasks, model=model)
+
+
+def _as_trained(config: Config, init: Path | None) -> ModelConfig:
+    """The model's settings, with what no shape of the weights tells as they were trained, unless it is given."""
+    if init is None:
+        return config.model
+    own, earlier = config.model, saved_config(init).model
+    start = own.temporal_start or earlier.temporal_start or ("text" if earlier.pretrained else "random")
+    gelu = earlier.quick_gelu if own.quick_gelu is None else own.quick_gelu
+    return dataclasses.replace(own, temporal_start=start, quick_gelu=gelu)
 
 
 def tasks_of_both(config: Config, earlier: Config) -> dict[str, Any]:

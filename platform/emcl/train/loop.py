@@ -1,4 +1,4 @@
-"""The training loop: global batch i, one step; checkpoints, validation and the best model after each epoch."""
+"""The training loop: global batch i, one step; checkpoints, validation and the best model in between."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from emcl.evaluate.driver import evaluate
 from emcl.evaluate.results import as_json
 from emcl.model.feature_cache import feature_paths, identify_towers, with_features
 from emcl.multitask import VideoLanguageModel, collators, total_loss
-from emcl.run_folder import TOWERS, RunFolder
+from emcl.run_folder import EVALUATIONS, SAVED, TOWERS, RunFolder
 from emcl.task import Scores
 from emcl.tracking import Tracker
 from emcl.train import checkpoint
@@ -105,9 +105,12 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = build_engine(model, config, ranks, device, self.total, universal=universal)
         self.start, self.best = 0, None
+        self.evaluations: int | None = 0  # None where a run of an earlier version did not count them
         if resumed_from is not None:
             state = checkpoint.load(self.engine, resumed_from)
-            self.start, self.best = state["step"], state["best"]
+            self.start = state["step"]
+            if state.get("select", "val") == config.evaluate.select:  # scores of another split do not compare
+                self.best, self.evaluations = state["best"], state.get(EVALUATIONS)
         self.saved = self.start
         self.resumed = _note_on_resuming(self.start, self.total) if resuming else None
         self.skipped, self.in_a_row = int(self.engine.skipped_steps), 0
@@ -182,10 +185,7 @@ class Trainer:
                 done = step + 1
                 if done % self.config.tracking.every_steps == 0 or done == self.total:
                     self._report(bar, done)
-                if done % self.per_epoch == 0 or done == self.total:
-                    self._end_epoch(done)
-                elif done % self.config.checkpoint.every_steps == 0:
-                    self._save(done)
+                self._validate_and_save(done)
                 if done < self.total and self._to_stop(done):
                     self._save(done)
                     raise Stopped(f"saved at step {done} of {self.total}; go on by --resume {self.folder}")
@@ -260,30 +260,46 @@ class Trainer:
             {**metrics, **rates, "epoch": done / self.per_epoch, "skipped_steps": float(self.skipped)}, done
         )
 
-    def _end_epoch(self, done: int) -> None:
-        self.watchdog.slow("at the end of an epoch")
-        epoch = -(-done // self.per_epoch)
-        due = epoch % self.config.evaluate.every_epochs == 0 or done == self.total
-        if self.val is not None and due:
-            self.engine.eval()
-            scores = evaluate(
-                self.model, self.val, self.config, self.ranks, self.device, name="val",
-                progress=self.watchdog.progress,
-            )  # fmt: skip
-            self.engine.train()
-            self.tracker.metrics(
-                {f"val/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()},
-                done,
-            )
-            self._say(
-                f"epoch {epoch}: "
-                + ", ".join(f"{name} {item.metrics[item.chosen]:.1f}" for name, item in scores.items())
-            )
-            self._keep_best(scores, done)
+    def _validate_and_save(self, done: int) -> None:
+        """What is due after a step; the clock does not count it."""
+        ends_epoch = done % self.per_epoch == 0 or done == self.total
+        validates = self.val is not None and (done == self.total or self._validates(done))
+        if validates or ends_epoch:
+            self.watchdog.slow("at the end of an epoch" if ends_epoch else "validating")
+        if validates:
+            self._validate(done)
         elif done == self.total:
             self._export({}, done)
-        self._save(done)
-        self.meter.restart()
+        if ends_epoch or done % self.config.checkpoint.every_steps == 0:
+            self._save(done)
+        if validates or ends_epoch:
+            self.meter.restart()
+
+    def _validates(self, done: int) -> bool:
+        every_steps, every_epochs = self.config.evaluate.every_steps, self.config.evaluate.every_epochs
+        return done % (every_steps or every_epochs * self.per_epoch) == 0
+
+    def _validate(self, done: int) -> None:
+        assert self.val is not None
+        split = self.config.evaluate.select
+        self.engine.eval()
+        scores = evaluate(
+            self.model, self.val, self.config, self.ranks, self.device, name=split, progress=self.watchdog.progress
+        )
+        self.engine.train()
+        if self.evaluations is not None:
+            self.evaluations += 1
+        prefix = split if split == "val" else f"{split}_while_training"
+        self.tracker.metrics(
+            {f"{prefix}/{task}/{key}": value for task, item in scores.items() for key, value in item.metrics.items()},
+            done,
+        )
+        when = f"step {done}" if self.config.evaluate.every_steps else f"epoch {-(-done // self.per_epoch)}"
+        said = ", ".join(f"{name} {item.metrics[item.chosen]:.1f}" for name, item in scores.items())
+        self._say(f"{when}: {said}")
+        self._keep_best(scores, done)
+        if self.ranks.first:
+            self.folder.note(EVALUATIONS, self.evaluations)
 
     def _keep_best(self, scores: dict[str, Scores], done: int) -> None:
         signs = {name: 1.0 if task.greater_is_better else -1.0 for name, task in self.model.heads.items()}
@@ -295,7 +311,8 @@ class Trainer:
     def _export(self, scores: dict[str, Scores], done: int) -> None:
         state = weights(self.engine, self.ranks)
         if self.ranks.first:
-            record = {**as_json(scores, self.val or self.training, "val", self.config), "step": done}
+            split = self.config.evaluate.select
+            record = {**as_json(scores, self.val or self.training, split, self.config), "step": done}
             save_export(self.folder.best, state, self.config, record)
         self.ranks.barrier()
 
@@ -309,13 +326,13 @@ class Trainer:
         if self.saved == done:  # asked to stop right after a save
             return
         self.watchdog.slow("saving")
+        state = {"best": self.best, EVALUATIONS: self.evaluations, "select": self.config.evaluate.select}
         checkpoint.save(
-            self.engine, self.folder.checkpoints, done, {"best": self.best}, self.ranks, names=self.names,
-            optim=self.config.optim, keep=self.config.checkpoint.keep,
-        )  # fmt: skip
+            self.engine, self.folder.checkpoints, done, state, self.ranks, names=self.names, config=self.config
+        )
         self.saved = done
         if self.ranks.first:
-            self.folder.note_saved()
+            self.folder.note(SAVED, True)
 
     def _say(self, text: str) -> None:
         if self.ranks.first:

@@ -15,32 +15,46 @@ from emcl.components import OPTIMIZERS
 from emcl.settings import group
 from emcl.train.train_settings import OptimConfig
 
+KINDS = ("new", "clip", "logit_scale")
+"""Of weights, by their learning rates."""
+
 
 def is_clip_weight(name: str) -> bool:
     """Whether the weight belongs to a tower's trunk, which has CLIP's own learning rate."""
     return any(f"{tower}.trunk." in name for tower in ("image", "text")) and ".temporal." not in name
 
 
-def decays(parameter: nn.Parameter, name: str) -> bool:
-    """Matrices decay; biases, norms and scales do not."""
+def kind_of(name: str, config: OptimConfig) -> str:
+    """Which of `KINDS` a weight is; a logit scale is new unless it has a rate of its own."""
+    if config.logit_scale_lr is not None and name.rpartition(".")[2] == "logit_scale":
+        return "logit_scale"
+    return "clip" if is_clip_weight(name) else "new"
+
+
+def decays(parameter: nn.Parameter, name: str, config: OptimConfig) -> bool:
+    """Whether `optim.weight_decay` is for this weight; see `optim.decay`."""
+    if config.decay == "all_but_biases":
+        return "bias" not in name
     shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 the parameter itself is empty
     return len(shape) >= 2 and not name.endswith("bias")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> list[dict[str, Any]]:
-    """Up to four groups: {CLIP, new} x {decay, no decay}; frozen parameters are in none."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """Up to six groups: `KINDS` x {decay, no decay}; frozen parameters are in none."""
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            groups.setdefault((is_clip_weight(name), decays(parameter, name)), []).append(parameter)
+            key = KINDS.index(kind_of(name, config)), decays(parameter, name, config)
+            groups.setdefault(key, []).append(parameter)
+    rates = {"new": config.lr, "clip": config.backbone_lr, "logit_scale": config.logit_scale_lr}
     return [
         {
             "params": parameters,
-            "lr": config.backbone_lr if clip else config.lr,
+            "lr": rates[KINDS[kind]],
             "weight_decay": config.weight_decay if decay else 0.0,
-            "name": f"{'clip' if clip else 'new'}_{'decay' if decay else 'no_decay'}",
+            "name": f"{KINDS[kind]}_{'decay' if decay else 'no_decay'}",
         }
-        for (clip, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (kind, decay), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
@@ -62,6 +76,10 @@ class OptimizerKind:
     """Whether there is a version with its state on the CPU (`build_offloaded`)."""
     converts: ClassVar[bool] = False
     """Whether its state is Adam's, so that runs can resume on any ranks and ZeRO stage (train/reshard.py)."""
+
+    @classmethod
+    def check(cls, optim: OptimConfig, settings: Any, stage: int) -> None:
+        """Raises UserError, before the work: settings, or a ZeRO stage, that do not go together."""
 
     @classmethod
     def build(cls, groups: list[dict[str, Any]], optim: OptimConfig, settings: Any, *, fused: bool) -> Optimizer:
@@ -142,6 +160,12 @@ def build_optimizer(
     if checked:
         optimizer.__class__ = _checked(type(optimizer))  # type: ignore[arg-type]
     return optimizer
+
+
+def check_optimizer(config: OptimConfig, stage: int) -> None:
+    """Raises UserError: no such optimiser, or its settings do not go with the others or with ZeRO's stage."""
+    settings = OPTIMIZERS.options(config.optimizer, config.optimizer_options)
+    optimizer_class(config).check(config, settings, stage)
 
 
 def optimizer_class(config: OptimConfig) -> type[OptimizerKind]:

@@ -68,6 +68,8 @@ class Plan:
     """Bytes that the towers keep of one video and one caption for the backward pass; an estimate for torch versions
     on which the step itself cannot be planned."""
     examples: Sequence[Sample] = ()
+    bytes_of_mixed: tuple[int, int] | None = None
+    """Bytes of all weights and of the trained ones, where some are in half precision (`clip_fp16`)."""
 
 
 def plan(config: Config) -> tuple[Plan, Config]:
@@ -100,6 +102,11 @@ def plan(config: Config) -> tuple[Plan, Config]:
         str(group["name"]): (sum(weight.numel() for weight in group["params"]), float(group["lr"]))
         for group in parameter_groups(model.named_parameters(), config.optim)
     }
+    activations = activation_bytes(model, config)
+    mixed = None
+    if config.precision == "clip_fp16":
+        sizes = [(weight.nbytes, weight.requires_grad) for weight in model.parameters()]
+        mixed = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
     run_plan = Plan(
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(count for count, _ in groups.values()),
@@ -109,8 +116,9 @@ def plan(config: Config) -> tuple[Plan, Config]:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         test=test,
-        activations=activation_bytes(model, config),
+        activations=activations,
         examples=examples,
+        bytes_of_mixed=mixed,
     )
     return run_plan, config
 
@@ -121,7 +129,11 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     Heads and the similarity come on top; they are small beside it at the batches of the recipes. NaN for another
     package's backbone that cannot run there, such as one that reads tensor values.
     """
-    backbone = model.to(DTYPES[config.precision]).backbone.train()
+    if config.precision == "clip_fp16":
+        model.backbone.keep_matrices_in_half()
+    else:
+        model.to(DTYPES[config.precision])
+    backbone = model.backbone.train()
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -155,17 +167,31 @@ def state_gib(plan: Plan, config: Config, stage: int, gpus: int) -> float:
 
     ZeRO 1 shards the optimiser's state, 2 the gradients too, 3 the weights too (Rajbhandari et al., SC 2020).
     """
-    number = DTYPES[config.precision].itemsize
-    weights, gradients = number * plan.parameters, number * plan.trained
+    weights, gradients = _bytes(plan, config)
     shared = [gradients if stage >= 2 else 0, weights if stage >= 3 else 0]
     whole = weights + gradients - sum(shared) + sum(shared) / gpus
     return (whole + _optimizer_bytes(plan, config, stage, gpus)) / GIB
 
 
+def _bytes(plan: Plan, config: Config) -> tuple[int, int]:
+    """Of all weights, and of the trained ones or their gradients."""
+    if plan.bytes_of_mixed is not None:
+        return plan.bytes_of_mixed
+    number = DTYPES[config.precision].itemsize
+    return number * plan.parameters, number * plan.trained
+
+
 def _optimizer_bytes(plan: Plan, config: Config, stage: int, gpus: int) -> float:
-    """In half precision the optimiser holds fp32 weights besides its own state (Adam's two moments)."""
-    numbers = optimizer_class(config.optim).numbers_kept + (config.precision != "fp32")
-    return 4 * numbers * plan.trained / (gpus if stage >= 1 else 1)
+    """The optimiser's own state (Adam's two moments); in half precision also fp32 weights, but for `clip_fp16`."""
+    numbers = optimizer_class(config.optim).numbers_kept
+    if plan.bytes_of_mixed is not None:
+        return numbers * plan.bytes_of_mixed[1]
+    return 4 * (numbers + (config.precision != "fp32")) * plan.trained / (gpus if stage >= 1 else 1)
+
+
+def _stages(config: Config) -> Sequence[int]:
+    """ZeRO's stages at which the run could train."""
+    return STAGES[:1] if config.precision == "clip_fp16" else STAGES
 
 
 def bucket_bytes(zero: Mapping[str, Any], parameters: int, number: int) -> int:
@@ -228,12 +254,14 @@ def memory_parts(run_plan: Plan, step: FakeStep, config: Config, stage: int, gpu
     elif several:  # those of earlier micro-batches are still allocated
         gradients = step.gradients
     weights = held.pop(PARAMETERS)
-    number = DTYPES[config.precision].itemsize
+    buckets = 0
+    if stage:
+        buckets = bucket_bytes(zero_settings(config, stage), run_plan.parameters, DTYPES[config.precision].itemsize)
     return {
         "weights": (weights / gpus if stage == 3 else weights) + held.pop(BUFFERS),
         "gradients": gradients,
         "optimiser": _optimizer_bytes(run_plan, config, stage, gpus),
-        "buckets": bucket_bytes(zero_settings(config, stage), run_plan.parameters, number),
+        "buckets": buckets,
         **held,
     }
 
@@ -250,7 +278,7 @@ def describe_plan(config: Config) -> str:
     lines = [f"tasks: {', '.join(config.tasks)}", f"model: {config.model.name}, {config.precision}, {config.deepspeed}"]
     lines.append(f"weights: {run_plan.parameters / 1e6:.1f} M, {run_plan.trained / 1e6:.1f} M of them trained")
     for name, (count, rate) in run_plan.groups.items():
-        lines.append(f"  {name:<14}{count / 1e6:9.1f} M at {rate:g}")
+        lines.append(f"  {name:<18}{count / 1e6:9.1f} M at {rate:g}")
     if run_plan.samples is None:
         lines.append(f"training: its shards are missing; {config.optim.epochs} epochs of batches of {data.batch_size}")
     else:
@@ -274,9 +302,10 @@ def describe_plan(config: Config) -> str:
 def _memory_lines(run_plan: Plan, config: Config, steps: Mapping[int, FakeStep]) -> list[str]:
     """The table by GPUs and stages, and what holds the memory at the run's own stage."""
     lines = ["GiB a GPU at the peak of a step, planned on fake tensors, buckets of DeepSpeed included:"]
-    lines.append("  GPUs  videos of each" + "".join(f"  ZeRO {stage}" for stage in STAGES))
+    stages = _stages(config)
+    lines.append("  GPUs  videos of each" + "".join(f"  ZeRO {stage}" for stage in stages))
     for gpus, step in steps.items():
-        peaks = [sum(memory_parts(run_plan, step, config, stage, gpus).values()) / GIB for stage in STAGES]
+        peaks = [sum(memory_parts(run_plan, step, config, stage, gpus).values()) / GIB for stage in stages]
         lines.append(f"{gpus:>6}{_videos(config, gpus):>16}" + "".join(f"{peak:8.2f}" for peak in peaks))
     lines.append(f"of it, with {config.deepspeed}:")
     for gpus, step in steps.items():
@@ -289,9 +318,10 @@ def _memory_lines(run_plan: Plan, config: Config, steps: Mapping[int, FakeStep])
 
 def _estimate_lines(run_plan: Plan, config: Config) -> list[str]:
     lines = ["GiB a GPU for weights, gradients and optimiser; and for the towers' activations, which come on top:"]
-    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in STAGES) + "   activations (videos a GPU and step)")
+    stages = _stages(config)
+    lines.append("  GPUs" + "".join(f"  ZeRO {stage}" for stage in stages) + "   activations (videos a GPU and step)")
     for gpus in GPUS:
-        cells = "".join(f"{state_gib(run_plan, config, stage, gpus):8.2f}" for stage in STAGES)
+        cells = "".join(f"{state_gib(run_plan, config, stage, gpus):8.2f}" for stage in stages)
         videos = _videos(config, gpus)
         lines.append(f"{gpus:>6}{cells}{videos * run_plan.activations / GIB:14.2f} ({videos})")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.model.feature_cache import with_features
 from emcl.multitask import VideoLanguageModel, check_tasks
 from emcl.prepare.sample_set import generate
-from emcl.run_folder import TOWERS, RunFolder, export_identity
+from emcl.run_folder import EVALUATIONS, TOWERS, RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
 from emcl.train.arithmetic import set_arithmetic
@@ -100,6 +101,8 @@ def _train(
     few = too_few_cores(ranks.gather_objects(host_and_cores()), config.data.workers)
     if few and ranks.first:
         print(f"note: {few}", flush=True)
+    if config.precision == "clip_fp16" and device.type == "cpu" and ranks.first:
+        print("note: precision=clip_fp16 is slow on a CPU: its products in fp16 are made for GPUs", flush=True)
     # before anything is recorded, since it may raise
     trainer = Trainer(config, training, val, ranks, device, folder, init=init, resuming=resuming, watchdog=watchdog)
     trainer.check()
@@ -112,6 +115,7 @@ def _train(
             "mlflow_run": tracker.run_id or continued,
             "ranks": ranks.world_size,
             TOWERS: trainer.towers,
+            EVALUATIONS: trainer.evaluations,
         }
         folder.write_start(to_yaml(config), facts)
         tracker.text(to_yaml(config, secrets=False), folder.config_file.name)
@@ -153,11 +157,15 @@ def _score(
     test = open_split(str(config.data.test), tokenizer_of(config))
     test = with_features(test, config, model.backbone, ranks, device, progress=watchdog.progress)
     scores = evaluate(model, test, config, ranks, device, name="test", progress=watchdog.progress)
+    notes = folder.training_notes()
+    scores = {name: replace(item, protocol=item.protocol + notes) for name, item in scores.items()}
     if ranks.first:
         files_of = split_name("test", config)
         record(scores, test, config, folder, tracker, name=files_of, step=step)
         for name, item in scores.items():
             print(f"\n{name} on {files_of}\n{table(item)}", flush=True)
+        if chosen := folder.chosen():
+            print(f"({chosen})", flush=True)
     return scores
 
 
