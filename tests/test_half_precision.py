@@ -9,7 +9,8 @@ import torch
 
 from conftest import small
 from emcl import distributed
-from emcl.config import resolve
+from emcl.config import Config, resolve
+from emcl.data.batch import Batch
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.model_settings import ModelConfig
 from emcl.model.open_clip_backbone import OpenClipBackbone
@@ -25,6 +26,15 @@ ARCHITECTURES = {
 }
 
 
+def stepped(config: Config, folder: Path) -> tuple[Trainer, list[Batch], dict[str, torch.Tensor]]:
+    """A trainer that has taken its first step, with the step's micro-batches and losses."""
+    ranks = distributed.start()
+    trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(folder / "run"))
+    trainer.engine.train()
+    batches, _ = next(trainer._steps(0))
+    return trainer, batches, trainer._step(batches)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_step_of_every_shipped_architecture_in_bf16(
     name: str, sample_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -37,11 +47,7 @@ def test_a_step_of_every_shipped_architecture_in_bf16(
         *small(sample_shards), f"model.name={name}", f"data.image_size={size}", "precision=bf16", "data.frames=2",
         "data.batch_size=2", "emcl.bases=8", "data.workers=0", *settings,
     ])  # fmt: skip
-    ranks = distributed.start()
-    trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
-    trainer.engine.train()
-    batches, _ = next(trainer._steps(0))
-    losses = trainer._step(batches)
+    trainer, _, losses = stepped(config, tmp_path)
     assert len(losses) >= 3 and all(loss.isfinite() for loss in losses.values())
     assert trainer.engine.skipped_steps == 0
     assert {weight.dtype for weight in trainer.model.parameters()} == {torch.bfloat16}
@@ -55,11 +61,7 @@ def test_a_step_of_all_tasks_with_clip_in_fp16_recomputed_and_in_micro_batches(
         "model.activation_checkpointing=true", "optim.gather_with_grad=false", "data.workers=0",
         "tasks.msrvtt_qa.head=reference", "optim.optimizer=bert_adam", "emcl.bases=8",
     ])  # fmt: skip
-    ranks = distributed.start()
-    trainer = Trainer(*open_splits(config), ranks, torch.device("cpu"), RunFolder(tmp_path / "run"))
-    trainer.engine.train()
-    batches, _ = next(trainer._steps(0))
-    losses = trainer._step(batches)
+    trainer, batches, losses = stepped(config, tmp_path)
     assert len(batches) == 2 and len(losses) >= 4 and all(loss.isfinite() for loss in losses.values())
     assert trainer.engine.skipped_steps == 0
     kinds = {weight.dtype for name, weight in trainer.model.named_parameters() if ".trunk." not in name}

@@ -69,11 +69,10 @@ class Backbone(nn.Module):
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
-            start = config.temporal_start or ("text" if config.pretrained else "random")
             self.temporal = TemporalTransformer(
                 towers.embed_dim,
                 config.temporal_layers,
-                towers.text.trunk if start == "text" else None,
+                towers.text.trunk if config.blocks_start() == "text" else None,
                 projection=config.temporal_projection,
             )
         # numbers and not buffers: a cast of the model to bf16 would round them

@@ -88,6 +88,10 @@ class ModelConfig:
         default_factory=dict, description="Settings of its own; those of `emcl` are `emcl.*`."
     )
 
+    def blocks_start(self) -> Literal["text", "random"]:
+        """What the temporal blocks begin as: `temporal_start`, or what it stands for where it is not given."""
+        return self.temporal_start or ("text" if self.pretrained else "random")
+
 
 @group
 class EMCLConfig:

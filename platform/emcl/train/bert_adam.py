@@ -122,11 +122,13 @@ def _of_one_format(weights: list[Tensor]) -> Iterator[list[Tensor]]:
     with_gradient = [weight for weight in weights if weight.grad is not None]
     for _, alike in groupby(sorted(with_gradient, key=_format), _format):
         some: list[Tensor] = []
+        numbers = 0
         for weight in alike:
-            if some and sum(map(Tensor.numel, some)) + weight.numel() > AT_ONCE:
+            if some and numbers + weight.numel() > AT_ONCE:
                 yield some
-                some = []
+                some, numbers = [], 0
             some.append(weight)
+            numbers += weight.numel()
         yield some
 
 

@@ -64,9 +64,8 @@ def _as_trained(config: Config, init: Path | None) -> ModelConfig:
     if init is None:
         return config.model
     own, earlier = config.model, saved_config(init).model
-    start = own.temporal_start or earlier.temporal_start or ("text" if earlier.pretrained else "random")
     gelu = earlier.quick_gelu if own.quick_gelu is None else own.quick_gelu
-    return dataclasses.replace(own, temporal_start=start, quick_gelu=gelu)
+    return dataclasses.replace(own, temporal_start=own.temporal_start or earlier.blocks_start(), quick_gelu=gelu)
 
 
 def tasks_of_both(config: Config, earlier: Config) -> dict[str, Any]:
