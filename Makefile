@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL ?= 2
 
-.PHONY: install train demo test test-all lint bench ablation together joint-step human whole-way gpu-check gpu-bundle format clean
+.PHONY: install train demo test test-all smoke lint bench ablation together joint-step human whole-way gpu-check gpu-bundle format clean
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -70,6 +70,12 @@ gpu-check: install
 # What that needs on a machine without internet, as one tar: make gpu-bundle ARGS='--python 3.11'
 gpu-bundle: install
 	$(BIN)/emcl bundle $(ARGS)
+
+# A short look at another Python, such as `make smoke PYTHON=python3.13 VENV=.venv-3.13`: EM, frames, all tasks trained a few steps
+# on one rank and on three, scored, and served
+SMOKE := tests/test_em.py tests/test_loader.py tests/test_together.py tests/test_serve.py
+smoke: install
+	$(TEST) -m "not nightly" $(SMOKE)
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ RandAugment on each frame in the loader; ours only draws there, and the training
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from emcl.data.augment import Augmentation
 from emcl.data.data_settings import DataConfig
 from emcl.data.image_ops import augment
 from emcl.data.loader import Clips, Collate, Loaded
+from emcl.data.rand_augment import rand_augment, seeded
 from emcl.data.sampler import Draw
 from emcl.data.shards import ShardSet, open_shards
 from emcl.data.split import Split
@@ -39,31 +39,23 @@ AUGMENT = "rand-m7-n4-mstd0.5-inc1"
 PLAIN, BY_PIL = "without augmentation", "augmented by PIL"
 
 
-class ByPIL:
+def augment_by_pil(transform: Any, frames: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
     """timm's RandAugment on each frame of a clip."""
-
-    def __init__(self) -> None:
-        from timm.data.auto_augment import rand_augment_transform
-
-        self.transform: Any = rand_augment_transform(AUGMENT, {"translate_const": 100})
-
-    def __call__(self, frames: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-        out = []
-        for frame in frames:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            out.append(np.asarray(self.transform(Image.fromarray(frame))))
-        return np.stack(out)
+    out = []
+    for frame in frames:
+        with seeded(seed):
+            out.append(np.asarray(transform(Image.fromarray(frame))))
+    return np.stack(out)
 
 
 class ClipsByPIL(Clips):
     def __getitem__(self, draw: Draw) -> Loaded:
         loaded = super().__getitem__(draw)
-        if not hasattr(self, "by_pil"):
-            self.by_pil = ByPIL()
+        if not hasattr(self, "transform"):
+            self.transform = rand_augment(AUGMENT)
         if loaded.frames is None:
             return loaded
-        return replace(loaded, frames=self.by_pil(loaded.frames, loaded.draw.seed))
+        return replace(loaded, frames=augment_by_pil(self.transform, loaded.frames, loaded.draw.seed))
 
 
 def frames_per_core_second(shards: ShardSet, side: str) -> float:
@@ -86,7 +78,7 @@ def _of_children() -> float:
 
 def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
     """CPU cost of the augmentation alone, with one thread."""
-    augmentation, theirs = Augmentation(AUGMENT), ByPIL()
+    augmentation, transform = Augmentation(AUGMENT), rand_augment(AUGMENT)
     frames, counts = torch.from_numpy(np.concatenate(clips)), [len(clip) for clip in clips]
     keep_freed_memory()  # as training does
     torch.set_num_threads(1)
@@ -98,7 +90,7 @@ def augmentation_row(clips: list[np.ndarray[Any, Any]], repeats: int) -> Row:
 
     def pil() -> None:
         for seed in seeds:
-            theirs(clips[seed % len(clips)], seed)
+            augment_by_pil(transform, clips[seed % len(clips)], seed)
 
     def milliseconds(work: Callable[[], None]) -> float:
         began = time.process_time()

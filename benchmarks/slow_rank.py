@@ -35,7 +35,7 @@ def slowed(call: Callable[..., Any], every: int, seconds: float) -> Callable[...
 kind, rank = os.environ.get("SLOW_BY"), os.environ.get("SLOW_RANK")
 if kind and rank == os.environ["RANK"]:
     owner, name = {
-        "compute": (RetrievalTask, "losses"), "disk": (ShardSet, "read"), "clip": (loader, "decode"),
+        "compute": (RetrievalTask, "losses"), "disk": (ShardSet, "read"), "clip": (loader, "decode_as"),
     }[kind]  # fmt: skip
     setattr(owner, name, slowed(getattr(owner, name), EVERY[kind], float(os.environ["SLOW_SECONDS"])))
 

@@ -93,7 +93,7 @@ class MsrvttQATask(Task):
     def tokens(self, backbone: Backbone, ids_NL: Tensor) -> tuple[Tensor, Tensor]:
         """Questions token by token (N, L, W), and the token mask (N, L)."""
         if self.reference:  # padding counts there: all questions get as much, however long their neighbours are
-            missing = backbone.max_tokens - ids_NL.shape[1]
+            missing = max(0, backbone.max_tokens - ids_NL.shape[1])
             ids_NL = F.pad(ids_NL, (0, missing), value=backbone.text.padding)
         return backbone.encode_tokens(ids_NL, projected=self.reference)
 

@@ -20,10 +20,13 @@ from emcl.data.samples import Sample
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, Encoded
-from emcl.model.contrastive import clamp_logit_scale, contrastive_loss, of_own_slice
+from emcl.model.contrastive import clamp_logit_scale, contrastive_loss, of_own_slice, sigmoid_loss
 from emcl.model.regulariser import Regulariser, regulariser_of
 from emcl.model.similarity import similarity, similarity_on_ranks
 from emcl.task import Task
+
+LOGIT_BIAS = -10.0
+"""SigLIP's at the start: of the pairs of a batch, nearly all are none."""
 
 
 class RetrievalTask(Task):
@@ -38,6 +41,10 @@ class RetrievalTask(Task):
         self.settings = settings
         scale = backbone.initial_logit_scale if settings.logit_scale is None else math.log(settings.logit_scale)
         self.logit_scale = nn.Parameter(torch.tensor([scale]))
+        self.logit_bias: nn.Parameter | None = None
+        if settings.loss == "sigmoid":
+            known = (settings.logit_bias, backbone.initial_logit_bias, LOGIT_BIAS)
+            self.logit_bias = nn.Parameter(torch.tensor([float(next(bias for bias in known if bias is not None))]))
         self.emcl = regulariser_of(config, backbone.embed_dim)
         self.gather_with_grad = config.optim.gather_with_grad
 
@@ -62,7 +69,7 @@ class RetrievalTask(Task):
     def forward(
         self, text_AD: Tensor, frames_BTD: Tensor, mask_BT: Tensor, video_B: Tensor | None, ranks: Ranks
     ) -> dict[str, Tensor]:
-        """The losses; a forward pass of this module, since ZeRO-3 gathers `logit_scale` around those only.
+        """The losses; a forward pass of this module, since ZeRO-3 gathers its own weights around those only.
 
         Args:
             video_B: of all ranks.
@@ -74,8 +81,13 @@ class RetrievalTask(Task):
         everything_BTD = ranks.gather_rows(compared_BTD)
         present_A = mask_BT.any(1)
         scores_AB = self.similarity(compared_AD, everything_BTD, everyone_BT, ranks, self.emcl, present_A)
-        logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
-        losses = {"contrastive": contrastive_loss(logits_AB, ranks, everyone_BT.any(1), video_B)}
+        everyone_B = everyone_BT.any(1)
+        if self.logit_bias is None:
+            logits_AB = scores_AB * clamp_logit_scale(self.logit_scale.float()).exp()
+            losses = {"contrastive": contrastive_loss(logits_AB, ranks, everyone_B, video_B)}
+        else:  # SigLIP's scale has no bound, and those of its weights are above CLIP's
+            logits_AB = scores_AB * self.logit_scale.float().exp() + self.logit_bias.float()
+            losses = {"sigmoid": sigmoid_loss(logits_AB, ranks, everyone_B, video_B)}
         if self.emcl is not None:
             own = self.emcl.loss(text_AD * present_A[:, None], frames_BTD, mask_BT, ranks)
             losses |= {} if own is None else {"regulariser": own}

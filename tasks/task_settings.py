@@ -20,8 +20,19 @@ class RetrievalConfig:
     weight: float = Field(1.0, ge=0, description="Of this task's loss.")
     pooling_temperature: float = Field(3.0, gt=0, description="Of the text-conditioned pooling's softmax over frames.")
     logit_scale: float | None = Field(
-        None, gt=0, description="Initial scale of the logits; CLIP's own where not given."
+        None, gt=0, description="Initial scale of the logits; the tower's own where not given."
     )
+    loss: Literal["contrastive", "sigmoid"] = Field(
+        "contrastive",
+        description="`contrastive`, CLIP's symmetric softmax over the batch, or `sigmoid`, SigLIP's for each pair.",
+    )
+    logit_bias: float | None = Field(
+        None, description="Initial bias of the sigmoid loss's logits; the tower's own where not given, or -10."
+    )
+
+    def __post_init__(self) -> None:
+        if self.logit_bias is not None and self.loss != "sigmoid":
+            raise ValueError("logit_bias is one of loss=sigmoid")
 
 
 def _in_heads(width: int) -> int:

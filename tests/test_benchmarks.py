@@ -60,6 +60,8 @@ def test_the_real_questions_of_msvd() -> None:
 def test_the_real_part_of_didemo() -> None:
     paragraphs = counts(read("didemo", shared("data/didemo")))
     assert paragraphs == {"val": (1065, 1065), "test": (1004, 1004)}
+    as_published = read("didemo", shared("data/didemo"), "paragraph-31s")
+    assert counts(as_published) == paragraphs and {(clip.start, clip.end) for clip in as_published} == {(0, 31)}
     moments = read("didemo", shared("data/didemo"), "moments")
     assert counts(moments) == {"val": (4180, 4180), "test": (4021, 4021)}
     # 1,094 and 1,037 by the names in the descriptions, some of which are one video under two

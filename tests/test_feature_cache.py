@@ -22,7 +22,6 @@ from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Backbone, build_backbone, tokenizer_of
 from emcl.model.feature_cache import feature_paths, identify_towers, with_features
-from emcl.model.open_clip_backbone import tokenizer
 from emcl.run_folder import checkpoints_in
 from emcl.train.export import open_export
 
@@ -59,7 +58,7 @@ def test_features_are_what_the_towers_say(shard: Path) -> None:
     assert path_of(config, shard).is_file()
 
     clips = Clips(split, config.data, training=False)
-    tokenize = tokenizer(TINY, 16)
+    tokenize = tokenizer_of(config)
     draws = [Draw(row, None, 0) for row in range(len(split))]
     pictures, sentences = [], []
     with torch.no_grad():

@@ -18,7 +18,7 @@ from worked_examples import example_files
 PACKAGE = ROOT / "platform" / "emcl"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FLOORS = (
-    {"disk", "errors", "version", "secrets", "async_sender", "prefetch", "suggestions"},
+    {"disk", "errors", "version", "secrets", "async_sender", "prefetch", "suggestions", "installed"},
     {"inline_values"},
     {"settings", "components"},
     {"em", "registry", "resources", "recipe", "kinds", "metrics"},
@@ -30,7 +30,8 @@ FLOORS = (
     {"multitask", "tasks"},
     {"tracking", "evaluate"},
     {"train"},
-    {"inference", "devices", "config_docs", "arguments", "report", "doctor"},
+    {"inference", "devices", "config_docs", "published_protocol", "arguments", "report", "doctor"},
+    {"deviation_tables"},
     {"search"},
     {"serve"},
     {"launch", "cli", "cli_search"},

@@ -62,6 +62,13 @@ def test_an_epoch_takes_no_pair_twice_and_another_epoch_another_order(sampler: S
     assert first != second
 
 
+def test_the_incomplete_last_batch_of_an_epoch_is_dropped() -> None:
+    sampler = ShardSampler(lengths=(4, 3), texts=(1, 2, 3, 1, 1, 1, 1), batch_size=4, buffer=100, seed=0)
+    assert (sampler.size, sampler.steps_per_epoch) == (10, 2)
+    epochs = [[(d.row, d.caption) for step in (2 * n, 2 * n + 1) for d in sampler.batch(step)] for n in range(2)]
+    assert all(len(set(pairs)) == 8 for pairs in epochs)
+
+
 def test_another_seed_gives_another_order() -> None:
     assert CLIPS.batch(0) != replace(CLIPS, seed=4).batch(0)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from av.video.reformatter import VideoReformatter
 
 from emcl.cli import main
 from emcl.data.data_settings import DataConfig
-from emcl.data.decode import DecodeError, Frames, codec, decode, resampled, square
+from emcl.data.decode import DecodeError, codec, decode, resampled
+from emcl.data.frame_shapes import ByFFmpeg, Frames
 from emcl.data.loader import evaluation_loader
 from emcl.data.samples import Sample
 from emcl.data.shards import ShardSet, open_shards
@@ -42,8 +42,7 @@ def prepared(sample_shards: Path, tmp_path: Path, *more: str) -> ShardSet:
 
 
 def of_source(video: bytes, rate: int, start: float | None = None, end: float | None = None) -> Frames:
-    scaler = VideoReformatter()
-    return np.stack([square(frame, SIZE, scaler) for frame in resampled(video, Fraction(rate), start=start, end=end)])
+    return np.stack([ByFFmpeg(SIZE)(frame) for frame in resampled(video, Fraction(rate), start=start, end=end)])
 
 
 def test_raw_frames_are_those_of_the_video_bit_for_bit(sample_shards: Path, tmp_path: Path, video: bytes) -> None:

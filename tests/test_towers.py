@@ -16,7 +16,7 @@ from emcl.data.samples import Sample
 from emcl.data.split import Split
 from emcl.errors import UserError
 from emcl.model.model_settings import ModelConfig
-from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers, tokenizer
+from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import open_export, save_export
 from emcl.train.initialization import learn_settings
@@ -36,12 +36,16 @@ def openai_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_vit_b_32_from_openais_format_gives_open_clips_features(openai_file: Path) -> None:
-    theirs = open_clip.load_openai_model(str(openai_file), precision="fp32", device="cpu").eval()
+    theirs = open_clip.create_model("ViT-B-32", force_quick_gelu=True).eval()
+    weights = {name: weight.float() for name, weight in torch.load(openai_file).items() if name not in OPENAI_KEYS}
+    theirs.load_state_dict(weights)
     ours = OpenClipBackbone(
         ModelConfig(name="ViT-B-32", pretrained=str(openai_file), temporal="mean"), max_tokens=32
     ).eval()
     frames = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tokens = tokenizer("ViT-B-32", 32)(["a dog runs", "two people cook in a kitchen"])
+    tokens = OpenClipBackbone.tokenizer(ModelConfig(name="ViT-B-32"), 32)(
+        ["a dog runs", "two people cook in a kitchen"]
+    )
     padded = torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -116,7 +120,7 @@ def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not any(parameter.requires_grad for parameter in backbone.image.trunk.parameters())
     assert all(parameter.requires_grad for parameter in backbone.image.head.parameters())
     assert not backbone.image.trunk.training
-    tokenize = tokenizer("lite0_minilm", 32)
+    tokenize = OpenClipBackbone.tokenizer(ModelConfig(name="lite0_minilm"), 32)
     with torch.no_grad():
         vectors = backbone.text.trunk(tokenize(["a man plays a guitar", "someone is playing guitar", "a cat sleeps"]))
     cosine = torch.nn.functional.cosine_similarity

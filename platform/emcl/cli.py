@@ -81,17 +81,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     imported = commands.add_parser(
         "import",
-        help="a checkpoint of EMCL-Net's or CLIP4Clip's code as a run: to evaluate, search, report and fine-tune",
-        description="Reads the file that their training saves (pytorch_model.bin.N) without running a pickle, and "
-        "writes a run's folder. Sizes follow from the weights; all else, such as the test split, is the recipe's or "
-        "key=value. Afterwards: emcl evaluate RUN, emcl index VIDEOS --model RUN, emcl report RUN, --init RUN.",
+        help="a checkpoint of EMCL-Net's or CLIP4Clip's code, or a plain CLIP, as a run: to evaluate, search and so on",
+        description="Reads the file that their training saves (pytorch_model.bin.N), or a CLIP's (--plain), without "
+        "running a pickle, and writes a run's folder. Sizes follow from the weights; all else, such as the test split, "
+        "is the recipe's or key=value. Afterwards: emcl evaluate RUN, emcl index VIDEOS --model RUN, emcl report RUN, "
+        "--init RUN.",
     )
     imported.add_argument("file", type=Path, metavar="FILE")
     imported.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder, such as runs/imported")
-    imported.add_argument("--recipe", default="msrvtt_retrieval", help="(default: %(default)s)")
-    imported.add_argument(
-        "--clip4clip", action="store_true", help="of CLIP4Clip's code: no EMCL, and the mean over frames"
-    )
+    imported.add_argument("--recipe", help="of the published code's checkpoints (default: msrvtt_retrieval)")
+    kind = imported.add_mutually_exclusive_group()
+    kind.add_argument("--clip4clip", action="store_true", help="of CLIP4Clip's code: no EMCL, and the mean over frames")
+    kind.add_argument("--plain", metavar="NAME", help="a CLIP by open_clip's name, such as PE-Core-B-16: zero-shot")
     imported.add_argument("--mu", type=Path, metavar="NPY", help="EMCL's moving average, which the file lacks")
     imported.add_argument("overrides", nargs="*", metavar="key=value")
     imported.set_defaults(act=_import)
@@ -193,8 +194,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--task", type=task_names, help="one or several, joined by commas, or `all` (default: those of the recipe)"
     )
     config.add_argument("--recipe", default="sample", help="a file of configs/recipe, or a path (default: sample)")
-    config.add_argument("--list", action="store_true", help="list the shipped recipes instead")
-    config.add_argument("--describe", action="store_true", help="print every setting with its meaning, as Markdown")
+    instead = config.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="list the shipped recipes instead")
+    instead.add_argument("--describe", action="store_true", help="print every setting with its meaning, as Markdown")
+    instead.add_argument(
+        "--against", metavar="BENCHMARK", help="print what is not as published, such as msrvtt_retrieval, and why"
+    )
+    instead.add_argument(
+        "--deviations", nargs="?", const="-", metavar="PAGE",
+        help="print the deviations of all shipped recipes as Markdown, or write them into a page (docs/recipes.md)",
+    )  # fmt: skip
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.set_defaults(act=_config)
     return parser
@@ -329,11 +338,19 @@ def _towers(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from emcl.train.plain_clip import import_plain_clip
     from emcl.train.published_checkpoint import import_checkpoint
 
     check_out(options.out, folder=True)
+    if options.plain is not None:
+        for given, name in ((options.mu, "--mu"), (options.recipe, "--recipe")):
+            if given is not None:
+                raise UserError(f"{name} is for checkpoints of the published code: --plain takes key=value alone")
+        print("\n".join(import_plain_clip(options.file, options.out, options.plain, options.overrides)))
+        return
+    recipe = options.recipe or "msrvtt_retrieval"
     lines = import_checkpoint(
-        options.file, options.out, options.recipe, options.overrides, clip4clip=options.clip4clip, mu=options.mu
+        options.file, options.out, recipe, options.overrides, clip4clip=options.clip4clip, mu=options.mu
     )
     print("\n".join(lines))
 
@@ -407,7 +424,7 @@ def _tasks(_: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from emcl.config import resolve, to_yaml
+    from emcl.config import DEFAULT_RECIPE, resolve, to_yaml
     from emcl.model.architecture_limits import check_limits
     from emcl.resources import shipped_files
     from emcl.train.deepspeed_file import read_deepspeed
@@ -418,8 +435,20 @@ def _config(options: argparse.Namespace) -> None:
         print(describe(), end="")
     elif options.list:
         print("\n".join(shipped_files("recipe")))
+    elif options.deviations is not None:
+        from emcl.deviation_tables import page, write_into
+
+        if options.overrides or options.recipe != DEFAULT_RECIPE or options.task:
+            raise UserError("--deviations is of the shipped recipes as they are: --against BENCHMARK takes settings")
+        print(page()) if options.deviations == "-" else write_into(Path(options.deviations))
     else:
         config = resolve(options.task, options.recipe, options.overrides)
+        if options.against is not None:
+            from emcl.deviation_tables import against
+
+            published = options.recipe.removeprefix("configs/recipe/").startswith("published/")
+            print(against(config, options.against, "published_recipe" if published else "ours"))
+            return
         check_limits(config)
         read_deepspeed(config)
         print(to_yaml(config), end="")

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from operator import attrgetter
 from pkgutil import resolve_name
 from typing import Any
 
 from emcl.errors import UserError, first_line
+from emcl.installed import entry_points
 from emcl.settings import as_group, build, fields
 from emcl.suggestions import nearest
 

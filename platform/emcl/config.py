@@ -152,6 +152,8 @@ class Config:
             raise ValueError(
                 "model.cache_features=true wants model.frozen=[image,text]: a tower that learns has no lasting features"
             )
+        if self.model.absent_frames == "grey":
+            raise ValueError("model.cache_features=true excludes model.absent_frames=grey, which is not cached")
         if self.data.jitter or self.data.augment != "none":
             raise ValueError(
                 "model.cache_features=true excludes data.jitter and data.augment, which change the frames every epoch"
@@ -313,16 +315,30 @@ def _tasks(settings: Any) -> Sequence[str]:
 
 
 LATER = {
+    "data": ("sampling", "resize", "resize_mode", "interpolation"),
     "model": (
+        "absent_frames",
         "backbone",
         "backbone_options",
         "regulariser",
         "regulariser_options",
         "temporal_start",
         "temporal_projection",
+        "mean",
+        "std",
+        "tokenizer",
     ),
-    "optim": ("optimizer", "optimizer_options", "schedule", "logit_scale_lr", "decay", "gather_with_grad"),
+    "optim": (
+        "optimizer",
+        "optimizer_options",
+        "schedule",
+        "logit_scale_lr",
+        "decay",
+        "gather_with_grad",
+        "same_video_negatives",
+    ),
     "evaluate": ("rescoring", "rescoring_options", "select", "every_steps"),
+    "tasks.retrieval": ("loss", "logit_bias"),
     "tasks.msrvtt_qa": ("head", "answers_counted", "answers_beyond"),
 }
 """Settings, of a table or of a kind of task, that were added when people had indexes already (`fingerprint_text`)."""
@@ -345,7 +361,7 @@ def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
         del tree["kinds"]
     if not later:
         usual = Config()
-        for table in ("model", "optim", "evaluate"):
+        for table in ("data", "model", "optim", "evaluate"):
             tree[table] = _without_later(table, tree[table], getattr(usual, table))
         for name, settings in config.tasks.items():
             if (table := f"tasks.{config.kind_of(name)}") in LATER:

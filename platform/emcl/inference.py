@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -16,19 +15,18 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from torch import Tensor
 from tqdm import tqdm
 
-from emcl.config import Config, fingerprint_text, resolve
+from emcl.config import Config, fingerprint_text
 from emcl.data.batch import videos_of
-from emcl.data.decode import DecodeError, decode, square
+from emcl.data.decode import DecodeError, decode_as, evenly
+from emcl.data.frame_shapes import evaluated_shape
 from emcl.devices import Devices, choose_devices
 from emcl.distributed import ALONE
 from emcl.errors import UserError
 from emcl.model.backbone import Encoded
 from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
-from emcl.model.open_clip_backbone import OpenClipBackbone, model_json
 from emcl.model.pooling import mean_of_frames
 from emcl.multitask import VideoLanguageModel
 from emcl.prefetch import in_order
@@ -36,6 +34,7 @@ from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
 from emcl.task import Compares, Offer, Prediction
 from emcl.task.prediction import COMPARE, compares, only_task
 from emcl.train.export import open_export
+from emcl.train.plain_clip import plain_clip
 
 
 class QuestionError(UserError):
@@ -321,26 +320,22 @@ class VideoTextModel:
 
     def _frames(self, video: Video) -> np.ndarray:
         data = self.config.data
+        shape = evaluated_shape(data)
         if isinstance(video, (str, Path, Span)):
             span = video if isinstance(video, Span) else Span(Path(video))
             if not span.path.is_file():
                 raise UserError(f"{span.path}: no such file")
             try:
-                return decode(
-                    span.path, frames=data.frames, size=data.image_size, fps=data.fps, start=span.start, end=span.end,
-                    keyframes=data.keyframes,
-                )  # fmt: skip
+                return decode_as(data, span.path, start=span.start, end=span.end, shape=shape)
             except DecodeError as error:
                 raise VideoError(span.path, str(error)) from None
         frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
             raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")
         chosen = frames
-        if len(frames) > data.frames:  # the middle frame of each of as many equal slices
-            chosen = frames[((np.arange(data.frames) + 0.5) * len(frames) / data.frames).astype(int)]
-        scaler = VideoReformatter()
-        images = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in chosen)
-        return np.stack([square(image, data.image_size, scaler) for image in images])
+        if len(frames) > data.frames:
+            chosen = frames[evenly(len(frames), data.frames, data.sampling)]
+        return np.stack([shape(av.VideoFrame.from_ndarray(frame, format="rgb24")) for frame in chosen])
 
 
 class VideoFeatures:
@@ -379,25 +374,9 @@ def load(
         UserError: no export there, or weights that do not fit, or the run does not compare by `task`.
     """
     if pretrained is not None:
-        devices, config = choose_devices(device, precision), _plain_clip(str(path), Path(pretrained))
+        devices, config = choose_devices(device, precision), plain_clip(str(path), Path(pretrained))
         return VideoTextModel(VideoLanguageModel(config), config, [Path(pretrained)], devices=devices, compare_by=task)
     folder = RunFolder.open(Path(path)).export
     model, config = open_export(folder)
     devices = choose_devices(device, precision, trained=config.precision)
     return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], devices=devices, compare_by=task)
-
-
-def _plain_clip(name: str, weights: Path) -> Config:
-    """The configuration of a plain CLIP: a video is the mean of its frames, and nothing was trained on videos."""
-    if not weights.is_file():
-        raise UserError(f"{weights}: no such file; give a checkpoint of {name}")
-    settings = model_json(name)
-    size = settings["vision_cfg"].get("image_size", 224)
-    words = settings["text_cfg"].get("context_length", 77)
-    overrides = [
-        f"model.name={name}", f"model.pretrained={weights}", "model.temporal=mean", "emcl.enabled=false",
-        f"data.image_size={size}", f"data.max_tokens={words}", "data.frames=12",
-        "tasks.retrieval.pooling_temperature=1e6",  # of the pooling by text: so high that it is the mean
-    ]  # fmt: skip
-    config = resolve(["retrieval"], overrides=overrides)
-    return dataclasses.replace(config, model=OpenClipBackbone.completed(config.model))

@@ -25,6 +25,7 @@ class VideoLanguageModel(nn.Module):
     def __init__(self, config: Config, *, ranks: Ranks = ALONE, load_weights: bool = True) -> None:
         super().__init__()
         self.ranks = ranks
+        self.same_video_negatives = config.optim.same_video_negatives
         self.backbone = build_backbone(config, load_weights=load_weights)
         self.tasks = nn.ModuleDict()
         for name, kind in check_tasks(config).items():
@@ -66,7 +67,8 @@ class VideoLanguageModel(nn.Module):
     def encode(self, batch: Batch) -> Encoded:
         """The batch's videos, once for all tasks."""
         assert batch.videos is not None
-        return Encoded(self.backbone.encode_video(batch.videos), batch.videos.mask_BT, batch.video_B)
+        video_B = None if self.same_video_negatives else batch.video_B
+        return Encoded(self.backbone.encode_video(batch.videos), batch.videos.mask_BT, video_B)
 
 
 def check_tasks(config: Config) -> dict[str, type[Task]]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emcl.config import Config
-from emcl.data.decode import Frames, decode
+from emcl.data.decode import decode
+from emcl.data.frame_shapes import Frames
 from emcl.data.shards import ShardSet
 
 if TYPE_CHECKING:

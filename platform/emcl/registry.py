@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from emcl.components import DISTRIBUTION, load_entry
 from emcl.errors import UserError
+from emcl.installed import entry_points
 from emcl.settings import as_group
 from emcl.suggestions import nearest
 

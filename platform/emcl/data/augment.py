@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from emcl.data.rand_augment import rand_augment, seeded
 from emcl.errors import UserError
 
 Plan = dict[str, Any]
@@ -78,12 +79,7 @@ class Augmentation:
     """
 
     def __init__(self, name: str) -> None:
-        from timm.data.auto_augment import rand_augment_transform
-
-        try:
-            self._transform: Any = rand_augment_transform(name, {"translate_const": 100})
-        except Exception as error:
-            raise UserError(f"data.augment={name} is neither `none` nor a timm RandAugment string: {error}") from None
+        self._transform = rand_augment(name)
         for op in self._transform.ops:
             kind = "color" if op.aug_fn.__name__ == "desaturate" else op.aug_fn.__name__
             if kind not in (*GEOMETRIC, *TABLES, *BLENDS, *WHOLE, BLUR):
@@ -92,15 +88,9 @@ class Augmentation:
 
     def draw(self, seed: int) -> list[Drawn]:
         """What timm would do to an image with `random` and NumPy seeded so; restores both states afterwards."""
-        state, numpy_state = random.getstate(), np.random.get_state()
-        try:
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+        with seeded(seed):
             operations: list[Drawn] = self._transform([])
-            return operations
-        finally:
-            random.setstate(state)
-            np.random.set_state(numpy_state)
+        return operations
 
     def plan(self, seeds: Sequence[int], counts: Sequence[int], height: int, width: int) -> Plan:
         """The plan of a batch whose clips have these seeds and frame counts, in the order of the clips."""

@@ -43,6 +43,13 @@ class DataConfig:
     fps: Annotated[float, Unit("frames a second")] | None = Field(
         None, gt=0, description="Take no more frames than the video has seconds times this; null always takes all."
     )
+    sampling: Literal["slices", "seconds"] = Field(
+        "slices",
+        description=(
+            "`slices`: the middle frame of each of so many equal slices of the video; `seconds`: `fps` frames a second "
+            "from the first one on, and of more than `frames` as many, first and last included, as in EMCL-Net's code."
+        ),
+    )
     keyframes: bool = Field(
         False,
         description=(
@@ -56,11 +63,29 @@ class DataConfig:
     image_size: Annotated[Pixels, Formerly("size")] = Field(
         224, ge=1, description="Side of the square that the image tower gets."
     )
+    resize: Literal["ffmpeg", "pil"] = Field(
+        "ffmpeg",
+        description=(
+            "Who resizes frames and crops them: `ffmpeg`, or, slower, `pil`, whose pixels are those of torchvision's "
+            "transforms. With `pil`, `data.augment` changes whole frames before, in the loaders' processes, as in "
+            "EMCL-Net's code."
+        ),
+    )
+    resize_mode: Literal["shortest", "squash"] | None = Field(
+        None,
+        description=(
+            "`shortest`: the short side is resized and the centre cropped; `squash`: both sides are resized. Where not "
+            "given, a run finds from `model.pretrained` how the tower was trained, and keeps it (else `shortest`)."
+        ),
+    )
+    interpolation: Literal["bicubic", "bilinear"] | None = Field(
+        None, description="Of resizing; where not given, found as `resize_mode` is (else `bicubic`)."
+    )
     augment: str = Field(
         "none",
         description=(
             "`none`, or a timm RandAugment string such as `rand-m7-n4-mstd0.5-inc1`: timm's draw, the same for all "
-            "frames of a clip, done on the training device."
+            "frames of a clip, done on the training device (but for `data.resize=pil`)."
         ),
     )
     jitter: bool = Field(
@@ -103,3 +128,11 @@ class DataConfig:
             "Loaders may take so long for one batch before the run ends, naming the worker and what it reads."
         ),
     )
+
+    def __post_init__(self) -> None:
+        if self.sampling == "slices":
+            return
+        if self.fps is None:
+            raise ValueError("sampling=seconds wants data.fps, such as data.fps=1")
+        if self.jitter or self.keyframes:
+            raise ValueError("sampling=seconds excludes data.jitter and data.keyframes, which choose within slices")

@@ -16,12 +16,13 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
-Frames = NDArray[np.uint8]
-"""(time, height, width, 3), RGB."""
-
+from emcl.data.data_settings import DataConfig
+from emcl.data.frame_shapes import ByFFmpeg, Frames, Shape
 
 LATE = 4.0
 """Seconds: for frames later than this, reading starts with a seek instead of at the video's start."""
+ROUNDING = 1e-5
+"""Seconds: more than sums of times are off, and far less than a frame lasts."""
 REORDERED = 0.5
 """Seconds subtracted from a seek target: seeks may use decoding times, which differ from presentation times by less."""
 LONGEST = 24 * 3600.0
@@ -44,12 +45,18 @@ def decode(
     end: float | None = None,
     jitter: np.random.Generator | None = None,
     keyframes: bool = False,
+    sampling: str = "slices",
+    shape: Shape | None = None,
 ) -> Frames:
-    """Up to `frames` frames, evenly spread over [start, end] of the video, resized and centre-cropped to a square.
+    """Up to `frames` frames of [start, end] of the video, by default evenly spread, each as a square.
 
     [start, end] is cut into equal slices. Each slice gives the frame shown at its middle (with `jitter`, at a random
     time within the slice); with `keyframes`, the last key frame of the slice before that time, if there is one.
-    With `fps`, there are at most seconds x fps slices.
+    With `fps`, there are at most seconds x fps slices. `sampling="seconds"` takes frames at `fps` instead, without any
+    slices (`_every_second`).
+
+    Args:
+        shape: makes a square of a frame; by default FFmpeg, of the centre.
 
     Returns:
         (n, size, size, 3) with 1 <= n <= frames.
@@ -59,12 +66,53 @@ def decode(
     """
     with _opened(video) as (container, stream):
         begin, finish = _span(container, stream, start, end)
-        count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
-        offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
-        times = begin + (np.arange(count) + offsets) * (finish - begin) / count
-        scaler = VideoReformatter()  # shared by all frames: creating one costs more than using it
-        begins = begin + np.arange(count) * (finish - begin) / count if keyframes else None
-        return np.stack([square(frame, size, scaler) for frame in _at(container, stream, times, begins)])
+        begins = None
+        if sampling == "seconds":
+            assert fps is not None
+            goes_on = finish + ROUNDING < sum(_whole(container, stream))
+            times = _every_second(begin, finish, frames, fps, goes_on=goes_on)
+        else:
+            count = frames if fps is None else max(1, min(frames, round((finish - begin) * fps)))
+            offsets = jitter.random(count) if jitter is not None else np.full(count, 0.5)
+            times = begin + (np.arange(count) + offsets) * (finish - begin) / count
+            begins = begin + np.arange(count) * (finish - begin) / count if keyframes else None
+        shape = shape or ByFFmpeg(size)
+        return np.stack([shape(frame) for frame in _at(container, stream, times, begins)])
+
+
+def decode_as(
+    data: DataConfig,
+    video: bytes | Path,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    jitter: np.random.Generator | None = None,
+    shape: Shape,
+) -> Frames:
+    """`decode` by a run's settings."""
+    return decode(
+        video, frames=data.frames, size=data.image_size, fps=data.fps, start=start, end=end, jitter=jitter,
+        keyframes=data.keyframes, sampling=data.sampling, shape=shape,
+    )  # fmt: skip
+
+
+def _every_second(begin: float, finish: float, frames: int, fps: float, *, goes_on: bool) -> NDArray[np.float64]:
+    """Times at `fps` from `begin` on; of more than `frames`, as many of them, evenly, the first and the last included.
+
+    Args:
+        goes_on: whether the video does after `finish`, so that there is a frame at that very time too.
+    """
+    periods = (finish - begin) * fps
+    count = int(periods + ROUNDING) + 1 if goes_on else max(1, int(np.ceil(periods - ROUNDING)))
+    chosen = np.arange(count) if count <= frames else evenly(count, frames, "seconds")
+    return begin + chosen / fps + ROUNDING  # or a frame that starts at that very time is missed now and then
+
+
+def evenly(count: int, frames: int, sampling: str) -> NDArray[np.int64]:
+    """Indices of `frames` of `count` frames: the middle of each equal slice, or both ends too (`data.sampling`)."""
+    if sampling == "seconds":
+        return np.linspace(0, count - 1, frames, dtype=np.int64)
+    return ((np.arange(frames) + 0.5) * count / frames).astype(np.int64)
 
 
 def duration(video: Path) -> float:
@@ -95,7 +143,8 @@ def frame_rate(video: bytes | Path) -> Fraction | None:
         DecodeError: no video.
     """
     with _opened(video) as (_, stream):
-        return stream.average_rate
+        rate = stream.average_rate  # PyAV 19 has a rational number of its own, which lacks much of Fraction's
+        return Fraction(rate.numerator, rate.denominator) if rate else None
 
 
 def resampled(
@@ -165,20 +214,38 @@ def _span(
     container: av.container.InputContainer, stream: av.VideoStream, start: float | None, end: float | None
 ) -> tuple[float, float]:
     """Start and end in seconds of the requested interval, on the stream's own time axis."""
-    origin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
-    if stream.duration and stream.time_base:
-        length = float(stream.duration * stream.time_base)
-    elif container.duration:
-        length = container.duration / 1_000_000
-    else:
-        raise DecodeError("the file says no duration")
-    if not 0 < length <= LONGEST:
-        raise DecodeError(f"the file says that it lasts {length:.0f} s")
+    origin, length = _whole(container, stream)
     begin = min(max(start or 0.0, 0.0), length)
     finish = min(end if end is not None else length, length)
     if finish <= begin:
         raise DecodeError(f"the part {start} to {end} s lies outside the {length:.1f} s of the video")
     return origin + begin, origin + finish
+
+
+def _whole(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[float, float]:
+    """The time of the first frame and the length of the video, in seconds."""
+    origin = float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
+    if stream.duration and stream.time_base:
+        lengths = [float(stream.duration * stream.time_base)]
+    elif container.duration:
+        lengths = [container.duration / 1_000_000 - origin]  # Matroska's: when the longest stream ends
+        if ends := _seconds_said(stream.metadata.get("DURATION", "")):
+            lengths.append(ends - origin)
+    else:
+        raise DecodeError("the file says no duration")
+    for length in lengths:
+        if not 0 < length <= LONGEST:
+            raise DecodeError(f"the file says that it lasts {length:.0f} s")
+    return origin, min(lengths)
+
+
+def _seconds_said(text: str) -> float:
+    """Matroska's `00:01:02.500000000`, when a stream ends; 0 for anything else."""
+    try:
+        hours, minutes, seconds = map(float, text.split(":"))
+    except ValueError:
+        return 0.0
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def _at(
@@ -302,14 +369,3 @@ def _small(frame: av.VideoFrame, short_side: int, scaler: VideoReformatter) -> F
     how: dict[str, Any] = {"interpolation": Interpolation.AREA, "threads": 1}
     image: Any = scaler.reformat(frame, width, height, format="rgb24", **how).to_ndarray()
     return image
-
-
-def square(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> Frames:
-    """The frame resized to the short side `size` (bicubic) and centre-cropped: (size, size, 3)."""
-    scale = size / min(frame.width, frame.height)
-    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    how: dict[str, Any] = {"interpolation": Interpolation.BICUBIC, "threads": 1}  # more threads are slower
-    scaled = scaler.reformat(frame, width, height, format="rgb24", **how)
-    image: Any = scaled.to_ndarray()
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from emcl.data.augment import Augmentation, augmentation
 from emcl.data.batch import Batch, Clip, number_of, videos_of
 from emcl.data.data_settings import DataConfig
-from emcl.data.decode import DecodeError, decode
+from emcl.data.decode import DecodeError, decode_as
+from emcl.data.frame_shapes import ByPIL, Shape, evaluated_shape
 from emcl.data.loading_time import LoadingTime
 from emcl.data.sampler import Draw, RankBatchSampler
 from emcl.data.samples import Sample
@@ -55,6 +57,12 @@ class Clips(Dataset[Loaded]):
         """For each row, the row whose video is used instead of its own."""
         self.spent = LoadingTime()
         """Time spent on samples since the last reset."""
+        self._shape: Shape = evaluated_shape(data)
+        self._augmented: ByPIL | None = None
+        if training and data.augment != "none" and isinstance(self._shape, ByPIL):
+            self._augmented = replace(self._shape, augment=data.augment)
+        self._random = training and (data.jitter or self._augmented is not None)
+        """Whether a video's frames differ between epochs."""
         self._cache: dict[int, Clip] = {}
         self._room = int(data.cache_gib * 2**30 / max(1, data.workers))
 
@@ -63,25 +71,22 @@ class Clips(Dataset[Loaded]):
         remembered = self.split.remembered_frames(index)
         if remembered is not None:
             return remembered
-        random_times = self.data.jitter and self.training
         clip = self._cache.get(index)
         if clip is None:
             row = self.split.shards.rows[index]
             began = time.perf_counter()
             video = self.split.shards.read(row)
             read = time.perf_counter()
-            clip = decode(
+            clip = decode_as(
+                self.data,
                 video,
-                frames=self.data.frames,
-                size=self.data.image_size,
-                fps=self.data.fps,
                 start=row.sample.start,
                 end=row.sample.end,
-                jitter=np.random.default_rng(seed) if random_times else None,
-                keyframes=self.data.keyframes,
+                jitter=np.random.default_rng(seed) if self.training and self.data.jitter else None,
+                shape=partial(self._augmented, seed=seed) if self._augmented else self._shape,
             )
             self.spent += LoadingTime.of_sample(row.sample.id, read - began, time.perf_counter() - read)
-            if not random_times and clip.nbytes <= self._room:
+            if not self._random and clip.nbytes <= self._room:
                 self._cache[index] = clip
                 self._room -= clip.nbytes
         return clip
@@ -148,9 +153,10 @@ def training_loader(
     split: Split, data: DataConfig, batches: RankBatchSampler, collators: Mapping[str, Collator]
 ) -> DataLoader[Any]:
     """The loader behind `data/resilient_loader.py`, which checks the workers every LOOK seconds."""
-    # cached features were computed from unaugmented frames
-    plans = augmentation(data.augment) if split.features is None else None
-    collate = Collate(collators, frames=data.frames, augmentation=plans)
+    plans = augmentation(data.augment)  # made in any case, so that a wrong one is named here and not by a worker
+    # cached features were computed from unaugmented frames; PIL augments whole ones, before they are cropped
+    on_device = split.features is None and data.resize == "ffmpeg"
+    collate = Collate(collators, frames=data.frames, augmentation=plans if on_device else None)
     return _loader(Clips(split, data, training=True), data, batches, collate, look=LOOK if data.workers else 0)
 
 

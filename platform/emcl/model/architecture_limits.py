@@ -66,9 +66,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _side(image: dict[str, Any]) -> int | None:
-    """The only size that a tower with positions supports; None for timm's towers, which support several."""
-    side = image.get("image_size", SIDE)
-    return side if isinstance(side, int) and not image.get("timm_model_name") else None
+    """The only size that a tower with positions supports; None for timm's other towers, which support several."""
+    side, of_timm = image.get("image_size", SIDE), str(image.get("timm_model_name", ""))
+    return side if isinstance(side, int) and (not of_timm or of_timm.startswith("vit_")) else None
 
 
 def _positions(text: dict[str, Any]) -> int | None:

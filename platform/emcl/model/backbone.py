@@ -23,7 +23,7 @@ from emcl.errors import UserError
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.model_settings import ModelConfig
 from emcl.model.temporal import TemporalTransformer
-from emcl.model.tower import Towers
+from emcl.model.tower import Preprocessing, Towers
 
 TOWERS = ("image", "text")
 _TOKENIZERS_KEPT = 4
@@ -67,6 +67,7 @@ class Backbone(nn.Module):
         self.image, self.text = towers.image, towers.text
         keep_statistics_in_full_precision(self)
         self.embed_dim, self.initial_logit_scale = towers.embed_dim, towers.logit_scale
+        self.initial_logit_bias = towers.logit_bias
         self.temporal: TemporalTransformer | None = None
         if config.temporal == "transformer":
             self.temporal = TemporalTransformer(
@@ -76,7 +77,8 @@ class Backbone(nn.Module):
                 projection=config.temporal_projection,
             )
         # numbers and not buffers: a cast of the model to bf16 would round them
-        self.normalisation = [(255 * mean, 255 * std) for mean, std in zip(towers.mean, towers.std, strict=True)]
+        colours = zip(config.mean or towers.mean, config.std or towers.std, strict=True)
+        self.normalisation = [(255 * mean, 255 * std) for mean, std in colours]
         self.recomputed = _checkpoint_blocks(self) if config.activation_checkpointing else []
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         self.half_matrices = False
@@ -103,6 +105,11 @@ class Backbone(nn.Module):
         """`config` completed by what only the pretrained weights tell (open_clip: the activation that they were trained
         with). It is stored with a run, so that its exports can be rebuilt without those files."""
         return config
+
+    @classmethod
+    def preprocessing(cls, config: ModelConfig) -> Preprocessing | None:
+        """How the pretrained weights want frames; None where they do not say. A run keeps it with its settings."""
+        return None
 
     @classmethod
     def missing_weights(cls, config: ModelConfig) -> list[str]:
@@ -145,10 +152,23 @@ class Backbone(nn.Module):
 
     def encode_video(self, videos: VideoFrames) -> Tensor:
         """Frame embeddings in temporal order, each conditioned on the other frames of its video: (B, T, D)."""
-        mask_BT, features_ND = videos.mask_BT, self.encode_frames(videos.frames)
+        mask_BT, grey = videos.mask_BT, self.config.absent_frames == "grey"
+        features_ND, absent_D = self._with_grey(videos.frames) if grey else (self.encode_frames(videos.frames), None)
         flat = features_ND.new_zeros((mask_BT.numel(), features_ND.shape[-1])).index_copy(0, videos.slots, features_ND)
         frames_BTD = flat.view(*mask_BT.shape, -1)
+        if absent_D is not None:
+            frames_BTD = torch.where(mask_BT[..., None], frames_BTD, absent_D)
         return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
+
+    def _with_grey(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (n, H, W, 3) -> (n, D), and the embedding (D,) of a picture that is 0 once it is normalised.
+
+        It is one more picture of the same pass, also where no frame is absent: no rank waits to know that.
+        """
+        pictures = self.preprocess(torch.cat([frames, frames[:1]]))
+        pictures[-1] = 0
+        encoded_ND = self._run(self.image, pictures)
+        return encoded_ND[:-1], encoded_ND[-1]
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Single frames, uint8 (n, H, W, 3) or outputs of the frozen trunk (n, W) -> (n, D)."""

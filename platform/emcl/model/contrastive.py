@@ -1,4 +1,4 @@
-"""The symmetric contrastive loss over the global batch, and CLIP's clamp of its scale."""
+"""Losses of texts and videos over the global batch: CLIP's contrastive one with its clamp, and SigLIP's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from emcl.distributed import ALONE, Ranks
@@ -29,12 +30,8 @@ def contrastive_loss(
         video_B: which video each pair of all ranks is of; two pairs of one video are not negatives of each other.
     """
     own = ranks.share(logits_AB.shape[1])
-    if present_B is None:
-        present_B = torch.ones_like(logits_AB[0], dtype=torch.bool)
+    present_B, compared_AB = _compared(logits_AB, own, present_B, video_B)
     present_A = present_B[own]
-    compared_AB = present_A[:, None] & present_B[None, :]
-    if video_B is not None:
-        compared_AB &= _of_other_video_or_itself(video_B, own)
     positives = logits_AB[:, own].diagonal()
     logits_AB = logits_AB.masked_fill(~compared_AB, ABSENT)
     text_to_video = logits_AB.logsumexp(1) - positives
@@ -43,6 +40,31 @@ def contrastive_loss(
     video_to_text = columns_B[own] - positives
     losses = torch.where(present_A, text_to_video + video_to_text, 0.0)
     return losses.sum() / (2 * present_B.sum().clamp_min(1))
+
+
+def sigmoid_loss(
+    logits_AB: Tensor, ranks: Ranks = ALONE, present_B: Tensor | None = None, video_B: Tensor | None = None
+) -> Tensor:
+    """This rank's share of SigLIP's loss (Zhai et al., ICCV 2023): each text and video are a pair or not, on their own.
+
+    The sum over all of the global batch's, divided by its size. Arguments as those of `contrastive_loss`.
+    """
+    own = ranks.share(logits_AB.shape[1])
+    present_B, compared_AB = _compared(logits_AB, own, present_B, video_B)
+    pairs_AB = torch.zeros_like(compared_AB)
+    pairs_AB[:, own].fill_diagonal_(True)
+    losses_AB = -F.logsigmoid(torch.where(pairs_AB, logits_AB, -logits_AB))
+    return torch.where(compared_AB, losses_AB, 0.0).sum() / present_B.sum().clamp_min(1)
+
+
+def _compared(logits_AB: Tensor, own: slice, present_B: Tensor | None, video_B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which pairs of all ranks are present, (B,), and which texts and videos are compared, (A, B)."""
+    if present_B is None:
+        present_B = torch.ones_like(logits_AB[0], dtype=torch.bool)
+    compared_AB = present_B[own][:, None] & present_B[None, :]
+    if video_B is not None:
+        compared_AB = compared_AB & _of_other_video_or_itself(video_B, own)
+    return present_B, compared_AB
 
 
 def _of_other_video_or_itself(video_B: Tensor, own: slice) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from emcl.config import Config
+from emcl.data.data_settings import DataConfig
 from emcl.data.loader import Clips
 from emcl.data.sampler import Draw
 from emcl.data.samples import Sample
@@ -158,10 +159,16 @@ def _fingerprint(config: Config, towers: str, shard: Path) -> str:
     facts: dict[str, Any] = {
         "version": 5,
         "towers": towers,
-        "transform": [data.frames, data.fps, data.image_size, data.max_tokens, data.keyframes],
+        "transform": [data.frames, data.fps, data.image_size, data.max_tokens, data.keyframes, *_unusual(data)],
         "shard": [shard.name, file.st_size, file.st_mtime_ns],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unusual(data: DataConfig) -> list[str]:
+    """Choices that did not exist when features were first kept, where they are not the usual ones."""
+    chosen = data.sampling, data.resize, data.resize_mode, data.interpolation
+    return [value for value in chosen if value not in (None, "slices", "ffmpeg", "shortest", "bicubic")]
 
 
 def write_features(path: Path, items: Iterable[tuple[str, Feature]]) -> None:

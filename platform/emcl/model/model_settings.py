@@ -41,6 +41,25 @@ class ModelConfig:
             "finds it from `pretrained` and keeps it, so that its exports are rebuilt with it."
         ),
     )
+    mean: list[float] | None = Field(
+        None,
+        min_length=3,
+        max_length=3,
+        description=(
+            "Of the three colours from 0 to 1, subtracted from pixels. Where not given, a run finds from `pretrained` "
+            "how the tower was trained, and keeps it (else OpenAI's)."
+        ),
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, min_length=3, max_length=3, description="What they are divided by then; found as `mean` is."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description=(
+            "Folder with the files of the text tower's Hugging Face tokenizer; where not given, those of its "
+            "architecture, which may be downloaded."
+        ),
+    )
     image_weights: str | None = Field(
         None, description="Local weights of the image tower alone (a timm model's, safetensors)."
     )
@@ -62,6 +81,13 @@ class ModelConfig:
         False,
         description=(
             "A linear map after the temporal transformer, before the residual: EMCL-Net's for question answering."
+        ),
+    )
+    absent_frames: Literal["none", "grey"] = Field(
+        "none",
+        description=(
+            "What stands for those that a short video lacks of `data.frames`: `none`, or `grey`, as in EMCL-Net's "
+            "code: a picture of the mean colour, whose score counts in the softmax of poolings that mask afterwards."
         ),
     )
     frozen: list[str] = Field(

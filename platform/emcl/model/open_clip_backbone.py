@@ -6,8 +6,6 @@ A head that open_clip puts on a timm or Hugging Face trunk is new; in its own mo
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
 import json
 import logging
 import math
@@ -28,18 +26,19 @@ from torch import Tensor, nn
 from emcl.config import Config
 from emcl.data.captions import Tokenizer
 from emcl.errors import UserError, first_line
-from emcl.model.architecture_limits import CONTEXT
+from emcl.inline_values import shown
 from emcl.model.backbone import Backbone, only_for_clip
 from emcl.model.conv import ConvTower
 from emcl.model.model_settings import ModelConfig
+from emcl.model.open_clip_tokenizers import keeps_padding, local_directory, tokenizer
 from emcl.model.patches import embed_patches_by_product
-from emcl.model.tower import TextTower, Tower, Towers
+from emcl.model.tower import Preprocessing, TextTower, Tower, Towers
 from emcl.resources import find_architecture
 
-VOCABULARY, WITHOUT_MERGES = 49408, 514
-"""Tokens of CLIP's byte pair encoding, and those that are no merges: twice the 256 bytes, start and end."""
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """CLIP's, before any training."""
+OPENAI = Preprocessing(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "shortest", "bicubic")
+"""How OpenAI's weights want frames."""
 OPENAI_KEYS = ("input_resolution", "context_length", "vocab_size")
 """Entries beside the weights that mark a checkpoint as OpenAI's, trained with QuickGELU."""
 
@@ -53,7 +52,11 @@ class OpenClipBackbone(Backbone):
 
     @classmethod
     def tokenizer(cls, config: ModelConfig, max_tokens: int) -> Tokenizer:
-        return tokenizer(config.name, max_tokens)
+        return tokenizer(model_json(config.name)["text_cfg"], max_tokens, name=config.name, folder=config.tokenizer)
+
+    @classmethod
+    def preprocessing(cls, config: ModelConfig) -> Preprocessing | None:
+        return preprocessing(config.name, config.pretrained) if config.pretrained else None
 
     @classmethod
     def completed(cls, config: ModelConfig) -> ModelConfig:
@@ -64,7 +67,10 @@ class OpenClipBackbone(Backbone):
         """Missing files; a tag of open_clip's is downloaded instead."""
         wanted = [config.image_weights, config.pretrained]
         looks_like_file = [path for path in wanted if path and ("/" in path or "." in path)]
-        return [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
+        lacking = [f"{path}: no such file of weights" for path in looks_like_file if not Path(path).exists()]
+        if config.tokenizer is not None and not Path(config.tokenizer).is_dir():
+            lacking.append(f"model.tokenizer={config.tokenizer}: no such folder")
+        return lacking
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -84,7 +90,11 @@ class OpenClipBackbone(Backbone):
 
     @classmethod
     def architecture(cls, config: ModelConfig) -> Mapping[str, Any]:
-        return {**model_json(config.name), "quick_gelu": wants_quick_gelu(config)}
+        towers = {**model_json(config.name), "quick_gelu": wants_quick_gelu(config)}
+        text = towers["text_cfg"]
+        if keeps_padding(text) or text.get("hf_tokenizer_name"):  # texts are tokens of another kind than they once were
+            towers["tokenizer"] = [2, config.tokenizer]
+        return towers
 
 
 class OpenClipTextTower(TextTower):
@@ -124,7 +134,10 @@ def model_json(name: str) -> dict[str, Any]:
         UserError: no such name or file.
     """
     path = find_architecture(name)
-    return json.loads(path.read_text()) if path else open_clip.get_model_config(name)
+    try:
+        return json.loads(path.read_text()) if path else open_clip.get_model_config(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.name={name}: {first_line(error)}") from None
 
 
 def build_towers(config: ModelConfig, *, max_tokens: int, load_weights: bool = True) -> Towers:
@@ -156,8 +169,9 @@ def build_towers(config: ModelConfig, *, max_tokens: int, load_weights: bool = T
                 pretrained_text=load_weights,
                 device=torch.get_default_device(),
             )
-        except RuntimeError as error:
-            raise UserError(f"model {config.name}, pretrained {tag}: {first_line(error)}") from None
+        except (RuntimeError, OSError, ValueError) as error:
+            hint = "; model.pretrained=FILE takes them from a disk" if tag else ""
+            raise UserError(f"model {config.name}, pretrained {tag}: {first_line(error)}{hint}") from None
     if widths:
         clip.visual = ConvTower(widths, size, settings["embed_dim"])
     if state is not None:
@@ -166,7 +180,7 @@ def build_towers(config: ModelConfig, *, max_tokens: int, load_weights: bool = T
     image, text = clip.visual, clip.text
     if load_weights and config.image_weights:
         _load_image_weights(image, Path(config.image_weights))
-    if getattr(text, "attn_mask", None) is not None:
+    if getattr(text, "attn_mask", None) is not None and not keeps_padding(settings["text_cfg"]):
         # open_clip adds the full causal mask; cut it, so that captions need not be padded to CLIP's 77 tokens
         text.attn_mask = text.attn_mask[:max_tokens, :max_tokens]
     return Towers(
@@ -176,7 +190,29 @@ def build_towers(config: ModelConfig, *, max_tokens: int, load_weights: bool = T
         logit_scale=INITIAL_LOGIT_SCALE if clip.logit_scale.is_meta else clip.logit_scale.item(),
         mean=tuple(image.preprocess_cfg["mean"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_MEAN,
         std=tuple(image.preprocess_cfg["std"]) if hasattr(image, "preprocess_cfg") else open_clip.OPENAI_DATASET_STD,
+        logit_bias=_number(clip.logit_bias, settings.get("init_logit_bias")),
     )
+
+
+def _number(weight: Tensor | None, initial: float | None) -> float | None:
+    """A scalar weight's value; what it is made as where it holds none."""
+    if weight is None or weight.is_meta:
+        return None if initial is None else float(initial)
+    return weight.item()
+
+
+def preprocessing(name: str, pretrained: str) -> Preprocessing | None:
+    """How the weights of a tag want frames; for a file, what all tags of the architecture agree on, if they do.
+
+    None where that is as for OpenAI's weights, which is what is done without being told.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in ([pretrained] if pretrained in tags else tags)]
+    found = {
+        Preprocessing(tuple(one["mean"]), tuple(one["std"]), one["resize_mode"], one["interpolation"])
+        for one in configs
+    }
+    return found.pop() if len(found) == 1 and found != {OPENAI} else None
 
 
 def wants_quick_gelu(config: ModelConfig) -> bool:
@@ -202,43 +238,6 @@ def _pretrained(config: ModelConfig) -> tuple[dict[str, Tensor] | None, str | No
         tags = ", ".join(known) or "none"
         raise UserError(f"model.pretrained={wanted}: no such file, nor a tag of {config.name} (tags: {tags})")
     return None, wanted, wanted == "openai"
-
-
-def tokenizer(name: str, max_tokens: int) -> Tokenizer:
-    """Captions to (B, max_tokens) token ids, zero-padded (Hugging Face: its own padding, to the longest caption)."""
-    settings = model_json(name)
-    text = settings["text_cfg"]
-    if text.get("hf_tokenizer_name"):
-        _local_directory(text["hf_tokenizer_name"], "hf_tokenizer_name")
-        return _Trimmed(open_clip.tokenizer.HFTokenizer(text["hf_tokenizer_name"], context_length=max_tokens))
-    limit = text.get("context_length", CONTEXT)
-    if max_tokens > limit:  # architecture_limits.py does not know architectures of open_clip's `local-dir:`
-        raise UserError(f"data.max_tokens={max_tokens} is more than the {limit} positions of {name}'s text tower")
-    return open_clip.tokenizer.SimpleTokenizer(_byte_pairs(text, name), context_length=max_tokens)
-
-
-def _byte_pairs(text: Mapping[str, Any], name: str) -> Any:
-    """CLIP's byte pair encoding, cut to its first merges where a model has fewer tokens; what its tokenizer opens."""
-    words, whole = text.get("vocab_size", VOCABULARY), open_clip.tokenizer.default_bpe()
-    if words >= VOCABULARY:
-        return whole
-    if words < WITHOUT_MERGES:
-        raise UserError(f"model {name}: vocab_size={words} has no room for the {WITHOUT_MERGES} tokens of single bytes")
-    with gzip.open(whole) as stream:
-        lines = stream.read().split(b"\n")[: 1 + words - WITHOUT_MERGES]  # the first is a heading
-    return io.BytesIO(gzip.compress(b"\n".join(lines)))
-
-
-class _Trimmed:
-    """Hugging Face tokens without the columns that are padding in every row, which would cost as much as words."""
-
-    def __init__(self, tokenize: open_clip.tokenizer.HFTokenizer) -> None:
-        self.tokenize = tokenize
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenize(texts)
-        used = (tokens != self.tokenize.tokenizer.pad_token_id).any(0).nonzero()
-        return tokens[:, : int(used[-1]) + 1] if len(used) else tokens[:, :1]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -282,16 +281,20 @@ def without_downloads(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load(clip: nn.Module, state: dict[str, Tensor], path: Path, name: str) -> None:
+    from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 
-    state = convert_to_custom_text_state_dict(state)
+    state = convert_to_custom_text_state_dict(convert_state_dict(clip, state))
+    for scalar in ("logit_scale", "logit_bias"):  # (1,) in SigLIP's files
+        if scalar in state and getattr(clip, scalar, None) is not None:
+            state[scalar] = state[scalar].reshape(getattr(clip, scalar).shape)
     resize_pos_embed(state, clip)
     resize_text_pos_embed(state, clip)
     try:
         clip.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"{path} holds another architecture than model.name={name}: {first}") from None
+        raise UserError(f"{path} holds another architecture than model.name={name}: {shown(first)}") from None
 
 
 def _load_image_weights(image: nn.Module, path: Path) -> None:
@@ -309,8 +312,8 @@ def _load_image_weights(image: nn.Module, path: Path) -> None:
 
 
 def _split_image(image: nn.Module, embed_dim: int) -> Tower:
-    if isinstance(image, TimmModel):
-        return Tower(image.trunk, image.head, int(image.trunk.num_features))
+    if isinstance(image, TimmModel):  # without a head of open_clip's, the trunk itself ends with the projection
+        return Tower(image.trunk, image.head, int(image.trunk.num_features) if len(image.head) else embed_dim)
     return Tower(image, nn.Identity(), embed_dim)
 
 
@@ -322,12 +325,6 @@ def _split_text(text: nn.Module, embed_dim: int) -> TextTower:
     return OpenClipTextTower(text, nn.Identity(), embed_dim, int(text.width), 0)  # type: ignore[arg-type]
 
 
-def _local_directory(path: str, what: str) -> None:
-    meant_locally = path.startswith((".", "/")) or Path(path).parent.name == "towers"
-    if meant_locally and not Path(path).is_dir():
-        raise UserError(f"{what}={path}: no such directory (`emcl towers` writes those that come as pip packages)")
-
-
 @contextlib.contextmanager
 def _registered(name: str, settings: dict[str, Any], *, keep_name: bool) -> Iterator[str]:
     """open_clip builds by name only: registers `settings` under a name in its table meanwhile.
@@ -336,7 +333,7 @@ def _registered(name: str, settings: dict[str, Any], *, keep_name: bool) -> Iter
     """
     for key in ("hf_model_name", "hf_tokenizer_name"):
         if settings["text_cfg"].get(key):
-            _local_directory(settings["text_cfg"][key], key)
+            local_directory(settings["text_cfg"][key], key)
     label = name if keep_name else "emcl-" + Path(name).stem
     registry: Any = open_clip.factory._MODEL_CONFIGS
     before = registry.get(label)

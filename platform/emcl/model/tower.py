@@ -51,6 +51,18 @@ class TextTower(Tower):
 
 
 @dataclass(frozen=True)
+class Preprocessing:
+    """How frames become a tower's input, as it was pretrained."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Of the three colours, from 0 to 1."""
+    resize_mode: str
+    """`shortest` or `squash` (`data.resize_mode`)."""
+    interpolation: str
+
+
+@dataclass(frozen=True)
 class Towers:
     """Both towers, with further facts of a pretrained model."""
 
@@ -63,3 +75,5 @@ class Towers:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Of the three colours, from 0 to 1, to normalise pixels."""
+    logit_bias: float | None = None
+    """As pretrained with the sigmoid loss."""

@@ -28,6 +28,8 @@ class Benchmark:
 
 OFFICIAL_JSON = "train_val_videodatainfo.json and test_videodatainfo.json (zipped or not), or MSRVTT_data.json"
 
+DIDEMO_PARAGRAPHS: Counts = {"train": (8392, 8392), "val": (1065, 1065), "test": (1004, 1004)}
+
 BENCHMARKS = {
     "msrvtt": Benchmark(
         read=msrvtt.read,
@@ -75,7 +77,8 @@ BENCHMARKS = {
     "didemo": Benchmark(
         read=didemo.read,
         protocols={
-            "paragraph": {"train": (8392, 8392), "val": (1065, 1065), "test": (1004, 1004)},
+            "paragraph": DIDEMO_PARAGRAPHS,
+            "paragraph-31s": DIDEMO_PARAGRAPHS,
             "moments": {"train": (33_005, 33_005), "val": (4180, 4180), "test": (4021, 4021)},
         },
         files="{train,val,test}_data.json, and the lists *_list.txt",

@@ -1,8 +1,9 @@
 """DiDeMo as published: `{train,val,test}_data.json`, a list of `{video, description, times, ...}`.
 
-For retrieval, all descriptions of a video are joined to one paragraph for its first 30 seconds. Files often have
-another extension than in the annotations, and some descriptions name them without one, so a video is identified by its
-stem (the 1,094 names of the validation split are 1,065 videos). `*_list.txt`, if present, lists the videos of a split.
+For retrieval, all descriptions of a video are joined to one paragraph for its first 30 seconds, which are annotated, or
+the 31 that EMCL-Net's code takes. Files often have another extension than in the annotations, and some descriptions
+name them without one, so a video is identified by its stem (the 1,094 names of the validation split are 1,065 videos).
+`*_list.txt`, if present, lists the videos of a split.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from emcl.errors import UserError
 from emcl.prepare.clips import Clip
 from emcl.prepare.published import find_text, folder_of, json_of, lines_of, paragraph
 
-SECONDS = 30.0
+SECONDS = {"paragraph": 30.0, "paragraph-31s": 31.0}
 SEGMENT = 5.0
 """Seconds per segment; `times` are the first and the last segment that an annotator chose."""
 
 
 def read(annotations: Path, split: str) -> list[Clip]:
-    """Clips of the splits whose files exist: `paragraph`, or `moments` with one clip per description."""
+    """Clips of the splits whose files exist, in one of SECONDS, or `moments` with one clip per description."""
     folder = folder_of(annotations)
     clips = []
     for subset in ("train", "val", "test"):
@@ -38,7 +39,7 @@ def read(annotations: Path, split: str) -> list[Clip]:
         if find_text(folder, f"{subset}_list.txt"):
             listed = {_stem(name) for name in lines_of(folder, f"{subset}_list.txt", what="DiDeMo's split")}
         for name in (name for name in texts if name in listed):
-            clips.append(Clip(name, name, subset, start=0.0, end=SECONDS))
+            clips.append(Clip(name, name, subset, start=0.0, end=SECONDS[split]))
             clips[-1].add_captions([paragraph(texts[name])])
     if not clips:
         raise UserError(f"{folder} holds none of DiDeMo's train_data.json, val_data.json, test_data.json")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 
-from av.video.reformatter import VideoReformatter
-
-from emcl.data.decode import frame_rate, resampled, square
+from emcl.data.decode import frame_rate, resampled
+from emcl.data.frame_shapes import ByFFmpeg
 from emcl.data.samples import VIDEO_ENDINGS
 from emcl.errors import UserError
 from emcl.prepare.writer import encode_mov, encode_mp4
@@ -112,8 +111,8 @@ def as_frames(
     Raises:
         DecodeError: nothing could be decoded.
     """
-    rate, scaler = _rate(video, fps), VideoReformatter()
-    frames = (square(frame, size, scaler) for frame in resampled(video, rate, start=start, end=end))
+    rate = _rate(video, fps)
+    frames = map(ByFFmpeg(size), resampled(video, rate, start=start, end=end))
     return encode_mov(frames, rate, quality=quality)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 from av.video.frame import PictureType
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -64,11 +65,12 @@ def encode_mp4(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream: av.VideoStream | None = None
+        scaler = VideoReformatter()  # of one thread: those of a frame's own may be of a process that has been forked
         for number, item in enumerate(frames):
             frame = item if isinstance(item, av.VideoFrame) else av.VideoFrame.from_ndarray(item, format="rgb24")
             if stream is None:
                 stream = _h264(container, frame, fps, crf, short_side, key_every)
-            frame = frame.reformat(stream.width, stream.height, format="yuv420p")
+            frame = scaler.reformat(frame, stream.width, stream.height, format="yuv420p", threads=1)
             frame.pts, frame.time_base, frame.pict_type = number, 1 / Fraction(fps), PictureType.NONE
             for packet in stream.encode(frame):
                 container.mux(packet)

@@ -190,7 +190,8 @@ class VideoIndex:
         """The best windows for each sentence.
 
         An index with at most CANDIDATES windows is compared in the order and tiles of an evaluation, so that the
-        ranking equals an evaluation of these sentences for every variant of EMCL.
+        ranking equals an evaluation of these sentences for every variant of EMCL; but that the slots of absent frames,
+        which an index does not keep, change the length of short videos' rows, and so the reference's scores a little.
         """
         queries = self.model.encode_text(texts)
         if len(self) <= CANDIDATES:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from emcl.data.decode import DecodeError, Frames, duration, moving_pictures
+from emcl.data.decode import DecodeError, duration, moving_pictures
+from emcl.data.frame_shapes import Frames
 from emcl.data.samples import VIDEO_ENDINGS
 from emcl.errors import UserError
 from emcl.prefetch import in_order

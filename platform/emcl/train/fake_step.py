@@ -30,7 +30,7 @@ from emcl.data.captions import Caption, TextSource, Tokens
 from emcl.data.loader import Collate, Loaded
 from emcl.data.sampler import Draw
 from emcl.data.samples import QAPair, Sample
-from emcl.errors import first_line
+from emcl.errors import UserError, first_line
 from emcl.model.backbone import tokenizer_of
 from emcl.multitask import VideoLanguageModel, collators, total_loss
 from emcl.train.fake_cuda import GPU, NoFakeCudaError, pretended_context
@@ -155,7 +155,10 @@ def stray_tensors(model: nn.Module) -> list[str]:
 
 def batch_of(config: Config, videos: int, samples: Sequence[Sample] = ()) -> Batch:
     """A batch from the tasks' collators: videos of full length, each sample's longest caption, frames of one pixel."""
-    texts: TextSource = Tokens(tokenizer_of(config))
+    try:
+        texts: TextSource = Tokens(tokenizer_of(config))
+    except UserError:  # its files are missing: a run downloads them, or says so
+        texts = Tokens(lambda texts: torch.zeros(len(texts), config.data.max_tokens, dtype=torch.long))
     if config.model.cache_features:
         with torch.device("meta"):
             texts = _Remembered(VideoLanguageModel(config, load_weights=False).backbone.text.width)

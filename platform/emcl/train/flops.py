@@ -7,7 +7,7 @@ transformer are counted, which are nearly all of a step; heads and the similarit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,9 +45,10 @@ class Flops:
     @staticmethod
     def of(config: Config) -> Flops:
         """Counted on the meta device: nothing is computed."""
-        model, data = config.model, config.data
+        # a grey picture for absent frames is one of a batch, and not of each video
+        model, data = replace(config.model, absent_frames="none"), config.data
         with torch.device("meta"):
-            backbone = build_backbone(config, load_weights=False).eval()
+            backbone = build_backbone(replace(config, model=model), load_weights=False).eval()
             pixels = torch.zeros(data.frames, data.image_size, data.image_size, 3, dtype=torch.uint8)
             text = torch.zeros(1, data.max_tokens, dtype=torch.long)
             if model.cache_features:

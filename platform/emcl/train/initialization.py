@@ -15,32 +15,35 @@ from emcl.data.captions import Tokens
 from emcl.data.split import Split, open_split, open_training_split
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import backbone_class, tokenizer_of
-from emcl.model.model_settings import ModelConfig
 from emcl.registry import task_class
 from emcl.run_folder import WEIGHTS, saved_config
 from emcl.train.export import different_shape
+from emcl.train.run_config import as_trained, with_frames_of
 
 UNCERTAINTY = "uncertainty.log_variance"
 """Name of `Uncertainty`'s weight."""
 
 
-def open_splits(config: Config, init: Path | None = None) -> tuple[Config, Split, Split | None]:
+def open_splits(config: Config, init: Path | None = None, *, begun: bool = False) -> tuple[Config, Split, Split | None]:
     """The configuration completed from the training samples, the training split, and the split that chooses, if any.
 
     Opened and checked before the process group exists, so that an error costs no rendezvous.
+
+    Args:
+        begun: whether the settings are of a run that goes on.
 
     Raises:
         UserError: shards that are missing or damaged, a task without a sample.
     """
     training = open_training_split(config.data, config.seed)
-    config = learn_settings(config, training, init)
+    config = learn_settings(config, training, init, begun=begun)
     tokenizer = tokenizer_of(config)  # of the completed settings, so that the tasks' collators get the same cached one
     training = dataclasses.replace(training, tokens=Tokens(tokenizer))
     chooses_by = config.chooses_by()
     return config, training, open_split(chooses_by, tokenizer) if chooses_by else None
 
 
-def learn_settings(config: Config, training: Split, init: Path | None = None) -> Config:
+def learn_settings(config: Config, training: Split, init: Path | None = None, *, begun: bool = False) -> Config:
     """The configuration with every task's vocabulary and similar settings, from the training samples and the weights.
 
     A task that `init` was trained for keeps that run's settings, since its weights belong to that vocabulary.
@@ -55,17 +58,19 @@ def learn_settings(config: Config, training: Split, init: Path | None = None) ->
             settings = dataclasses.replace(settings, **kept)
         with said_of(name):
             tasks[name] = kind.learn_settings(settings, config, samples)
-    model = backbone_class(config.model).completed(_as_trained(config, init))
-    return dataclasses.replace(config, tasks=tasks, model=model)
+    config = dataclasses.replace(config, tasks=tasks)
+    return as_pretrained(as_trained(config, saved_config(init)) if init else config, begun=begun)
 
 
-def _as_trained(config: Config, init: Path | None) -> ModelConfig:
-    """The model's settings, with what no shape of the weights tells as they were trained, unless it is given."""
-    if init is None:
-        return config.model
-    own, earlier = config.model, saved_config(init).model
-    gelu = earlier.quick_gelu if own.quick_gelu is None else own.quick_gelu
-    return dataclasses.replace(own, temporal_start=own.temporal_start or earlier.blocks_start(), quick_gelu=gelu)
+def as_pretrained(config: Config, *, begun: bool = False) -> Config:
+    """The settings, with what only the pretrained weights tell: activation, and how they want frames.
+
+    A run that has `begun` keeps its frames: where it does not say how they are wanted, it began when none was asked.
+    """
+    kind = backbone_class(config.model)
+    config = dataclasses.replace(config, model=kind.completed(config.model))
+    known = None if begun else kind.preprocessing(config.model)
+    return config if known is None else with_frames_of(config, known, known)
 
 
 def tasks_of_both(config: Config, earlier: Config) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def is_clip_weight(name: str) -> bool:
 
 
 def kind_of(name: str, config: OptimConfig) -> str:
-    """Which of `KINDS` a weight is; a logit scale is new unless it has a rate of its own."""
-    if config.logit_scale_lr is not None and name.rpartition(".")[2] == "logit_scale":
+    """Which of `KINDS` a weight is; a logit scale or bias is new unless it has a rate of its own."""
+    if config.logit_scale_lr is not None and name.rpartition(".")[2] in ("logit_scale", "logit_bias"):
         return "logit_scale"
     return "clip" if is_clip_weight(name) else "new"
 

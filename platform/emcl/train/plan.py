@@ -134,6 +134,8 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     else:
         model.to(DTYPES[config.precision])
     backbone = model.backbone.train()
+    # a grey picture for absent frames is one of a batch, and not of each video
+    backbone.config = dataclasses.replace(backbone.config, absent_frames="none")
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -71,7 +71,7 @@ def import_checkpoint(
         average = next((_numbers(file, state[name]) for name in state if _is_mu(name)), None)
     architecture = _architecture(state, file)
     name = _name_of(architecture)
-    with _created(out) as folder:
+    with created_run(out) as folder:
         kept = folder.path.resolve() / "architecture.json"
         if name is None:
             kept.write_text(json.dumps(architecture, indent=1))
@@ -89,7 +89,8 @@ def import_checkpoint(
     return _said(state, config, average, folder)
 
 
-def _created(out: Path) -> RunFolder:
+def created_run(out: Path) -> RunFolder:
+    """A new run's folder. Raises UserError: it is one already."""
     named = out if out.name not in ("", "..") else out.resolve()
     try:
         return RunFolder.create(named.parent, named.name, [TASK])
@@ -122,6 +123,10 @@ def our_name(published: str) -> str | None:
         if published.startswith(theirs):
             return ours + published.removeprefix(theirs)
     return None
+
+
+FRAMES = ("data.sampling=seconds", "data.fps=1.0", "data.resize=pil", "model.absent_frames=grey")
+"""How the published code takes them (configs/protocol/)."""
 
 
 def _known(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -229,7 +234,7 @@ def _settings(
         temporal = ["model.temporal=transformer", f"model.temporal_layers={layers}", "model.temporal_start=text"]
     return [
         f"model.name={name}", "model.pretrained=null", "model.quick_gelu=true", *temporal,
-        f"data.image_size={architecture['vision_cfg']['image_size']}",
+        f"data.image_size={architecture['vision_cfg']['image_size']}", *FRAMES,
         f"data.max_tokens={min(recipe.data.max_tokens, context)}",
         *([] if mu is None else [f"emcl.bases={mu.numel()}"]),
     ]  # fmt: skip

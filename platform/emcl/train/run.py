@@ -65,7 +65,7 @@ def run(
     config = config_of_run(tasks, recipe, overrides, evaluate=evaluate_path, resumed=resumed)
     expected = distributed.described()
     _check(config, expected, training=evaluate_path is None)
-    opened = open_splits(config, init) if evaluate_path is None else None
+    opened = open_splits(config, init, begun=resumed is not None) if evaluate_path is None else None
     set_arithmetic(config)
     distributed.quiet_start()
     ranks = distributed.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,12 +100,40 @@ def config_of_run(
         kinds = kinds_in([saved])
     overrides = _without_kinds(overrides, kinds, f"{folder} has its tasks ({', '.join(tasks_in(saved))})")
     if evaluate and recipe is not None:
-        return resolve(tasks, recipe, overrides, kind_of=kind_of, kinds=kinds)
+        other = resolve(tasks, recipe, overrides, kind_of=kind_of, kinds=kinds)
+        return as_trained(other, from_dict([saved], source=str(folder / CONFIG), kind_of=kind_of))
     _check_tasks(_named(tasks), tasks_in(saved), evaluate=evaluate, resumed=resumed)
     if isinstance(saved.get("tracking"), dict):
         saved["tracking"].pop("profile", None)  # belongs to the call that asked for it
     scored = _named(tasks) or None if evaluate else None
     return from_dict([saved], scored, overrides=overrides, source=str(folder / CONFIG), kind_of=kind_of)
+
+
+def as_trained(config: Config, earlier: Config) -> Config:
+    """The settings, with what no shape of an earlier run's weights tells as it was there, unless it is given."""
+    own = config.model
+    model = dataclasses.replace(
+        own,
+        temporal_start=own.temporal_start or earlier.model.blocks_start(),
+        quick_gelu=earlier.model.quick_gelu if own.quick_gelu is None else own.quick_gelu,
+        tokenizer=own.tokenizer or earlier.model.tokenizer,
+    )
+    return with_frames_of(dataclasses.replace(config, model=model), earlier.model, earlier.data)
+
+
+def with_frames_of(config: Config, model: Any, data: Any) -> Config:
+    """The settings, with how towers want frames as `model` and `data` have it, where it is not given."""
+    return dataclasses.replace(
+        config,
+        model=_filled(config.model, model, ("mean", "std")),
+        data=_filled(config.data, data, ("resize_mode", "interpolation")),
+    )
+
+
+def _filled(settings: Any, known: Any, names: Sequence[str]) -> Any:
+    values = {name: getattr(known, name) for name in names if getattr(settings, name) is None}
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return dataclasses.replace(settings, **lists)
 
 
 def _without_kinds(overrides: Sequence[str], kinds: Kinds, run: str) -> list[str]:

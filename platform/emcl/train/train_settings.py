@@ -18,7 +18,7 @@ class OptimConfig:
         1e-07, ge=0, description="For the backbone's pretrained towers."
     )
     logit_scale_lr: float | None = Field(
-        None, ge=0, description="For the scale of the contrastive logits; `optim.lr` where not given."
+        None, ge=0, description="For the logits' scale and bias; `optim.lr` where not given."
     )
     weight_decay: float = Field(0.2, ge=0, description="Of what `optim.decay` says.")
     decay: Literal["matrices", "all_but_biases"] = Field(
@@ -64,6 +64,13 @@ class OptimConfig:
     )
     accumulation: int = Field(
         1, ge=1, description="Micro-batches a step; negatives come from the micro-batch of all ranks."
+    )
+    same_video_negatives: bool = Field(
+        False,
+        description=(
+            "Whether two pairs of one video in a batch are negatives of each other in contrastive losses, as in "
+            "EMCL-Net's code."
+        ),
     )
     gather_with_grad: bool = Field(
         True,
