@@ -358,6 +358,18 @@ def test_questions_are_answered_by_a_tower_that_keeps_padding(tmp_path: Path) ->
         assert mask.sum() < 10
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_ffmpeg_resizes_as_pil_does_but_for_its_rounding(mode: str, interpolation: str) -> None:
+    across, down = np.linspace(0, 250, 300), np.linspace(0, 250, 120)
+    pixels = np.stack(np.broadcast_arrays(across[None, :], down[:, None], 100.0), -1).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    ours, pil = (kind(48, mode, interpolation)(frame).astype(int) for kind in (ByFFmpeg, ByPIL))
+    assert ours.shape == pil.shape == (48, 48, 3) and np.abs(ours - pil).max() <= 4
+    seen_across = {"squash": 250, "shortest": 100}[mode]  # the centre is 120 of 300 pixels
+    assert np.ptp(ours[..., 0]) == pytest.approx(seen_across, abs=8)
+
+
 def test_a_shape_that_was_used_goes_to_another_process() -> None:
     frame = av.VideoFrame.from_ndarray(np.zeros((40, 60, 3), np.uint8), format="rgb24")
     for shape in (ByFFmpeg(32), ByPIL(32, augment="rand-m7-n4")):

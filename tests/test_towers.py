@@ -72,6 +72,9 @@ def test_the_temporal_transformer_starts_from_the_text_tower(openai_file: Path) 
 def test_weights_of_another_architecture_are_refused(openai_file: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32\.pt holds another architecture than model\.name=ViT-B-16"):
         build_towers(ModelConfig(name="ViT-B-16", pretrained=str(openai_file)), max_tokens=32)
+    with pytest.raises(UserError, match=r"holds another architecture than model\.name=PE-Core-T-16-384") as refused:
+        build_towers(ModelConfig(name="PE-Core-T-16-384", pretrained=str(openai_file)), max_tokens=32)
+    assert len(str(refused.value)) < 500, "not every weight that is missing"
 
 
 def test_an_export_of_openais_weights_keeps_their_activation(openai_file: Path, tmp_path: Path) -> None:
