@@ -64,7 +64,7 @@ def test_a_shipped_recipe_has_no_unlisted_deviation_and_no_listed_one_that_it_la
 ) -> None:
     record, config = record_of(benchmark), resolve(None, name)
     assert unrecorded(config, record) == []
-    found = deviations(config, record, (form,))
+    found = deviations(config, record, form)
     assert [one for one in found if one.because is None] == []
     listed = {key for key, fact in record.facts.items() if getattr(fact, form) is not None}
     assert {one.key for one in found} == listed
@@ -79,7 +79,7 @@ def test_any_other_value_of_a_published_recipe_is_an_unlisted_deviation(name: st
             config = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **{key[6:]: "other"}))
         else:
             config = resolve(None, f"published/{name}", given)
-        changed = {one.key for one in deviations(config, record, ("published_recipe",)) if one.because is None}
+        changed = {one.key for one in deviations(config, record, "published_recipe") if one.because is None}
         assert key in changed, key
 
 
@@ -104,7 +104,7 @@ def test_another_value_in_the_record_is_noticed_too(name: str) -> None:
             continue  # their other values do not go together with the record's
         changed = dataclasses.replace(fact, published=other_value(recipe, key))
         other = dataclasses.replace(record, facts={**record.facts, key: changed})
-        assert key in {one.key for one in deviations(recipe, other, ("published_recipe",))}, key
+        assert key in {one.key for one in deviations(recipe, other, "published_recipe")}, key
         without = dataclasses.replace(record, facts={name: one for name, one in record.facts.items() if name != key})
         assert key in unrecorded(recipe, without), key
 
@@ -119,7 +119,7 @@ def test_another_value_of_ours_is_noticed_where_a_deviation_is_listed_and_where_
 
 
 def by_ours(record: Record, *changes: str) -> list[Any]:
-    return deviations(resolve(None, record.recipe, changes), record, ("ours",))
+    return deviations(resolve(None, record.recipe, changes), record, "ours")
 
 
 @pytest.mark.parametrize("name", sorted(WITH_OTHERS_SETTINGS))

@@ -62,7 +62,7 @@ def against(config: Config, name: str, form: Form) -> str:
         UserError: there is no record of that name.
     """
     record = record_of(name)
-    found = deviations(config, record, (form,))
+    found = deviations(config, record, form)
     known = {one.key for one in found}
     found += [Deviation(key, "-", "-", None) for key in unrecorded(config, record) if key not in known]
     as_published = len(record.facts) - sum(one.key in record.facts for one in found)
@@ -91,7 +91,7 @@ def _settings(known: Sequence[Record]) -> Iterable[str]:
         for form, name in shipped_forms(record):
             compared[form].append(record.recipe)
             config = resolve(None, name)
-            for one in deviations(config, record, (form,)):
+            for one in deviations(config, record, form):
                 row = tuple(cell.replace(f"{config.data.root}/", "${data.root}/") for cell in _row(one))
                 found[form].setdefault(row, []).append(record.recipe)
     numbers = sorted({len(record.facts) for record in known})

@@ -26,8 +26,8 @@ Form = Literal["published_recipe", "ours"]
 FORMS: tuple[Form, ...] = ("published_recipe", "ours")
 ABSENT = "absent"
 """Stands for the value of a key that a table of options does not have."""
-
 ROOT = "${data.root}"
+"""In a record's values, the run's own."""
 
 
 @group
@@ -125,22 +125,21 @@ def _known(fact: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fact.items() if not (name in FORMS and value in NOTHING)}
 
 
-def deviations(config: Config, record: Record, forms: Sequence[Form] = FORMS) -> list[Deviation]:
+def deviations(config: Config, record: Record, form: Form) -> list[Deviation]:
     """The settings of `config` that are not as published, by key.
 
     Args:
-        forms: whose listed deviations explain one.
+        form: whose listed deviations explain one.
     """
-    here, published = _compared(config, record), _values(config, record, None)
-    listed = {form: _values(config, record, form) for form in forms}
+    here, published, listed = _compared(config, record), _values(config, record), _values(config, record, form)
     found = []
     for key in sorted(here.keys() | published.keys()):
         value, theirs = here.get(key, ABSENT), published.get(key, ABSENT)
         if _alike(value, theirs):
             continue
-        fact = record.facts.get(key)
-        reasons = [_reason(fact, form) for form in forms if _alike(listed[form].get(key, ABSENT), value)]
-        found.append(Deviation(key, as_typed(theirs), as_typed(value), next(filter(None, reasons), None)))
+        explains: Listed | None = getattr(record.facts.get(key), form, None)
+        because = explains.because if explains and _alike(listed.get(key, ABSENT), value) else None
+        found.append(Deviation(key, as_typed(theirs), as_typed(value), because))
     return found
 
 
@@ -157,13 +156,8 @@ def unrecorded(config: Config, record: Record) -> list[str]:
     return sorted(_compared(config, record).keys() - record.facts.keys())
 
 
-def _reason(fact: Fact | None, form: Form) -> str | None:
-    listed: Listed | None = getattr(fact, form, None)
-    return listed.because if listed else None
-
-
 def _compared(config: Config, record: Record) -> dict[str, Any]:
-    """The settings by key, without operational ones, and those of tasks that the record is not about."""
+    """The settings by key, without operational ones."""
     return {key: value for key, value in flatten(config).items() if not _is_operational(key, record)}
 
 
@@ -171,13 +165,12 @@ def _is_operational(key: str, record: Record) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in record.operational)
 
 
-def _values(config: Config, record: Record, form: Form | None) -> dict[str, Any]:
-    """The published settings as this version builds them, with the listed deviations of a recipe's form."""
-    values = {key: fact.published for key, fact in record.facts.items()}
+def _values(config: Config, record: Record, form: Form | None = None) -> dict[str, Any]:
+    """The published settings as this version builds them; with the listed deviations of a recipe's form, if given."""
+    values = {}
     for key, fact in record.facts.items():
         listed: Listed | None = getattr(fact, form) if form else None
-        if listed is not None:
-            values[key] = listed.value
+        values[key] = fact.published if listed is None else listed.value
     tasks = dict.fromkeys(key.split(".")[1] for key in values if key.startswith("tasks."))
     root = config.data.root  # put in here, as OmegaConf takes longer than all the rest
     given = [f"{key}={as_typed(value).replace(ROOT, root)}" for key, value in values.items() if value != ABSENT]

@@ -153,8 +153,12 @@ def in_clean_process(call: Callable[..., Result], *arguments: Any) -> Result:
     Raises:
         NoFakeCudaError: as `call` does, or the process dies.
     """
-    variables = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    variables["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded for it
+    variables = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",  # nothing is downloaded for it
+    }
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)  # the new process takes them over before it imports torch
     try:

@@ -6,15 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from emcl.config import Config, resolve, to_yaml
+from emcl.config import Config, resolve
 from emcl.errors import UserError
 from emcl.model.architecture_limits import check_limits
 from emcl.model.open_clip_backbone import model_json
 from emcl.multitask import VideoLanguageModel
-from emcl.run_folder import SAVED
-from emcl.train.export import save_export
 from emcl.train.initialization import as_pretrained
-from emcl.train.published_checkpoint import TASK, created_run
+from emcl.train.published_checkpoint import TASK, created_run, write_imported
 
 
 def plain_clip(name: str, weights: Path, overrides: Sequence[str] = ()) -> Config:
@@ -50,9 +48,7 @@ def import_plain_clip(file: Path, out: Path, name: str, overrides: Sequence[str]
         tokenizer = config.model.tokenizer and _whole(config.model.tokenizer)
         kept = dataclasses.replace(config.model, pretrained=None, name=_whole(name), tokenizer=tokenizer)
         config = dataclasses.replace(config, name=folder.path.resolve().name, model=kept)
-        folder.write_start(to_yaml(config), {"imported": file.name})
-        save_export(folder.best, model.state_dict(), config, {"imported": file.name, "tasks": {}})
-        folder.note(SAVED, True)
+        write_imported(folder, model, config, file)
     data = config.data
     return [
         f"{folder}: {name}, zero-shot; {data.frames} frames of {data.image_size} pixels, {data.max_tokens} tokens",

@@ -83,10 +83,15 @@ def import_checkpoint(
         except BaseException:
             kept.unlink(missing_ok=True)  # the folder is empty then, and goes
             raise
-        folder.write_start(to_yaml(config), {"imported": file.name})
-        save_export(folder.best, model.state_dict(), config, {"imported": file.name, "tasks": {}})
-        folder.note(SAVED, True)
+        write_imported(folder, model, config, file)
     return _said(state, config, average, folder)
+
+
+def write_imported(folder: RunFolder, model: VideoLanguageModel, config: Config, file: Path) -> None:
+    """The model of `file` as the finished run that `folder` is of."""
+    folder.write_start(to_yaml(config), {"imported": file.name})
+    save_export(folder.best, model.state_dict(), config, {"imported": file.name, "tasks": {}})
+    folder.note(SAVED, True)
 
 
 def created_run(out: Path) -> RunFolder:
