@@ -53,18 +53,26 @@ def server(sample_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield running
 
 
+def opened(browser: Any, server: Server, wrong: list[str]) -> Any:
+    """The server's page once its facts and buttons are there; what its console says against it is added to `wrong`."""
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    # the page asks for its facts when it has loaded, so that "loaded" is too early to look
+    until(page, "document.querySelector('#facts').textContent")
+    return page
+
+
 @pytest.fixture
 def page(browser: Any, server: Server) -> Iterator[Any]:
     """On the server's page; whatever its console says against it fails the test."""
-    opened = browser.new_page(viewport={"width": 1200, "height": 900})
     wrong: list[str] = []
-    opened.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("dialog", lambda dialog: wrong.append(f"a dialog: {dialog.message}"))
-    opened.goto(f"http://127.0.0.1:{server.port}/")
-    yield opened
+    page = opened(browser, server, wrong)
+    yield page
     assert wrong == []
-    opened.close()
+    page.close()
 
 
 def until(page: Any, expression: str, seconds: float = 30) -> None:
@@ -124,8 +132,7 @@ def test_a_video_is_described_asked_about_and_dropped_in(page: Any, server: Serv
 
 
 def test_what_goes_wrong_is_said_on_the_page(browser: Any, server: Server, tmp_path: Path) -> None:
-    page = browser.new_page()
-    page.goto(f"http://127.0.0.1:{server.port}/")
+    page = opened(browser, server, [])
     (tmp_path / "no.mp4").write_bytes(b"no video")
     page.set_input_files("#file", str(tmp_path / "no.mp4"))
     page.wait_for_selector("#status.error")
@@ -147,9 +154,9 @@ def test_the_keyboard_suffices(page: Any) -> None:
     playing(page)
     page.wait_for_selector("#curve:not([hidden]) polyline")
     page.focus("#plot")
-    before = page.evaluate("video.pause() ?? video.currentTime")
+    page.evaluate("video.pause() ?? (video.currentTime = 0)")  # it may have played to its end by now
     page.keyboard.press("ArrowRight")
-    until(page, f"video.currentTime > {before}")
+    until(page, "video.currentTime > 0")
     page.keyboard.press("Escape")
     assert page.locator("#player").is_hidden()
     assert page.locator("#hits button").nth(1).evaluate("(button) => button === document.activeElement")

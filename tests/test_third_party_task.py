@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 
 from conftest import emcl_command, launch, small, write_clips
-from test_page import browser, search, until  # noqa: F401
+from test_page import browser, opened, search, until  # noqa: F401
 from test_serve import Server, serving
 
 pytestmark = pytest.mark.xdist_group("serve")
@@ -133,11 +133,8 @@ def test_the_api_says_what_they_predict(server: Server, clip: Path) -> None:
 
 
 def test_the_page_has_their_buttons(browser: Any, server: Server) -> None:  # noqa: F811
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
     wrong: list[str] = []
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.goto(f"http://127.0.0.1:{server.port}/")
+    page = opened(browser, server, wrong)
     search(page, "a circle")
     page.locator("#hits button").first.click()
     assert page.locator("#offers button").all_inner_texts() == [
