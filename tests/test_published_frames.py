@@ -33,6 +33,9 @@ from emcl.model.backbone import Encoded, build_backbone
 from emcl.model.feature_cache import feature_paths
 from emcl.multitask import VideoLanguageModel
 from emcl.prepare.writer import encode_mp4
+from emcl.train.fake_step import build_on_meta
+from emcl.train.flops import Flops
+from emcl.train.plan import activation_bytes
 from test_losses_on_ranks import global_batch, part_of
 
 RAND_AUGMENT = "rand-m7-n4-mstd0.5-inc1"
@@ -216,6 +219,15 @@ def test_absent_frames_are_grey_pictures_that_pass_the_tower() -> None:
     without = build_backbone(resolve(["retrieval"], overrides=settings)).encode_video(videos)
     torch.testing.assert_close(without[videos.mask_BT], encoded_BTD[videos.mask_BT], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(without[0, 2:], encoded_BTD[0, 2:], atol=1e-2)
+
+
+def test_one_grey_picture_a_batch_is_not_counted_as_one_of_each_video() -> None:
+    settings = [f"model.name={TINY}", "data.image_size=32", "data.frames=4", "data.max_tokens=16"]
+    without = resolve(["retrieval"], overrides=settings)
+    grey = resolve(["retrieval"], overrides=[*settings, "model.absent_frames=grey"])
+    assert Flops.of(grey) == Flops.of(without)
+    kept = [activation_bytes(build_on_meta(config), config) for config in (grey, without)]
+    assert kept[0] == kept[1] > 0
 
 
 def test_pairs_of_one_video_are_negatives_where_asked() -> None:

@@ -132,16 +132,13 @@ def _facts(known: Sequence[Record]) -> Iterable[str]:
 
 def _of_all(known: Sequence[Record], wanted: Callable[[BuiltIn], bool]) -> list[tuple[tuple[str, BuiltIn], str]]:
     """The facts without a setting that are `wanted`, each once, with the benchmarks that they hold for."""
-    found: list[tuple[tuple[str, BuiltIn], list[str]]] = []
+    found: dict[tuple[str, BuiltIn], list[str]] = {}
     for record in known:
-        for item in record.built_in.items():
-            if wanted(item[1]):
-                same = next((benchmarks for other, benchmarks in found if other == item), None)
-                if same is None:
-                    found.append((item, same := []))
-                same.append(record.benchmark)
+        for name, fact in record.built_in.items():
+            if wanted(fact):
+                found.setdefault((name, fact), []).append(record.benchmark)
     every = [record.benchmark for record in known]
-    return [(item, _where(benchmarks, every)) for item, benchmarks in found]
+    return [(item, _where(benchmarks, every)) for item, benchmarks in found.items()]
 
 
 def _where(names: Sequence[str], every: Sequence[str]) -> str:

@@ -7,15 +7,15 @@ transformer are counted, which are nearly all of a step; heads and the similarit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from emcl.components import BACKBONES
 from emcl.config import Config
-from emcl.data.batch import VideoFrames
 from emcl.model.backbone import build_backbone
+from emcl.train.one_sample import for_one_sample
 
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12,
@@ -45,16 +45,9 @@ class Flops:
     @staticmethod
     def of(config: Config) -> Flops:
         """Counted on the meta device: nothing is computed."""
-        # a grey picture for absent frames is one of a batch, and not of each video
-        model, data = replace(config.model, absent_frames="none"), config.data
         with torch.device("meta"):
-            backbone = build_backbone(replace(config, model=model), load_weights=False).eval()
-            pixels = torch.zeros(data.frames, data.image_size, data.image_size, 3, dtype=torch.uint8)
-            text = torch.zeros(1, data.max_tokens, dtype=torch.long)
-            if model.cache_features:
-                pixels, text = torch.zeros(data.frames, backbone.image.width), torch.zeros(1, backbone.text.width)
-            mask_BT = torch.ones(1, data.frames, dtype=torch.bool)
-            videos = VideoFrames(frames=pixels, slots=torch.arange(data.frames), mask_BT=mask_BT)
+            backbone = build_backbone(config, load_weights=False).eval()
+        videos, text = for_one_sample(backbone, config)
         counts = []
         for tower, call in (
             ("image", lambda: backbone.encode_video(videos)),
@@ -62,9 +55,9 @@ class Flops:
         ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 call()
-            frozen = tower in backbone.frozen_towers and not model.cache_features
+            frozen = tower in backbone.frozen_towers and not config.model.cache_features
             counts.append(float(counter.get_total_flops() * (1 if frozen else 3)))
-        return Flops(counts[0], counts[1], data.frames)
+        return Flops(counts[0], counts[1], config.data.frames)
 
     def of_step(self, frames: int, texts: int) -> float:
         """FLOP of a step on so many frames and sentences."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emcl.config import Config, resolve
 from emcl.errors import UserError
-from emcl.model.architecture_limits import check_limits
+from emcl.model.architecture_limits import CONTEXT, SIDE, check_limits
 from emcl.model.open_clip_backbone import model_json
 from emcl.multitask import VideoLanguageModel
 from emcl.train.initialization import as_pretrained
@@ -24,8 +24,8 @@ def plain_clip(name: str, weights: Path, overrides: Sequence[str] = ()) -> Confi
     if not weights.is_file():
         raise UserError(f"{weights}: no such file; give a checkpoint of {name}")
     settings = model_json(name)
-    size = settings["vision_cfg"].get("image_size", 224)
-    words = settings["text_cfg"].get("context_length", 77)
+    size = settings["vision_cfg"].get("image_size", SIDE)
+    words = settings["text_cfg"].get("context_length", CONTEXT)
     own = [
         f"model.name={name}", f"model.pretrained={weights}", "model.temporal=mean", "emcl.enabled=false",
         f"data.image_size={size}", f"data.max_tokens={words}", "data.frames=12",

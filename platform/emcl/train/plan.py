@@ -18,7 +18,6 @@ import torch
 
 from emcl.components import BACKBONES, check_components
 from emcl.config import Config
-from emcl.data.batch import VideoFrames
 from emcl.data.mixture import training_patterns
 from emcl.data.samples import Sample
 from emcl.data.shard_checks import missing, wanted
@@ -42,6 +41,7 @@ from emcl.train.fake_step import (
     fake_steps,
 )
 from emcl.train.initialization import learn_settings
+from emcl.train.one_sample import for_one_sample
 from emcl.train.optimizer import optimizer_class, parameter_groups
 
 GIB = 2**30
@@ -134,8 +134,7 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
     else:
         model.to(DTYPES[config.precision])
     backbone = model.backbone.train()
-    # a grey picture for absent frames is one of a batch, and not of each video
-    backbone.config = dataclasses.replace(backbone.config, absent_frames="none")
+    videos, text = for_one_sample(backbone, config)
     weights = {weight.untyped_storage()._cdata for weight in backbone.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -145,14 +144,6 @@ def activation_bytes(model: VideoLanguageModel, config: Config) -> float:
             kept[storage._cdata] = storage  # held, so that no other storage gets its address
         return tensor
 
-    data = config.data
-    frames = torch.zeros(data.frames, data.image_size, data.image_size, 3, dtype=torch.uint8, device="meta")
-    text = torch.zeros(1, data.max_tokens, dtype=torch.long, device="meta")
-    if config.model.cache_features:
-        frames = torch.zeros(data.frames, backbone.image.width, device="meta")
-        text = torch.zeros(1, backbone.text.width, device="meta")
-    mask_BT = torch.ones(1, data.frames, dtype=torch.bool, device="meta")
-    videos = VideoFrames(frames=frames, slots=torch.arange(data.frames, device="meta"), mask_BT=mask_BT)
     with fused_attention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         try:
             alive = backbone.encode_video(videos), backbone.encode_text(text)
