@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from emcl.data.samples import Sample
 from emcl.data.split import Split
 from emcl.errors import UserError
 from emcl.model.model_settings import ModelConfig
-from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers
+from emcl.model.open_clip_backbone import OPENAI_KEYS, OpenClipBackbone, build_towers, read_checkpoint
 from emcl.multitask import VideoLanguageModel
 from emcl.train.export import open_export, save_export
 from emcl.train.initialization import learn_settings
@@ -99,6 +100,18 @@ def test_a_model_on_the_meta_device_takes_no_memory() -> None:
         backbone = OpenClipBackbone(ModelConfig(name="ViT-L-14"), max_tokens=32, load_weights=False)
     assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
     assert 400e6 < sum(parameter.numel() for parameter in backbone.parameters()) < 500e6
+
+
+def test_a_torchscript_archive_as_openais_is_read_without_a_word(tmp_path: Path) -> None:
+    archived = torch.nn.Linear(3, 2).half()
+    for name in OPENAI_KEYS:
+        archived.register_buffer(name, torch.tensor(7))
+    torch.jit.script(archived).save(str(tmp_path / "x.pt"))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        weights, is_openai = read_checkpoint(tmp_path / "x.pt")
+    assert not said and is_openai and weights.keys() == {"weight", "bias"}
+    torch.testing.assert_close(weights["weight"], archived.weight.detach().float())
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

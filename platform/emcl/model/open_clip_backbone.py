@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -252,7 +253,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], bool]:
             state: Any = load_file(path)
         else:
             try:
-                state = torch.jit.load(str(path), map_location="cpu").state_dict()
+                with warnings.catch_warnings():  # TorchScript is going, which the files' users cannot change
+                    warnings.simplefilter("ignore", FutureWarning)
+                    state = torch.jit.load(str(path), map_location="cpu").state_dict()
             except RuntimeError:  # not TorchScript
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:  # also of a file that is none at all
