@@ -112,7 +112,11 @@ SETS = {
         name="msrvtt_frames",
         title="MSR-VTT, 476 of 1,000 test videos, key frames",
         recipe="msrvtt_frames",
-        settings=("model.temporal=mean", "optim.epochs=1", "data.workers=0"),
+        settings=(
+            "model.temporal=mean", "optim.epochs=1", "data.workers=0",
+            # as before the recipe had these
+            "emcl.enabled=true", "model.head_dropout=0", "tasks.retrieval.pooling_temperature=3",
+        ),
         bases=256,
         train=f"{MSRVTT}/train-{{000000..000008}}.tar",
         test=f"{EVERY_SENTENCE}/test-000000.tar",

@@ -25,6 +25,7 @@ ITEMS = (
     "loading",
     "step",
     "layer_and_similarity",
+    "shared_speed",
     "caption_speed",
     "preparing",
     "evaluation",

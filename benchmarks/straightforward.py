@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,3 +41,36 @@ def reference_similarity(
         correction = beta * reference_em(rows.detach(), mu_K)
     rows = rows + correction
     return cosines(rows[: -len(text_AD)].view_as(pooled_ABD), rows[-len(text_AD) :])
+
+
+def shared_factors(
+    video_ND: Tensor, text_MD: Tensor, owner_M: Tensor, *, bases: int, iterations: int, shrinkage: tuple[float, float]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The shared factors' formulas on whole matrices; returns the score of texts (A, D_t) with videos (B, D_v)."""
+    m_v, m_t = video_ND.mean(0), text_MD.mean(0)
+    u_v, u_t = F.normalize(video_ND - m_v, dim=1), F.normalize(text_MD - m_t, dim=1)
+    n_v, n_t = u_v.mean(0), u_t.mean(0)
+    x_ND, y_MD = u_v - n_v, u_t - n_t
+    texts_N = torch.bincount(owner_M, minlength=len(x_ND))
+    y_ND = y_MD.new_zeros(len(x_ND), y_MD.shape[1]).index_add_(0, owner_M, y_MD) / texts_N.clamp_min(1)[:, None]
+    c_v, c_t, c_tv = x_ND.T @ x_ND / len(x_ND), y_MD.T @ y_MD / len(y_MD), y_ND.T @ x_ND / (texts_N > 0).sum()
+    roots = [
+        torch.linalg.cholesky(c + s * c.trace() / len(c) * torch.eye(len(c), dtype=c.dtype))
+        for c, s in zip((c_v, c_t), shrinkage, strict=True)
+    ]
+    whitened = torch.linalg.solve(roots[1], torch.linalg.solve(roots[0], c_tv.T).T)  # (D_t, D_v)
+    q = torch.linalg.qr(torch.randn(len(c_v), bases, dtype=c_v.dtype))[0]
+    for _ in range(iterations):
+        p = torch.linalg.qr(whitened @ q)[0]
+        q = torch.linalg.qr(whitened.T @ p)[0]
+    left, r, right = torch.linalg.svd(whitened @ q, full_matrices=False)
+    r = r.clamp_max(0.98)
+    b_t, b_v = torch.linalg.solve(roots[1].T, left), torch.linalg.solve(roots[0].T, q @ right.T)
+
+    def score(text_AD: Tensor, video_BD: Tensor) -> Tensor:
+        a = (F.normalize(text_AD - m_t, dim=1) - n_t) @ b_t
+        b = (F.normalize(video_BD - m_v, dim=1) - n_v) @ b_v
+        pairs = r * a[:, None] * b - r.square() * (a[:, None].square() + b.square()) / 2  # (A, B, K)
+        return (pairs / (1 - r.square())).sum(-1)
+
+    return score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,10 +115,11 @@ def test_ranks_with_unequal_rows_get_what_one_process_gets(bounds: list[int], tm
         assert torch.equal(mu, results[0][1])  # the same bits on every rank
 
 
-def test_the_file_needs_torch_alone(tmp_path: Path) -> None:
-    (tmp_path / "em.py").write_text((ROOT / "platform/emcl/em.py").read_text())
+def test_the_folder_needs_torch_alone(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "platform/emcl/em", tmp_path / "em")
     code = (
-        "import em, torch, sys; em.EMCL()(torch.randn(4, 8)); assert not any(m.startswith('emcl') for m in sys.modules)"
+        "import em, torch, sys; em.EMCL()(torch.randn(4, 8)); v = torch.randn(9, 8); em.SharedFactors().fit(v, v);"
+        "assert not any(m.startswith('emcl') for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 

@@ -34,7 +34,7 @@ FLOORS = (
     {"deviation_tables"},
     {"search"},
     {"serve"},
-    {"launch", "cli", "cli_search"},
+    {"launch", "cli", "cli_features", "cli_search"},
 )
 """From the ground up; a module imports from its own floor and from those below. `task` is the tasks' base class.
 

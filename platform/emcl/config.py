@@ -324,6 +324,7 @@ LATER = {
         "regulariser_options",
         "temporal_start",
         "temporal_projection",
+        "head_dropout",
         "mean",
         "std",
         "tokenizer",

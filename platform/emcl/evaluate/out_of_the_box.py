@@ -1,8 +1,7 @@
-"""The compact EMCL on features of any model: recall before and after, and the corrected features."""
+"""EMCL on features of any model: recall before and after, corrected features, and codes by shared factors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,62 +10,24 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from emcl.em import EMCL
+from emcl.em import EMCL, SharedFactors
 from emcl.errors import UserError, first_line
+from emcl.evaluate.feature_files import Features
 from emcl.evaluate.results import lines_of
 from emcl.metrics.retrieval_metrics import retrieval_metrics
 
 Metrics = dict[str, dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Features:
-    """Two modalities of one latent space, from `.npy` files."""
-
-    video: NDArray[np.float32]  # (videos, D)
-    text: NDArray[np.float32]  # (texts, D)
-
-    @staticmethod
-    def read(video: Path, text: Path) -> Features:
-        """Raises UserError: a file that is no (n, D) array of finite numbers, or two of different widths."""
-        pair = Features(read_rows(video), read_rows(text))
-        if pair.video.shape[1] != pair.text.shape[1]:
-            raise UserError(f"{video} has width {pair.video.shape[1]}, {text} {pair.text.shape[1]}: not one space")
-        return pair
-
-
-def read_rows(path: Path) -> NDArray[np.float32]:
-    rows = _read(path)
-    if rows.ndim != 2 or not len(rows) or rows.dtype.kind not in "fiu":
-        raise UserError(f"{path} holds {rows.dtype} of shape {rows.shape}; wanted are feature rows, numbers (n, D)")
-    rows = rows.astype(np.float32)
-    if not np.isfinite(rows).all():
-        bad = int(np.argmin(np.isfinite(rows).all(1)))
-        raise UserError(f"{path}: row {bad} is not finite")
-    return rows
-
-
-def read_owner(path: Path | None, features: Features) -> NDArray[np.int64]:
-    """(texts,) each text's video; without a file, text i belongs to video i.
-
-    Raises:
-        UserError: not one row of `video` for each text.
-    """
-    texts, videos = len(features.text), len(features.video)
-    if path is None:
-        if texts != videos:
-            raise UserError(f"{texts} texts and {videos} videos: name each text's video by --video-of-text FILE.npy")
-        return np.arange(texts)
-    owner = _read(path)
-    if owner.shape != (texts,) or owner.dtype.kind not in "iu" or owner.min() < 0 or owner.max() >= videos:
-        raise UserError(f"{path}: wanted are {texts} whole numbers from 0 to {videos - 1}, a text's row of the videos")
-    return owner.astype(np.int64)
-
-
 def recall(features: Features, owner: NDArray[np.int64]) -> Metrics:
     """Recall by the cosines of texts and videos."""
+    return retrieval_metrics(cosines(features), owner)
+
+
+def cosines(features: Features) -> NDArray[np.float32]:
+    """(texts, videos)."""
     text, video = (F.normalize(torch.from_numpy(rows), dim=1) for rows in (features.text, features.video))
-    return retrieval_metrics((text @ video.T).numpy(), owner)
+    return (text @ video.T).numpy()
 
 
 def fit(features: Features, *, bases: int, beta: float, balance: float) -> EMCL:
@@ -104,31 +65,72 @@ def transform(layer: EMCL, features: Features) -> Features:
         raise UserError(str(error)) from None
 
 
-def write(folder: Path, features: Features, layer: EMCL) -> None:
-    """`video.npy`, `text.npy` and `bases.pt`, which `emcl.EMCL.load` opens."""
+def fit_factors(features: Features, owner: NDArray[np.int64], *, bases: int, shrinkage: Any) -> SharedFactors:
+    """Factors of pairs; `owner` (texts,) is each text's video.
+
+    Raises:
+        UserError: fewer than two pairs.
+    """
+    factors = SharedFactors(bases=bases, shrinkage=shrinkage).fit(features.video, features.text, owner)
+    if factors.facts["pairs"] < 2:
+        raise UserError(f"{len(features.video)} videos and {len(owner)} texts have no two pairs that differ")
+    return factors
+
+
+def open_factors(path: Path) -> SharedFactors:
+    """The factors that `write` saved.
+
+    Raises:
+        UserError: no such file, or something else is in it.
+    """
+    try:
+        return SharedFactors.load(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `emcl transform --variant shared` writes factors.npz") from None
+    except ValueError as error:
+        raise UserError(f"{first_line(error)}; `emcl transform --variant shared` writes factors.npz") from None
+
+
+def codes(factors: SharedFactors, features: Features) -> Features:
+    """Raises UserError: the factors are of other widths."""
+    try:
+        return Features(*factors.transform(features.video, features.text))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def recall_with(
+    factors: SharedFactors, features: Features, owner: NDArray[np.int64], logit_scale: float
+) -> dict[str, Metrics]:
+    """By the factors; for features of one width also by the cosine, and by the sum of both log-odds."""
+    ratio_QG = factors.score(features.text, features.video)
+    by_factors = {"factors": retrieval_metrics(ratio_QG, owner)}
+    if not features.same_width:
+        return by_factors
+    cosine_QG = cosines(features)
+    return {
+        "cosine": retrieval_metrics(cosine_QG, owner),
+        **by_factors,
+        "both": retrieval_metrics(logit_scale * cosine_QG + ratio_QG, owner),
+    }
+
+
+def write(folder: Path, features: Features, fitted: EMCL | SharedFactors) -> None:
+    """`video.npy`, `text.npy`, and `bases.pt` or `factors.npz`, which `load` of EMCL or SharedFactors opens."""
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / "video.npy", features.video)
     np.save(folder / "text.npy", features.text)
-    layer.save(folder / "bases.pt")
+    fitted.save(folder / ("factors.npz" if isinstance(fitted, SharedFactors) else "bases.pt"))
 
 
-def comparison(before: Metrics, after: Metrics) -> str:
-    """Both, as a table."""
+def comparison(metrics: dict[str, Metrics]) -> str:
+    """All of them by direction, as a table."""
+    directions = next(iter(metrics.values()))
     return lines_of(
         {
-            f"{direction}, {when}/{name}": value
-            for direction in before
-            for when, metrics in (("before", before), ("after", after))
-            for name, value in metrics[direction].items()
+            f"{direction}, {label}/{name}": value
+            for direction in directions
+            for label, of_label in metrics.items()
+            for name, value in of_label[direction].items()
         }
     )
-
-
-def _read(path: Path) -> NDArray[Any]:
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a NumPy array file: {first_line(error)}") from None
-    if not isinstance(rows, np.ndarray):
-        raise UserError(f"{path} is an archive of several arrays: write one array with numpy.save")
-    return rows

@@ -23,7 +23,7 @@ from emcl.errors import UserError
 from emcl.model.batch_norm import keep_statistics_in_full_precision
 from emcl.model.model_settings import ModelConfig
 from emcl.model.temporal import TemporalTransformer
-from emcl.model.tower import Preprocessing, Towers
+from emcl.model.tower import Preprocessing, Tower, Towers
 
 TOWERS = ("image", "text")
 _TOKENIZERS_KEPT = 4
@@ -83,6 +83,8 @@ class Backbone(nn.Module):
         self.frozen_towers = [name for name in TOWERS if name in config.frozen]
         self.half_matrices = False
         _freeze(self, config.frozen)
+        if config.head_dropout:
+            _drop_out(self, config.head_dropout)
 
     # --- what a kind of backbone defines
 
@@ -173,13 +175,13 @@ class Backbone(nn.Module):
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Single frames, uint8 (n, H, W, 3) or outputs of the frozen trunk (n, W) -> (n, D)."""
         if frames.ndim == 2:
-            return self.image.head(frames.to(_dtype(self.image)))
+            return self.image.project(frames.to(_dtype(self.image)))
         return self._run(self.image, self.preprocess(frames))
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Token ids (B, L), or outputs of the frozen trunk (B, W) -> (B, D)."""
         if text.is_floating_point():
-            return self.text.head(text.to(_dtype(self.text)))
+            return self.text.project(text.to(_dtype(self.text)))
         return self._run(self.text, text)
 
     def encode_tokens(self, ids: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor]:
@@ -263,6 +265,18 @@ def _checkpoint_blocks(backbone: Backbone) -> list[nn.Module]:
         if hasattr(tower.trunk, "set_grad_checkpointing"):
             tower.trunk.set_grad_checkpointing(True)
     return [tower for tower in towers if not hasattr(tower.trunk, "set_grad_checkpointing")]
+
+
+def _drop_out(backbone: Backbone, share: float) -> None:
+    """Before the heads of the towers that have one; those that end with their projection have none."""
+    towers: list[Tower] = [getattr(backbone, name) for name in TOWERS]
+    with_head = [tower for tower in towers if not isinstance(tower.head, nn.Identity)]
+    if not with_head:
+        raise UserError(
+            f"model.head_dropout={share}: the towers of {backbone.config.name} have no heads of their own; leave it out"
+        )
+    for tower in with_head:
+        tower.dropout.p = share
 
 
 def _freeze(backbone: Backbone, frozen: list[str]) -> None:

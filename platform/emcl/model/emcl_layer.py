@@ -1,4 +1,4 @@
-"""EMCL as a regulariser: the layer of em.py, which is independent of this project, made from a run's settings."""
+"""EMCL as a regulariser: the layer of `emcl.em`, which is independent of this project, made from a run's settings."""
 
 from __future__ import annotations
 

@@ -83,6 +83,15 @@ class ModelConfig:
             "A linear map after the temporal transformer, before the residual: EMCL-Net's for question answering."
         ),
     )
+    head_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "Share of a tower's output numbers that its head, the last projection, does not see in training. For those "
+            "towers of a model that have a head of their own, as both of `lite0_minilm` and no CLIP's."
+        ),
+    )
     absent_frames: Literal["none", "grey"] = Field(
         "none",
         description=(

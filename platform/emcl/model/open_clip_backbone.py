@@ -315,8 +315,10 @@ def _load_image_weights(image: nn.Module, path: Path) -> None:
 
 
 def _split_image(image: nn.Module, embed_dim: int) -> Tower:
-    if isinstance(image, TimmModel):  # without a head of open_clip's, the trunk itself ends with the projection
-        return Tower(image.trunk, image.head, int(image.trunk.num_features) if len(image.head) else embed_dim)
+    if isinstance(image, TimmModel) and len(image.head):
+        return Tower(image.trunk, image.head, int(image.trunk.num_features))
+    if isinstance(image, TimmModel):  # the trunk itself ends with the projection
+        return Tower(image.trunk, nn.Identity(), embed_dim)
     return Tower(image, nn.Identity(), embed_dim)
 
 

@@ -24,9 +24,14 @@ class Tower(nn.Module):
         super().__init__()
         self.trunk, self.head = trunk, head
         self.width = width
+        self.dropout = nn.Dropout(0.0)  # `model.head_dropout`
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.trunk(inputs))
+        return self.project(self.trunk(inputs))
+
+    def project(self, outputs: Tensor) -> Tensor:
+        """Outputs of the trunk (n, width) -> (n, D)."""
+        return self.head(self.dropout(outputs))
 
 
 class TextTower(Tower):
@@ -47,7 +52,7 @@ class TextTower(Tower):
 
     def projected(self, tokens_BLW: Tensor) -> Tensor:
         """Tokens as the sentence's embedding would be made from each: (B, L, D)."""
-        return self.head(tokens_BLW)
+        return self.project(tokens_BLW)
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,17 @@
-"""Expectation-Maximization Contrastive Learning: the decomposition and its layer.
-
-This file needs only torch and nothing else of this project, so it can be copied into any code base.
-
-    layer = EMCL(variant="compact", bases=32)
-    video, text = layer(video, text)                        # in a training loop: (n, D) rows each, corrected
-    EMCL(variant="compact").fit(video, text).transform(x)   # on features of any model, NumPy or torch
-
-Legend: N feature rows, D width, K bases.
-
-Both variants are one method: EM finds K bases Z (D, K) of the latent space from the rows X (N, D), every row is
-reconstructed from them, and the reconstruction is added to it::
-
-    output = x + beta x_hat,    x_hat = Z diag(w) Z^T x - |x| c          with weights w (K,) and an offset c (D,)
-
-They differ in the model that EM fits. Rows enter it only through their moments, G = sum x x^T, s = sum x and N:
-one pass over the rows however many iterations follow, one message between ranks, exact on any number of them.
-
-`reference` is the published algorithm (Jin et al., NeurIPS 2022, section 3.2, with the details of its code): features
-d are softly assigned to bases. From M[n, k] = mu[k], T times::
-
-    Z = softmax_k(X^T M / temperature)        E-step: responsibility of basis k for feature d
-    Z[:, k] /= 1e-6 + sum_d Z[d, k]
-    M = X Z                                   M-step
-    M[:, k] /= 1e-6 + |M[:, k]|
-    X_hat = M Z^T,   mu <- momentum mu + (1 - momentum) mean_n M[n, :]     (mu in training only)
-
-By X^T M = G Z / (1e-6 + |M|), |M[:, k]|^2 = Z[:, k]^T G Z[:, k] and X^T M = s mu^T at the start, the same numbers
-follow from the moments; w = 1 / |M[:, k]| and c = 0. X_hat is a constant to autograd, as published. Its bases
-collapse (two are distinct), X_hat fades as 1 / sqrt(N), and it is fitted anew on whatever rows are compared.
-
-`compact` does what the paper intends. EM fits K directions to the directions u = x / |x| of the rows, centred within
-each modality (each counts alike, however many rows it has), by alternating least squares, the noise-free limit of EM
-for probabilistic PCA (Roweis, NeurIPS 1997; Tipping and Bishop, 1999)::
-
-    codes  A = U Z (Z^T Z)^-1                 E-step: the best codes given the bases
-    bases  Z = U^T A (A^T A)^-1               M-step: the best bases given the codes; then orthonormal
-
-The objective, the mean squared reconstruction error |U - A Z^T|^2 / N, never rises from one iteration to the next. With
-the variance v_k of the codes of basis k and the mean direction m,
-
-    x_hat = |x| sum_k Z_k v_k^(-balance/2) (u - m).Z_k / r        c = Z diag(w) Z^T m
-
-where r makes |x_hat| as large as |x| over the fitted rows (root mean square), so beta alone says how strong the
-correction is, at any N and any scale of X. `balance` 0 keeps the spectrum of the features, 1 lets every basis
-contribute alike. The moments are a moving sum over the training batches (momentum); in evaluation the bases are fixed,
-so a row's embedding depends on that row alone. Gradients flow through x_hat.
-"""
+"""The EMCL layer: both variants that correct rows, `reference` and `compact`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-AllReduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, outside autograd; the same result on every rank."""
+from .moments import AllReduce, Moments, without_tf32
+from .state import ExactState, as_tensor
 
 VARIANTS = ("reference", "compact")
 _EPSILON = 1e-6
@@ -67,53 +19,6 @@ _POWERS, _SQUARINGS, _TURNS = 2, 3, 6
 """For the codes' eigenvectors: QR iterations, squarings of the matrix before each, and Jacobi steps."""
 _NOISE = 1e-6
 """A variance below this share of the squared norm is rounding, not signal."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """What EM needs to know of N rows of width D."""
-
-    gram: Tensor  # (D, D)
-    total: Tensor  # (D,)
-    count: Tensor  # ()
-
-    @staticmethod
-    @torch.no_grad()
-    def of(rows: Tensor) -> Moments:
-        """Moments of rows (..., D)."""
-        flat = rows.detach().float().flatten(0, -2)  # (N, D)
-        count = torch.full((), float(len(flat)), device=flat.device)
-        return Moments(gram=_gram(flat), total=flat.sum(0), count=count)
-
-    @staticmethod
-    @torch.no_grad()
-    def of_directions(rows: Tensor) -> Moments:
-        """Moments of the rows' directions; rows that are zero or not finite have none and do not count."""
-        flat = rows.detach().float().flatten(0, -2)
-        norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)  # (N, 1)
-        valid = norm.isfinite() & (norm > 0)
-        unit = torch.where(valid, flat / norm, 0.0)
-        return Moments(gram=_gram(unit), total=unit.sum(0), count=valid.sum().float())
-
-    @staticmethod
-    def sum(moments: Sequence[Moments], all_reduce: AllReduce | None = None) -> list[Moments]:
-        """Sums each of `moments` over all ranks, in one message of the upper triangles."""
-        if all_reduce is None:
-            return list(moments)
-        width = moments[0].gram.shape[0]
-        upper = torch.triu_indices(width, width, device=moments[0].gram.device)
-        packed = torch.stack([torch.cat([p.gram[upper[0], upper[1]], p.total, p.count[None]]) for p in moments])
-        packed = all_reduce(packed)
-        sums = []
-        for row in packed:
-            gram = torch.zeros_like(moments[0].gram)
-            gram[upper[0], upper[1]] = row[: upper.shape[1]]
-            gram = gram + gram.triu(1).T
-            sums.append(Moments(gram=gram, total=row[upper.shape[1] : -1], count=row[-1]))
-        return sums
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(gram=self.gram + other.gram, total=self.total + other.total, count=self.count + other.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +34,7 @@ class Correction:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Rows (..., D) with beta times their reconstruction added."""
-        with _without_tf32(), torch.autocast(rows.device.type, enabled=False):
+        with without_tf32(), torch.autocast(rows.device.type, enabled=False):
             flat = rows.flatten(0, -2) if rows.ndim > 1 else rows[None]  # (N, D)
             x = (flat.detach() if self.constant else flat).float()
             codes, bases = (x @ self.bases) * self.weights, self.bases  # (N, K)
@@ -221,7 +126,7 @@ def _own_axes(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return variance.float().clamp_min(0) * size, rotation[:, order].float()
 
 
-class EMCL(nn.Module):
+class EMCL(ExactState):
     """The EMCL layer: adds to every feature row its reconstruction from K bases that EM finds.
 
     The state (float32, whatever precision the model is cast to) is updated in training mode, and by `fit`. A compact
@@ -253,13 +158,14 @@ class EMCL(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if variant == "shared":
+            raise ValueError("shared factors correct no rows, they score pairs: that is emcl.SharedFactors")
         if variant not in VARIANTS:
             raise ValueError(f"emcl variant {variant!r} is none of {', '.join(VARIANTS)}")
         if bases < 1 or iterations < 1 or temperature <= 0:
             raise ValueError("emcl wants at least 1 basis, 1 iteration and a temperature above 0")
         self.variant, self.bases, self.iterations, self.temperature = variant, bases, iterations, temperature
         self.beta, self.momentum, self.balance, self.seed = beta, momentum, balance, seed
-        self.state_names: tuple[str, ...] = ()
         self.mu: Tensor
         self.start: Tensor
         self.gram: Tensor
@@ -268,7 +174,7 @@ class EMCL(nn.Module):
         if variant == "reference":
             # The published initialisation normalises along an axis of length 1, which leaves the signs.
             signs = torch.randn(bases, generator=torch.Generator().manual_seed(seed)).sign()
-            self._keep(mu=signs)
+            self.keep(mu=signs)
         elif width is not None:
             self._allocate(width)
 
@@ -295,7 +201,7 @@ class EMCL(nn.Module):
         """The map for the present rows, whose moments `measure` gives if needed; updates the state in training."""
         if self.variant == "compact" and not self.training:
             return self._compact()
-        with _without_tf32():
+        with without_tf32():
             return self._fitted(measure(), all_reduce)
 
     def _fitted(self, moments: list[Moments], all_reduce: AllReduce | None) -> Correction:
@@ -373,7 +279,7 @@ class EMCL(nn.Module):
             raise ValueError(
                 "the reference variant keeps no bases to fit: call the layer on the rows, or use `compact`"
             )
-        blocks = [_as_tensor(block) for block in (video, text) if block is not None]
+        blocks = [as_tensor(block) for block in (video, text) if block is not None]
         if any(block.ndim != 2 for block in blocks) or len({block.shape[-1] for block in blocks}) != 1:
             raise ValueError(f"features are (n, D) of one width, not {[tuple(block.shape) for block in blocks]}")
         self._allocate(blocks[0].shape[1], blocks[0].device)
@@ -384,7 +290,7 @@ class EMCL(nn.Module):
     @torch.no_grad()
     def transform(self, features: Any) -> Any:
         """Corrected features (n, D), of the kind and type of the input; each row depends on that row alone."""
-        rows = _as_tensor(features)
+        rows = as_tensor(features)
         if self.variant == "reference":
             raise ValueError("the reference variant has no bases: call the layer on all rows that are compared")
         if "start" not in self.state_names:
@@ -418,12 +324,7 @@ class EMCL(nn.Module):
         draw = torch.randn(width, self.bases, generator=torch.Generator().manual_seed(self.seed))
         start = torch.linalg.qr(draw)[0].to(device)
         zeros = torch.zeros(width, width, device=device)
-        self._keep(start=start, gram=zeros, total=zeros[0].clone(), count=torch.zeros((), device=device))
-
-    def _keep(self, **state: Tensor) -> None:
-        for name, value in state.items():
-            self.register_buffer(name, value)
-        self.state_names = tuple(state)
+        self.keep(start=start, gram=zeros, total=zeros[0].clone(), count=torch.zeros((), device=device))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         saved = state_dict.get(f"{prefix}start")
@@ -431,45 +332,6 @@ class EMCL(nn.Module):
             self._allocate(saved.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        exact = {name: getattr(self, name) for name in self.state_names}
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            moved = getattr(self, name)
-            if moved.is_floating_point() and moved.dtype != torch.float32:  # .half() and .bfloat16() would round it
-                setattr(self, name, value.to(moved.device))
-        return self
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Full float32 products, whatever the run allows elsewhere: rounding decides the basis of a feature between two."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _gram(rows: Tensor, blocks: int = 4) -> Tensor:
-    """rows^T rows (D, D); by symmetry only the blocks on and above the diagonal are computed."""
-    width = rows.shape[1]
-    if rows.is_cuda or width % blocks or width // blocks < 64:  # too small to gain, or launches cost more
-        return rows.T @ rows
-    size = width // blocks
-    out = rows.new_empty(width, width)
-    for index in range(blocks):
-        first, last = index * size, (index + 1) * size
-        strip = rows[:, first:last].T @ rows[:, first:]  # (size, width - first)
-        out[first:last, first:] = strip
-        out[last:, first:last] = strip[:, size:].T
-    return out
-
 
 def _tiny(total: Tensor) -> Tensor:
     return total.clamp_min(_EPSILON) * 1e-12
-
-
-def _as_tensor(features: Any) -> Tensor:
-    return features.detach() if isinstance(features, Tensor) else torch.as_tensor(features)
