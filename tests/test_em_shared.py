@@ -20,6 +20,7 @@ from emcl.em.correlation import em
 from emcl.em.folds import STEPS, choose_shrinkage, held_out_score
 from emcl.em.moments import gram_of
 from emcl.em.pairs import PairMoments, directions, mean_rows
+from emcl.em.shared import FACTS
 from ranks import run_on_ranks
 from straightforward import shared_factors
 
@@ -483,8 +484,9 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
     assert torch.equal(again.score(text, video), factors.score(text, video))
     assert again.facts == {**factors.facts, "data": "pairs of a test"}
     assert (again.bases, again.seed, again.objective) == (7, 3, factors.objective)
-    again.save(tmp_path / "twice.npz")
-    assert SharedFactors.load(tmp_path / "twice.npz").facts == again.facts
+    again.save(tmp_path / "twice.npz", data="pairs of another test")
+    assert SharedFactors.load(tmp_path / "twice.npz").facts == {**again.facts, "data": "pairs of another test"}
+    assert set(factors.facts) == set(FACTS)
 
 
 def test_a_failed_save_leaves_the_file_that_was_there(tmp_path: Path) -> None:

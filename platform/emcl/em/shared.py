@@ -21,6 +21,7 @@ from .state import ExactState, as_tensor
 SHRINKAGE = (1.0, 0.3)
 """s_v and s_t that suit some thousand videos; used where there are too few to choose by."""
 VIDEOS_AT_ONCE = 8_192
+FACTS = ("videos", "texts", "pairs", "shrinkage", "chosen")
 STATE = ("video_mean", "video_centre", "video_bases", "text_mean", "text_centre", "text_bases", "correlation")
 
 
@@ -221,7 +222,7 @@ class SharedFactors(ExactState):
 
         if not self.state_names:
             raise RuntimeError("nothing fitted yet: call fit(video, text) first")
-        if taken := facts.keys() & self.facts.keys():
+        if taken := facts.keys() & set(FACTS):
             raise ValueError(f"facts of the fit itself: {', '.join(sorted(taken))}")
         names = ("bases", "iterations", "shrinkage", "folds", "seed")
         about = {
