@@ -9,6 +9,8 @@ import pytest
 
 import emcl
 from emcl.cli import main
+from emcl.cli_features import USUAL
+from emcl.model.emcl_layer import INFERENCE_MODULE
 
 
 @pytest.fixture
@@ -27,6 +29,12 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 def call(files: dict[str, str], *more: str, out: Path) -> int:
     return main(["transform", "--video", files["video_test"], "--text", files["text_test"], "--out", str(out), *more])
+
+
+def test_the_usual_values_are_those_of_the_library() -> None:
+    """The command has its own, since it tells them in its help before PyTorch is loaded."""
+    assert USUAL["compact"] == INFERENCE_MODULE
+    assert USUAL["shared"]["bases"] == emcl.SharedFactors().bases
 
 
 def call_shared(files: dict[str, str], *more: str, out: Path) -> int:

@@ -6,7 +6,7 @@ for features that are given so, and to keep shared factors.)
     layer = EMCL(variant="compact", bases=32)
     video, text = layer(video, text)                        # in a training loop: (n, D) rows each, corrected
     EMCL(variant="compact").fit(video, text).transform(x)   # on features of any model, NumPy or torch
-    SharedFactors().fit(video, text, owner).score(text, video)  # log-odds of each text with each video: (m, n)
+    SharedFactors().fit(video, text, owner).score(text, video)  # of each text with each video: (m, n)
 
 Legend: N feature rows, D width (D_v of videos, D_t of texts), K bases.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .moments import AllReduce, gram_of
 
 TEXTS_AT_ONCE = 16_384
+"""Made directions of at once, in float64."""
 _ROUNDING = 1e-12
 """A difference to the mean below this share of the numbers that it was taken of is rounding."""
 
@@ -89,10 +90,10 @@ def directions(rows: Tensor, mean: Tensor) -> Tensor:
     if not rows.is_floating_point():
         rows = rows.double()
     off = rows - mean
-    size = _largest(rows).double()
-    absent = (size == 0) | (_largest(off) <= _ROUNDING * torch.maximum(size, mean.abs().amax()))
+    size, largest = _largest(rows).double(), _largest(off)
+    absent = (size == 0) | (largest <= _ROUNDING * torch.maximum(size, mean.abs().amax()))
     if rows.dtype == torch.float64:  # squares of its numbers may leave its range, those of others' do not
-        off = off / _largest(off).where(~absent, 1.0)
+        off = off / largest.where(~absent, 1.0)
     norm = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
     factor = (1 / norm.where(~absent, 1.0)).where(~absent, 0.0)
     return off * factor

@@ -21,8 +21,11 @@ from .state import ExactState, as_tensor
 SHRINKAGE = (1.0, 0.3)
 """s_v and s_t that suit some thousand videos; used where there are too few to choose by."""
 VIDEOS_AT_ONCE = 8_192
+"""In a block of `fit`."""
 FACTS = ("videos", "texts", "pairs", "shrinkage", "chosen")
+"""What a fit says of itself."""
 STATE = ("video_mean", "video_centre", "video_bases", "text_mean", "text_centre", "text_bases", "correlation")
+"""What is kept of a fit: the buffers' names."""
 
 
 class SharedFactors(ExactState):
