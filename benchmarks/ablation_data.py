@@ -78,7 +78,14 @@ def make_sample(_: Path | None, __: Path | None) -> None:
         return
     folder = RunFolder(Path(RUNS) / "ablation-towers")
     if not (folder.best / WEIGHTS).is_file():
-        settings = ["emcl.enabled=false", "optim.epochs=5", "data.val=null", "data.test=null", "tracking.enabled=false"]
+        settings = [
+            "emcl.enabled=false",
+            "emcl.factors=0",
+            "optim.epochs=5",
+            "data.val=null",
+            "data.test=null",
+            "tracking.enabled=false",
+        ]
         train_to_the_end(folder, DEFAULT_RECIPE, settings)
     trained = load_file(folder.best / WEIGHTS)
     towers = {}

@@ -57,7 +57,7 @@ class Job:
 
     def _settings(self) -> list[str]:
         own = [f"runs={self.folder}", f"name={self.name}", "data.val=null", "data.test=null", "tracking.enabled=false"]
-        return [*self.overrides, *own]
+        return [*self.overrides, "emcl.factors=0", *own]
 
 
 def train(job: Job) -> Path:

@@ -1,12 +1,12 @@
 """Nearest-neighbour search among a million vectors: FAISS as in `emcl index`, NumPy, torch, exact FAISS and HNSW.
 
-    python benchmarks/index_speed.py [--vectors 1000000] [--width 512] [--hnsw]
+    python benchmarks/index_speed.py [--vectors 1000000] [--width 512] [--factors 128] [--hnsw]
 
 Random unit vectors are the hardest case: there are no clusters, and the tenth nearest is hardly nearer than the
 thousandth. `ours` is the search above EXACT windows: the 1,000 nearest among 8-bit vectors, re-ranked by the exact
 vectors. Each side runs in a separate process and opens an index built before. Its memory is measured after the
 searches, without the libraries; pages of memory-mapped files are listed separately, because the kernel can reclaim
-them. HNSW takes long to build.
+them. HNSW takes long to build. With `--factors K` vectors have the K + 2 numbers of shared factors too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from typing import Any
 import numpy as np
 import psutil
 
-from emcl.search.index import CANDIDATES, EXACT, faiss_package, vectors_for
+from emcl.search.index import CANDIDATES
+from emcl.search.vectors import EXACT, STEP, faiss_package, filled, vectors_for
 
 QUERIES, TOP = 200, 10
+SCALE = 20.0
+"""What a learnt exp(logit_scale) is near."""
 SIDES = ("ours", "exact FAISS", "NumPy", "torch")
 
 Search = Callable[[np.ndarray], np.ndarray]
@@ -40,20 +43,38 @@ def unit(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def make(folder: Path, count: int, width: int) -> None:
+def of_factors(rng: np.random.Generator, count: int, factors: int, *, queries: bool) -> np.ndarray:
+    """(count, K + 2) of random codes, as an index has them: correlations fall from 0.8 to 0.1, log-odds by SCALE."""
+    if not factors:
+        return np.empty((count, 0), np.float32)
+    r = np.geomspace(0.8, 0.1, factors, dtype=np.float32)
+    codes = rng.standard_normal((count, factors), dtype=np.float32)
+    square = -(codes**2 @ (r**2 / (1 - r**2) / 2))[:, None]
+    last = [np.ones_like(square), square] if queries else [square, np.ones_like(square)]
+    vectors = np.concatenate([np.sqrt(r / (1 - r**2)) * codes, *last], 1)
+    return vectors / SCALE if queries else vectors
+
+
+def make(folder: Path, count: int, width: int, factors: int) -> None:
     """Writes the vectors, the queries and their exact nearest neighbours."""
     rng = np.random.default_rng(0)
-    rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.float32, (count, width))
+    vectors = width + (factors + 2 if factors else 0)
+    whole = vectors + -vectors % STEP
+    rows = np.lib.format.open_memmap(folder / "rows.npy", "w+", np.float32, (count, whole))
     for first in range(0, count, 100_000):
-        rows[first : first + 100_000] = unit(rng, min(100_000, count - first), width)
-    queries = unit(rng, QUERIES, width)
+        here = min(100_000, count - first)
+        rows[first : first + here, :width] = unit(rng, here, width)
+        rows[first : first + here, width:vectors] = of_factors(rng, here, factors, queries=False)
+    queries = np.concatenate([unit(rng, QUERIES, width), of_factors(rng, QUERIES, factors, queries=True)], 1)
+    queries = filled(queries)
     np.save(folder / "queries.npy", queries)
     np.save(folder / "right.npy", np.argsort(-(queries @ rows.T), axis=1)[:, :TOP])
 
 
-def build(side: str, folder: Path, count: int, width: int) -> float:
+def build(side: str, folder: Path) -> float:
     """Builds the index and returns the seconds; 0 for NumPy and torch, which have none."""
     faiss, rows = faiss_package(), np.load(folder / "rows.npy", mmap_mode="r")
+    count, width = rows.shape
     began = time.perf_counter()
     if side == "ours":
         index: Any = vectors_for(count, width)
@@ -102,8 +123,8 @@ def opened(side: str, folder: Path) -> Search:
     return two_steps
 
 
-def measure(side: str, folder: Path, count: int, width: int) -> dict[str, float]:
-    seconds = build(side, folder, count, width)
+def measure(side: str, folder: Path) -> dict[str, float]:
+    seconds = build(side, folder)
     size = (folder / f"{side}.faiss").stat().st_size if seconds else 0
     command = [sys.executable, __file__, "--one", side, "--folder", str(folder)]
     searched = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -140,7 +161,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--factors", type=int, default=0)
     parser.add_argument("--hnsw", action="store_true")
+    parser.add_argument("--only", choices=SIDES, nargs="+", default=SIDES)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -151,13 +174,14 @@ def main() -> None:
         parser.error(f"up to {EXACT:,} windows a search is exact: give more --vectors")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(folder, options.vectors, options.width)
+        make(folder, options.vectors, options.width, options.factors)
         results = {}
-        for side in (*SIDES, *(["HNSW"] if options.hnsw else [])):
-            results[side] = measure(side, folder, options.vectors, options.width)
+        for side in (*options.only, *(["HNSW"] if options.hnsw else [])):
+            results[side] = measure(side, folder)
             print(side, json.dumps(results[side]), flush=True)
-    print(f"\n| | {' | '.join(results['ours'])} |")
-    print("|---" * (1 + len(results["ours"])) + "|")
+    columns = next(iter(results.values()))
+    print(f"\n| | {' | '.join(columns)} |")
+    print("|---" * (1 + len(columns)) + "|")
     for side, facts in results.items():
         print(f"| {side} | {' | '.join(f'{value:,}' for value in facts.values())} |")
 

@@ -93,6 +93,12 @@ class RetrievalTask(Task):
             losses |= {} if own is None else {"regulariser": own}
         return losses
 
+    @property
+    def log_odds_scale(self) -> float:
+        """What a cosine is multiplied by to be log-odds: exp(logit_scale)."""
+        scale = self.logit_scale.detach().float()
+        return float((scale if self.logit_bias is not None else clamp_logit_scale(scale)).exp())
+
     def similarity(
         self,
         text_AD: Tensor,

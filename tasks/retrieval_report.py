@@ -27,6 +27,8 @@ SHOWN = 3
 """Videos of an example in a report."""
 DRAWN, FIRST = 6, 5
 """Queries in a run's picture, and videos found for each."""
+WITHOUT_FACTORS = "without_factors"
+"""As the name of a rescoring: the scores without the model's shared factors."""
 TRANSDUCTIVE, INDUCTIVE = "transductive", "inductive"
 """Whether a query's ranks depend on other queries of the test."""
 RESCORED = re.compile(rf"({'|'.join(WAYS)})_(.+)_({TRANSDUCTIVE}|{INDUCTIVE})/(.+)")
@@ -125,7 +127,10 @@ class RetrievalReport(TaskReport):
             if match := RESCORED.fullmatch(key):
                 way, name, kind, metric = match.groups()
                 rescored.setdefault((name, kind), {})[f"{way}/{metric}"] = value
-        return [Variant(label_of(name), kind, metrics) for (name, kind), metrics in rescored.items()]
+        return [
+            Variant("without factors" if name == WITHOUT_FACTORS else label_of(name), kind, metrics)
+            for (name, kind), metrics in rescored.items()
+        ]
 
     def tables(self, result: Result) -> list[Table]:
         path = result.file(OPTIONS)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from emcl.tasks.retrieval_report import DRAWN, FIRST, INDUCTIVE, TRANSDUCTIVE, Found, draw_found
+from emcl.tasks.retrieval_report import (
+    DRAWN,
+    FIRST,
+    INDUCTIVE,
+    TRANSDUCTIVE,
+    WITHOUT_FACTORS,
+    Found,
+    draw_found,
+)
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,10 +27,12 @@ from emcl.data.captions import EveryCaption
 from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.evaluate.evaluate_settings import EvaluateConfig
+from emcl.metrics.choice_recall import choice_recall
 from emcl.metrics.rescoring import DualSoftmax, Rescoring, described, rescoring_of
 from emcl.metrics.retrieval_metrics import protocol_metrics, retrieval_metrics
 from emcl.model.backbone import Encoded
 from emcl.model.embeddings import Embeddings
+from emcl.model.pair_scores import add_ratios, described_factors, fingerprint_of, weight_of
 from emcl.model.regulariser import Regulariser
 from emcl.run_folder import EMBEDDINGS, SIMILARITY
 from emcl.task import Evaluation, Scorer, Scores
@@ -50,15 +61,23 @@ class RetrievalScorer(Scorer):
         self.texts: list[Rows] = []
 
     def update(self, encoded: Encoded, inputs: Any | None, rows: Sequence[int]) -> None:
-        evaluation = self.evaluation
         captions: EveryCaption | None = inputs
-        text = captions.text if captions else None
-        filler = evaluation.split.filler().to(evaluation.device)
-        text_AD = evaluation.lockstep(evaluation.backbone.encode_text, None if text is None else (text,), (filler,))
-        if captions is not None:
-            self.videos.append((rows, (encoded.frames_BTD, encoded.video_mask_BT)))
-        if captions is not None and text is not None:
-            self.texts.append((captions.rows, (text_AD,)))
+        factors, text = self.evaluation.factors, captions.text if captions else None
+        if factors is None:
+            texts: Any = (self.evaluation.encode_text(text),)
+        else:
+            texts = self.evaluation.encode_text_with_outputs(text)
+        if captions is None:
+            return
+        videos: Any = encoded.frames_BTD, encoded.video_mask_BT
+        if factors is not None:
+            videos = *videos, factors.video_vectors(encoded.outputs_BW)
+        self.videos.append((rows, videos))
+        if text is None:
+            return
+        if factors is not None:
+            texts = texts[0], factors.text_vectors(texts[1].float())
+        self.texts.append((captions.rows, texts))
 
     def embeddings(self) -> tuple[Embeddings, list[int]]:
         """All ranks' texts and videos on the CPU of every rank, and the videos' rows of the shards.
@@ -67,16 +86,21 @@ class RetrievalScorer(Scorer):
             UserError: no video has a text; on all ranks.
         """
         ranks, sample = self.evaluation.ranks, self.evaluation.sample
-        text_rows, *text = _in_row_order(ranks, self.texts)
+        text_rows, *texts = _in_row_order(ranks, self.texts)
         if not text_rows:
             raise UserError(f"{self.evaluation.name}: no video of this split has a caption")
-        (text_QD,) = text
-        video_rows, frames_GTD, mask_GT = _in_row_order(ranks, self.videos)
+        text_QD, *text_QE = texts
+        video_rows, frames_GTD, mask_GT, *video_GE = _in_row_order(ranks, self.videos)
         column = {row: index for index, row in enumerate(video_rows)}
         sentences = [caption for row in video_rows for caption in sample(row).captions]
         owner_Q = np.array([column[row] for row in text_rows])
         ids = [sample(row).id for row in video_rows]
-        return Embeddings(text_QD, frames_GTD, mask_GT, owner_Q, sentences, ids), video_rows
+        kept = Embeddings(text_QD, frames_GTD, mask_GT, owner_Q, sentences, ids)
+        if (factors := self.evaluation.factors) is not None:
+            (text_factors,), (video_factors,) = text_QE, video_GE
+            made_by = fingerprint_of(factors)
+            kept = replace(kept, text_factors=text_factors, video_factors=video_factors, factors=made_by)
+        return kept, video_rows
 
     def gather(self) -> Compared:
         """Compared by all ranks, evaluated on rank 0: a matrix of 100,000 x 10,000 has 4 GB."""
@@ -88,10 +112,34 @@ class RetrievalScorer(Scorer):
         )  # fmt: skip
         return Compared(scores_QG, kept, video_rows)
 
+    def factor_weight(self, weights: Sequence[float]) -> float:
+        """That of the highest mean R@1 with one sentence a video, averaged over which; the smallest of equals."""
+        scores_QG, kept, _ = self.gather()
+        best = None
+        if self.evaluation.ranks.first:
+            recalls = {}
+            for weight in sorted(weights):
+                weighted_QG = scores_QG.copy()
+                self._add_factors(weighted_QG, kept, weight)
+                recalls[weight] = choice_recall(weighted_QG, kept.owner).mean
+            best = max(recalls, key=recalls.__getitem__)
+        return float(self.evaluation.ranks.from_first(best))
+
+    def _add_factors(self, scores_QG: NDArray[np.float32], kept: Embeddings, weight: float) -> None:
+        assert kept.text_factors is not None and kept.video_factors is not None
+        if weight:
+            scale = self.task.log_odds_scale / weight
+            add_ratios(scores_QG, kept.text_factors, kept.video_factors, scale)
+
     def compute(self, records: Compared) -> Scores:
         (scores_QG, kept, video_rows), config = records, self.evaluation.config
-        plain, ranked = protocol_metrics(scores_QG, kept.owner)
-        results = {"": plain}
+        without = {}
+        if (factors := self.evaluation.factors) is not None:
+            kind = TRANSDUCTIVE if self.task.emcl is not None and self.task.emcl.transductive else INDUCTIVE
+            without = {f"_{WITHOUT_FACTORS}_{kind}": retrieval_metrics(scores_QG, kept.owner)}
+            self._add_factors(scores_QG, kept, weight_of(factors, self.evaluation.name))
+        scored, ranked = protocol_metrics(scores_QG, kept.owner)
+        results = {"": scored, **without}
         rescorings = _rescorings(config.evaluate)
         for name, rescoring in rescorings.items():
             suffix = f"_{name}_{TRANSDUCTIVE if rescoring.transductive else INDUCTIVE}"
@@ -116,7 +164,9 @@ class RetrievalScorer(Scorer):
 
     def _protocol(self, texts: int, videos: int, rescored: Sequence[str]) -> str:
         layer: Regulariser | None = self.task.emcl
-        how = "no EMCL" if layer is None else layer.protocol(self.evaluation.config.evaluate.tile)
+        how = "no EMCL layer" if layer is None else layer.protocol(self.evaluation.config.evaluate.tile)
+        if (factors := self.evaluation.factors) is not None:
+            how += f"; {described_factors(factors, self.evaluation.name)}, and without them besides"
         return (
             f"{texts} texts x {videos} videos; a video's score for another video's texts is their best; ties count "
             f"against; {how}{'; rescored besides: ' if rescored else ''}{', '.join(rescored)}"

@@ -167,7 +167,7 @@ def test_scores_and_options_have_their_inference_trick(
     assert float(own[mean_rank]) == pytest.approx(metrics["text_to_video_z_norm_transductive/MnR"], abs=0.06)
     assert main(["report", str(run), "--out", str(tmp_path / "report")]) == 0
     report = capsys.readouterr().out
-    assert "NAME + Z-norm" in report and "NAME + DSL" in report
+    assert "NAME, Z-norm" in report and "NAME, DSL" in report
 
 
 def test_a_report_tells_a_trick_of_a_package_that_is_gone_and_its_odd_name() -> None:

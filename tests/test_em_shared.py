@@ -304,7 +304,7 @@ def test_blocks_give_what_all_rows_at_once_give(bounds: list[int], shrinkage: tu
     given = pairs(97)
     whole = SharedFactors(bases=5, shrinkage=shrinkage).fit(*given)
     blocks = SharedFactors(bases=5, shrinkage=shrinkage).fit_blocks(lambda: blocks_of(given, bounds))
-    assert blocks.facts == whole.facts
+    assert blocks.facts == nearly(whole.facts)
     close(blocks.score(given[1], given[0]), whole.score(given[1], given[0]), 1e-9)
 
 
@@ -340,7 +340,7 @@ def test_ranks_with_unequal_rows_get_what_one_process_gets(bounds: list[int], tm
     given = pairs(97)
     whole = SharedFactors(bases=5).fit(*given)
     for state, facts, messages in run_on_ranks(_own_rows, len(bounds) - 1, tmp_path, given, bounds):
-        assert (facts, messages) == (whole.facts, 2)
+        assert facts == nearly(whole.facts) and messages == 2
         again = SharedFactors()
         again.keep(**state)
         close(again.score(given[1], given[0]), whole.score(given[1], given[0]), 1e-9)
@@ -353,6 +353,11 @@ def test_ranks_have_the_same_bits(tmp_path: Path) -> None:
 
 
 # --- shrinkage by folds
+
+
+def nearly(facts: dict[str, Any]) -> dict[str, Any]:
+    """Equal but for the last digits of a number that was computed."""
+    return {**facts, "held_out": pytest.approx(facts["held_out"], rel=1e-9)} if "held_out" in facts else facts
 
 
 def folds_of(given: Pairs, count: int) -> list[PairMoments]:
@@ -378,9 +383,10 @@ def test_no_step_beside_the_choice_is_better(videos: int, noise: float, folds: i
             scores += float(part.cross[-1, -1] * held_out_score(factors._factors(axes, shrinkage), held))
         return scores
 
-    beside = itertools.product(*(STEPS[max(0, STEPS.index(s) - 1) : STEPS.index(s) + 2] for s in chosen))
-    assert chosen == max(beside, key=total)
-    assert total(chosen) > max(total((STEPS[0], STEPS[0])), total((STEPS[-1], STEPS[-1])))
+    beside = itertools.product(*(STEPS[max(0, STEPS.index(s) - 1) : STEPS.index(s) + 2] for s in chosen.shrinkage))
+    assert chosen.shrinkage == max(beside, key=total)
+    assert chosen.held_out == pytest.approx(total(chosen.shrinkage) / whole.counts["pairs"], rel=1e-9)
+    assert total(chosen.shrinkage) > max(total((STEPS[0], STEPS[0])), total((STEPS[-1], STEPS[-1])))
 
 
 def test_the_held_out_score_is_that_of_the_rows() -> None:

@@ -29,6 +29,7 @@ from emcl.data.sampler import RankBatchSampler
 from emcl.data.shards import open_shards
 from emcl.data.split import open_split, open_training_split
 from emcl.errors import UserError
+from emcl.given_videos import frames_of_given
 from emcl.model.backbone import Encoded, build_backbone
 from emcl.model.feature_cache import feature_paths
 from emcl.multitask import VideoLanguageModel
@@ -193,7 +194,7 @@ def test_a_loaded_model_sees_frames_as_its_evaluation_did(sample_shards: Path, t
     file = tmp_path / "clip.mp4"
     file.write_bytes(split.shards.read(row))
     clip = Clips(split, model.config.data, training=False).frames(0, 0)
-    np.testing.assert_array_equal(model._frames(file), clip)
+    np.testing.assert_array_equal(frames_of_given(file, model.config.data), clip)
     assert len(clip) == 2 and (clip != decode_as(DataConfig(frames=2), file, shape=ByFFmpeg(32))).any()
     features = model.encode_video(file)
     assert model.encode_video(clip).frames.allclose(features.frames, atol=1e-5)

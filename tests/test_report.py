@@ -67,7 +67,7 @@ def test_the_page_holds_tables_plots_examples_and_the_protocol(run: Path, tmp_pa
         assert wanted in html, wanted
     assert "ties count against" in html and "ties count against" in text
     assert "NOT COMPARABLE with published figures" in text
-    assert "one + DSL" in text and "transductive" in text
+    assert "one, DSL" in text and "transductive" in text
     assert 'src="http' not in html  # it opens without a network
 
 

@@ -20,7 +20,8 @@ from emcl.data.samples import Sample
 from emcl.data.shards import open_shards
 from emcl.devices import Devices
 from emcl.errors import UserError
-from emcl.inference import Span, VideoTextModel
+from emcl.given_videos import Span, frames_of_given
+from emcl.inference import VideoTextModel
 from emcl.model.emcl_layer import INFERENCE_MODULE
 from emcl.prepare.table import read_table
 from emcl.prepare.writer import encode_mp4, write_shard
@@ -192,7 +193,7 @@ def test_a_video_is_cut_into_its_scenes(model: VideoTextModel, tmp_path: Path) -
 def test_above_a_size_the_nearest_are_found_among_rounded_vectors(
     model: VideoTextModel, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("emcl.search.index.EXACT", 5)
+    monkeypatch.setattr("emcl.search.vectors.EXACT", 5)
     monkeypatch.setattr("emcl.search.index.CANDIDATES", 6)
     index = VideoIndex(tmp_path / "index", model, windows=Windows())
     index.update(videos)
@@ -274,7 +275,7 @@ def test_a_plain_clip_ranks_by_the_mean_of_its_frames(videos: Path, tmp_path: Pa
         text = torch.nn.functional.normalize(
             clip.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=32)(queries)), dim=-1
         )
-        frames = [torch.from_numpy(model._frames(file)) for file in files]
+        frames = [torch.from_numpy(frames_of_given(file, model.config.data)) for file in files]
         images = [clip.encode_image(model.model.backbone.preprocess(clip_frames)) for clip_frames in frames]
         means = torch.stack([torch.nn.functional.normalize(one, dim=-1).mean(0) for one in images])
     expected = text @ torch.nn.functional.normalize(means, dim=-1).T
@@ -305,7 +306,7 @@ def test_emcl_is_fitted_to_a_collection_for_a_model_without_it(
     expected = torch.nn.functional.cosine_similarity(
         layer.transform(queries)[:, None], layer.transform(features.mean())[None], dim=-1
     )
-    torch.testing.assert_close(plain.similarity(queries, features), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(index.model.similarity(queries, features), expected, atol=2e-3, rtol=0)
     again = emcl.load(TINY, pretrained=tmp_path / "clip.pt", device="cpu")
     hits = VideoIndex(tmp_path / "index", again).search("a red circle", top=12)  # it is kept with the index
     best = expected[0].sort(descending=True)

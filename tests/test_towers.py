@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import open_clip
 import pytest
@@ -178,3 +179,27 @@ def test_heads_see_only_a_part_of_the_towers_outputs_in_training(
 def test_dropout_before_heads_is_refused_where_there_are_none() -> None:
     with pytest.raises(UserError, match=r"model\.head_dropout=0\.5: the towers of .*tiny_clip\.json have no heads"):
         OpenClipBackbone(ModelConfig(name=TINY, head_dropout=0.5), max_tokens=32)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"absent_frames": "grey"}, {"temporal": "mean"}], ids=["usual", "grey", "mean"]
+)
+def test_the_trunks_outputs_come_with_the_embeddings_from_one_pass(settings: dict[str, Any]) -> None:
+    backbone = OpenClipBackbone(ModelConfig(name=TINY, **settings), max_tokens=16).eval()
+    backbone.image.head = torch.nn.Linear(32, 32)  # so that outputs are no embeddings
+    clips = [torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8) for count in (3, 1, 2)]
+    videos = videos_of([clip.numpy() for clip in clips], 3)
+    passes = []
+    backbone.image.trunk.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        frames_BTD, outputs_BW = backbone.encode_video_with_outputs(videos)
+        assert len(passes) == 1
+        torch.testing.assert_close(frames_BTD, backbone.encode_video(videos))
+        of_clips = [backbone.image.trunk(backbone.preprocess(clip)) for clip in clips]
+        torch.testing.assert_close(outputs_BW, torch.stack([rows.mean(0) for rows in of_clips]), atol=1e-5, rtol=1e-5)
+        tokens = backbone.tokenize(["a red circle", "two objects"])
+        outputs = backbone.text_outputs(tokens)
+        torch.testing.assert_close(backbone.encode_text(outputs), backbone.encode_text(tokens))
+        if backbone.config.absent_frames != "grey":  # which cached features exclude
+            cached = VideoFrames(frames=torch.cat(of_clips), slots=videos.slots, mask_BT=videos.mask_BT)
+            torch.testing.assert_close(backbone.encode_video_with_outputs(cached), (frames_BTD, outputs_BW))

@@ -13,8 +13,12 @@ from emcl.errors import UserError
 
 if TYPE_CHECKING:
     from emcl.inference import VideoTextModel
-    from emcl.search.index import Hit
+    from emcl.prepare.clips import Clip
+    from emcl.search.hits import Hit
     from emcl.task import Prediction
+
+
+PAIRS = (".csv", ".json", ".jsonl")
 
 
 def add_commands(commands: Any) -> None:
@@ -38,7 +42,13 @@ def add_commands(commands: Any) -> None:
         help="at hard cuts and then by time, or by time alone, which is faster (default: %(default)s)",
     )  # fmt: skip
     index.add_argument(
-        "--emcl", action="store_true", help="fit the compact EMCL to the collection, for a model that has none"
+        "--emcl", type=Path, nargs="?", const=True, metavar="FILE",
+        help="fit EMCL to the collection, for a model that has not learnt from it. FILE.csv (or .json, .jsonl; columns "
+        "`file`, `caption`, as of `emcl prepare folder`): shared factors of its `train` pairs. Without pairs, for a "
+        "model without, the compact layer: fitted to the videos, and with FILE.txt to its sentences too, one a line",
+    )  # fmt: skip
+    index.add_argument(
+        "--no-factors", dest="factors", action="store_false", help="leave out the shared factors that the model has"
     )
     index.set_defaults(act=_index)
 
@@ -126,11 +136,16 @@ def _open(options: argparse.Namespace) -> VideoTextModel:
         device=options.device,
         precision=options.precision,
         task=getattr(options, "compare_by", None),
+        factors=getattr(options, "factors", True),
     )
 
 
 def _index(options: argparse.Namespace) -> None:
-    from emcl.search.index import VideoIndex, faiss_package
+    from emcl.model.pair_scores import described_factors
+    from emcl.run_folder import FACTORS
+    from emcl.search.index import VideoIndex
+    from emcl.search.pairs_of_files import paths_of
+    from emcl.search.vectors import faiss_package
     from emcl.search.windows import Windows
 
     if not options.videos.is_dir():
@@ -138,18 +153,46 @@ def _index(options: argparse.Namespace) -> None:
     if options.overlap >= options.window:
         raise UserError(f"--overlap {options.overlap:g} is not below --window {options.window:g}")
     check_out(options.out, folder=True)
+    file: Path | None = None if options.emcl is True else options.emcl
+    sentences, pairs = _sentences_or_pairs(file) if file is not None else ([], [])
     faiss_package()
+    if not options.factors and (pairs or (options.out / FACTORS).is_file()):
+        raise UserError(f"--no-factors: {options.out} is to have those of its own pairs")
+    if pairs:
+        paths_of(pairs, options.videos)  # before the work
     model = _open(options)
-    if options.emcl:
+    fits_layer = options.emcl is not None and not pairs
+    if fits_layer:
         model.check_no_emcl()
+    if pairs:
+        model.check_takes_factors()
     index = VideoIndex(options.out, model, windows=Windows(options.window, options.overlap, options.cut))
-    changes = index.update(options.videos, emcl=options.emcl)
+    changes = index.update(options.videos, emcl=fits_layer, sentences=sentences)
     for path, reason in changes.broken.items():
         print(f"left out: {path}: {reason}")
     print(
         f"{options.out}: {len(index)} windows; {changes.added} files encoded, {changes.kept} as they were, "
         f"{changes.removed} forgotten, {len(changes.broken)} left out"
     )
+    if pairs:
+        index.fit_pairs(pairs, options.videos)
+    if index.model.factors is not None:
+        print(f"searched with {described_factors(index.model.factors)}")
+
+
+def _sentences_or_pairs(file: Path) -> tuple[list[str], list[Clip]]:
+    """What `--emcl FILE` holds: one of both is empty."""
+    from emcl.prepare.table import read_table
+
+    if file.suffix == ".txt":
+        if sentences := _lines(file):
+            return sentences, []
+        raise UserError(f"--emcl {file} holds no sentence")
+    if file.suffix in PAIRS:
+        if pairs := [clip for clip in read_table(file) if clip.split == "train"]:
+            return [], pairs
+        raise UserError(f"--emcl {file} has no line of the split `train`, which is the default")
+    raise UserError(f"--emcl {file}: give pairs ({', '.join(PAIRS)}) or sentences (.txt)")
 
 
 def _search(options: argparse.Namespace) -> None:

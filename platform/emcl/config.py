@@ -329,6 +329,7 @@ LATER = {
         "std",
         "tokenizer",
     ),
+    "emcl": ("factors", "factor_videos"),
     "optim": (
         "optimizer",
         "optimizer_options",
@@ -362,7 +363,7 @@ def to_yaml(config: Config, *, secrets: bool = True, later: bool = True) -> str:
         del tree["kinds"]
     if not later:
         usual = Config()
-        for table in ("data", "model", "optim", "evaluate"):
+        for table in ("data", "model", "emcl", "optim", "evaluate"):
             tree[table] = _without_later(table, tree[table], getattr(usual, table))
         for name, settings in config.tasks.items():
             if (table := f"tasks.{config.kind_of(name)}") in LATER:

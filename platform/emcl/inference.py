@@ -7,12 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,47 +18,27 @@ from tqdm import tqdm
 
 from emcl.config import Config, fingerprint_text
 from emcl.data.batch import videos_of
-from emcl.data.decode import DecodeError, decode_as, evenly
-from emcl.data.frame_shapes import evaluated_shape
 from emcl.devices import Devices, choose_devices
 from emcl.distributed import ALONE
+from emcl.em import SharedFactors
 from emcl.errors import UserError
+from emcl.features import TextFeatures, VideoFeatures
+from emcl.given_videos import Video, frames_of_given
 from emcl.model.backbone import Encoded
 from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
-from emcl.model.pooling import mean_of_frames
+from emcl.model.pair_scores import FACTOR_WEIGHTS, add_ratios, check_fit, weight_of
 from emcl.multitask import VideoLanguageModel
 from emcl.prefetch import in_order
 from emcl.run_folder import CONFIG, WEIGHTS, RunFolder
 from emcl.task import Compares, Offer, Prediction
-from emcl.task.prediction import COMPARE, compares, only_task
+from emcl.task.prediction import COMPARE, compares, log_odds_scale_of, only_task
 from emcl.train.export import open_export
+from emcl.train.pair_factors import open_factors
 from emcl.train.plain_clip import plain_clip
 
 
 class QuestionError(UserError):
     """A question is missing for a task that needs one, or given for a task that takes none."""
-
-
-class VideoError(UserError):
-    """A file that does not decode."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} does not decode: {reason}")
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a file."""
-
-    path: Path
-    start: float | None = None
-    """Seconds; from the file's start to its end where not given."""
-    end: float | None = None
-
-
-Video = str | Path | Span | np.ndarray | Tensor
-"""A file or a part of one, or its frames (time, height, width, 3) uint8."""
 
 
 class VideoTextModel:
@@ -75,11 +53,14 @@ class VideoTextModel:
         config: Config,
         files: Sequence[Path],
         *,
+        factors: SharedFactors | None = None,
         devices: Devices | None = None,
         batch_size: int = 16,
         compare_by: str | None = None,
     ) -> None:
         """`files` are what the model was read from; `compare_by` is the task by which it compares, if several can.
+
+        `factors` are the shared ones that it compares by too, with their weights.
 
         Raises:
             UserError: it does not compare by that task.
@@ -90,6 +71,8 @@ class VideoTextModel:
         self.model, self.device = self.replicas[0], self.devices.first
         self.module: EMCLLayer | None = None
         """The compact EMCL as an inference module, see `fit_emcl`."""
+        self.factors = factors
+        """On the CPU; see `fit_factors`."""
         self._compare_by = compare_by
         if compare_by is not None:
             self._comparing()
@@ -119,11 +102,11 @@ class VideoTextModel:
                 encoded.append(batch)
                 bar.update(len(batch))
         if not encoded:
-            empty = torch.zeros(0, self.config.data.frames, self.model.backbone.embed_dim)
-            return VideoFeatures(empty, torch.zeros(empty.shape[:2], dtype=torch.bool))
-        return VideoFeatures(
-            torch.cat([batch.frames for batch in encoded]), torch.cat([batch.mask for batch in encoded])
-        )
+            backbone = self.model.backbone
+            empty = torch.zeros(0, self.config.data.frames, backbone.embed_dim)
+            none = torch.zeros(empty.shape[:2], dtype=torch.bool), torch.zeros(0, backbone.image.width)
+            return VideoFeatures(empty, *none)
+        return VideoFeatures.join(encoded)
 
     def _encoded(self, videos: Sequence[Video]) -> Iterator[VideoFeatures]:
         """Batch by batch; only batches in progress are in memory."""
@@ -131,7 +114,9 @@ class VideoTextModel:
             ThreadPoolExecutor(os.cpu_count() or 1) as decoders,
             ThreadPoolExecutor(len(self.replicas)) as encoders,
         ):
-            clips = in_order((decoders.submit(self._frames, video) for video in videos), 2 * self.batch_size)
+            clips = in_order(
+                (decoders.submit(frames_of_given, video, self.config.data) for video in videos), 2 * self.batch_size
+            )
             batches = iter(lambda: list(islice(clips, self.batch_size)), [])
             if len(self.replicas) == 1:
                 yield from (self._encode(self.model, batch) for batch in batches)
@@ -147,23 +132,29 @@ class VideoTextModel:
         device = next(model.parameters()).device
         videos = videos_of(clips, self.config.data.frames)
         with self._precision():
-            frames_BTD = model.backbone.encode_video(videos.to(device))
-        return VideoFeatures(frames_BTD.float().cpu(), videos.mask_BT)
+            frames_BTD, outputs_BW = model.backbone.encode_video_with_outputs(videos.to(device))
+        return VideoFeatures(frames_BTD.float().cpu(), videos.mask_BT, outputs_BW.cpu())
 
     def _precision(self) -> Any:
         kind = self.devices.dtype
         return nullcontext() if kind == torch.float32 else torch.autocast(self.device.type, kind)
 
-    @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Sentences -> (n, D) on the CPU."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self.encode_queries(texts).embeddings
+
+    @torch.no_grad()
+    def encode_queries(self, texts: str | Sequence[str]) -> TextFeatures:
+        """Sentences -> all by which `similarity` compares them, to be used for several collections of videos."""
+        texts, backbone = [texts] if isinstance(texts, str) else list(texts), self.model.backbone
         if not texts:
-            return torch.zeros(0, self.model.backbone.embed_dim)
-        backbone = self.model.backbone
-        chunks = backbone.tokenize(texts).split(4 * self.batch_size)
+            return TextFeatures(torch.zeros(0, backbone.embed_dim), torch.zeros(0, backbone.text.width))
+        embeddings, outputs = [], []
         with self._precision():
-            return torch.cat([backbone.encode_text(tokens).float().cpu() for tokens in chunks])
+            for tokens in backbone.tokenize(texts).split(4 * self.batch_size):
+                outputs.append(backbone.text_outputs(tokens))
+                embeddings.append(backbone.encode_text(outputs[-1]).float().cpu())
+        return TextFeatures(torch.cat(embeddings), torch.cat([rows.float().cpu() for rows in outputs]))
 
     def fit_emcl(self, videos: VideoFeatures, texts: Tensor | None = None, **settings: Any) -> VideoTextModel:
         """Fits the compact EMCL to a collection; `similarity` compares corrected features from then on.
@@ -184,6 +175,52 @@ class VideoTextModel:
         self.module = EMCLLayer(variant="compact", **chosen).fit(videos.mean(), texts).eval().to(self.device)
         return self
 
+    def fit_factors(
+        self,
+        videos: VideoFeatures,
+        texts: TextFeatures | Sequence[str],
+        owner: Any = None,
+        *,
+        group: Any = None,
+        **settings: Any,
+    ) -> VideoTextModel:
+        """Finds the factors that videos and their sentences share; `similarity` counts them from then on.
+
+        For a model that has not learnt these very pairs, such as a plain CLIP: what it puts out for those that it has
+        says too much. They replace factors of the model's own. Each query is still scored independently.
+
+        Args:
+            texts: any number for a video.
+            owner: each text's video, as its row; by default text i belongs to video i.
+            group: a number for each video, the same for those that show nearly the same, such as parts of one film.
+            settings: of `emcl.SharedFactors`, such as `bases`.
+
+        Raises:
+            UserError: pairs that are too few or show nothing, or the task by which it compares has no log-odds.
+        """
+        name = self.check_takes_factors()
+        texts = texts if isinstance(texts, TextFeatures) else self.encode_queries(texts)
+        try:
+            rows = videos.needed_outputs(), texts.needed_outputs()
+            factors = SharedFactors(**settings).fit(*rows, owner, group=group)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        check_fit(factors)
+        factors.facts[FACTOR_WEIGHTS] = {name: 1.0}
+        self.factors = factors
+        return self
+
+    def check_takes_factors(self) -> str:
+        """The task by which it compares.
+
+        Raises:
+            UserError: there is none, or several and none is named, or its scores are no log-odds.
+        """
+        name = self._comparing_by()
+        if log_odds_scale_of(self.model.heads[name]) is None:
+            raise UserError(f"{name} compares by scores that are no log-odds, to which no shared factors add")
+        return name
+
     def check_no_emcl(self) -> None:
         """Raises UserError: the model has EMCL or another regulariser of its own, so that none can be fitted to it."""
         own = self._comparing().emcl
@@ -191,20 +228,43 @@ class VideoTextModel:
             what = "an EMCL layer" if isinstance(own, EMCLLayer) else f"a regulariser ({own.label})"
             raise UserError(f"{self.files[0].parent} was trained with {what} of its own")
 
-    def similarity(self, text: str | Sequence[str] | Tensor, video: VideoFeatures | Video | list[Video]) -> Tensor:
+    def similarity(
+        self, text: str | Sequence[str] | TextFeatures | Tensor, video: VideoFeatures | Video | list[Video]
+    ) -> Tensor:
         """(texts, videos), higher is more alike; sentences and videos, or what `encode_*` gave for them.
 
         Raises:
-            UserError: no task compares, or several and `load` was not told which.
+            UserError: no task compares, or several and `load` was not told which; or embeddings alone, as of
+                `encode_text`, for a model with shared factors.
         """
         task = self._comparing()
         features = self._features(video)
-        embedded = text if isinstance(text, Tensor) else self.encode_text(text)
+        if isinstance(text, Tensor):
+            text = TextFeatures(text)
+        texts = text if isinstance(text, TextFeatures) else self.encode_queries(text)
         scores = task.similarity_in_tiles(
-            embedded.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
+            texts.embeddings.to(self.device), features.frames.to(self.device), features.mask.to(self.device),
             self.config.evaluate.tile, ALONE, task.emcl if self.module is None else self.module,
         )  # fmt: skip
+        if (counting := self.counting_factors()) is not None:
+            factors, scale = counting
+            add_ratios(scores, texts.factor_vectors(factors), features.factor_vectors(factors), scale)
         return torch.from_numpy(scores)
+
+    def counting_factors(self) -> tuple[SharedFactors, float] | None:
+        """The shared factors by which it compares too, and what their log-likelihood ratio is divided by to be added to
+        cosines; None if it has none.
+
+        Raises:
+            UserError: as `similarity`.
+        """
+        if self.factors is None:
+            return None
+        name = self._comparing_by()
+        scale = log_odds_scale_of(self.model.heads[name])
+        if scale is None or not (weight := weight_of(self.factors, name)):
+            return None
+        return self.factors, scale / weight
 
     @torch.no_grad()
     def predict(
@@ -299,15 +359,17 @@ class VideoTextModel:
     def _able_to_compare(self) -> list[str]:
         return [name for name, task in self.model.heads.items() if compares(task)]
 
-    def _comparing(self) -> Compares:
+    def _comparing_by(self) -> str:
         """The task by which sentences and videos are compared.
 
         Raises:
             UserError: none is able to, or several and none is named.
         """
-        task = self.model.heads[
-            only_task(self._run, self._able_to_compare(), self._compare_by, COMPARE, "--task, or task= of emcl.load")
-        ]
+        able = self._able_to_compare()
+        return only_task(self._run, able, self._compare_by, COMPARE, "--task, or task= of emcl.load")
+
+    def _comparing(self) -> Compares:
+        task = self.model.heads[self._comparing_by()]
         assert compares(task)
         return task
 
@@ -318,39 +380,6 @@ class VideoTextModel:
     def _features(self, video: VideoFeatures | Video | list[Video]) -> VideoFeatures:
         return video if isinstance(video, VideoFeatures) else self.encode_video(video)
 
-    def _frames(self, video: Video) -> np.ndarray:
-        data = self.config.data
-        shape = evaluated_shape(data)
-        if isinstance(video, (str, Path, Span)):
-            span = video if isinstance(video, Span) else Span(Path(video))
-            if not span.path.is_file():
-                raise UserError(f"{span.path}: no such file")
-            try:
-                return decode_as(data, span.path, start=span.start, end=span.end, shape=shape)
-            except DecodeError as error:
-                raise VideoError(span.path, str(error)) from None
-        frames = video.cpu().numpy() if isinstance(video, Tensor) else np.asarray(video)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-            raise UserError(f"frames are (time, height, width, 3) uint8, not {frames.shape} {frames.dtype}")
-        chosen = frames
-        if len(frames) > data.frames:
-            chosen = frames[evenly(len(frames), data.frames, data.sampling)]
-        return np.stack([shape(av.VideoFrame.from_ndarray(frame, format="rgb24")) for frame in chosen])
-
-
-class VideoFeatures:
-    """Frame embeddings of some videos: `frames` (n, T, D) and `mask` (n, T), on the CPU."""
-
-    def __init__(self, frames: Tensor, mask: Tensor) -> None:
-        self.frames, self.mask = frames, mask
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def mean(self) -> Tensor:
-        """One vector a video (n, D): the mean of its frames."""
-        return mean_of_frames(self.frames, self.mask)
-
 
 def load(
     path: str | Path,
@@ -359,6 +388,7 @@ def load(
     device: str | torch.device | None = None,
     precision: str | None = None,
     task: str | None = None,
+    factors: bool = True,
 ) -> VideoTextModel:
     """Opens a run's folder or an export of it; or, with `pretrained`, a plain CLIP for zero-shot retrieval.
 
@@ -369,6 +399,7 @@ def load(
         precision: `fp32`, `bf16` or `fp16`; where not given, fp32 on a CPU and elsewhere what the run was trained in
             (`fp16` for `clip_fp16`).
         task: the one by which sentences and videos are compared, of a run with several that do.
+        factors: whether it compares by its shared factors too, if it has any.
 
     Raises:
         UserError: no export there, or weights that do not fit, or the run does not compare by `task`.
@@ -379,4 +410,6 @@ def load(
     folder = RunFolder.open(Path(path)).export
     model, config = open_export(folder)
     devices = choose_devices(device, precision, trained=config.precision)
-    return VideoTextModel(model, config, [folder / WEIGHTS, folder / CONFIG], devices=devices, compare_by=task)
+    shared = open_factors(folder, model.backbone) if factors else None
+    files = [folder / WEIGHTS, folder / CONFIG]
+    return VideoTextModel(model, config, files, factors=shared, devices=devices, compare_by=task)

@@ -64,11 +64,14 @@ class VideoLanguageModel(nn.Module):
                 losses[f"{name}/{key}"] = loss * self.ranks.world_size
         return losses
 
-    def encode(self, batch: Batch) -> Encoded:
-        """The batch's videos, once for all tasks."""
+    def encode(self, batch: Batch, *, with_outputs: bool = False) -> Encoded:
+        """The batch's videos, once for all tasks; `with_outputs` also fills `Encoded.outputs_BW`."""
         assert batch.videos is not None
-        video_B = None if self.same_video_negatives else batch.video_B
-        return Encoded(self.backbone.encode_video(batch.videos), batch.videos.mask_BT, video_B)
+        video_B, mask_BT = None if self.same_video_negatives else batch.video_B, batch.videos.mask_BT
+        if with_outputs:
+            frames_BTD, outputs_BW = self.backbone.encode_video_with_outputs(batch.videos)
+            return Encoded(frames_BTD, mask_BT, video_B, outputs_BW)
+        return Encoded(self.backbone.encode_video(batch.videos), mask_BT, video_B)
 
 
 def check_tasks(config: Config) -> dict[str, type[Task]]:

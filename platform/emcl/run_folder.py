@@ -5,7 +5,8 @@ Without PyTorch, so that errors about a given run come at once. In `runs/NAME/`:
     config.yaml, run.json             the settings, all resolved; where it is recorded, whether it has a checkpoint
     checkpoints/step-N/               what `--resume` continues from, the newest few
     best/                             the model chosen on validation, as an export: model.safetensors, config.yaml,
-                                      scores.json; `emcl.load` and `--evaluate` take it wherever it is copied to
+                                      scores.json, and factors.npz where it has some; `emcl.load` and `--evaluate` take
+                                      it wherever it is copied to
     scores-SPLIT.json                 figures of an evaluation
     TASK-SPLIT.txt, TASK-SPLIT.png, items-TASK-SPLIT.json
                                       the same as a table and a picture; what they are made of
@@ -39,7 +40,7 @@ from emcl.run_lock import InUseError, RunLock
 from emcl.settings import Tree
 
 RUNS = "runs"
-CONFIG, WEIGHTS, EXPORT_SCORES = "config.yaml", "model.safetensors", "scores.json"
+CONFIG, WEIGHTS, EXPORT_SCORES, FACTORS = "config.yaml", "model.safetensors", "scores.json", "factors.npz"
 """Files of an export; a run's own settings have the same name."""
 BEST = "best"
 SAVED = "saved"
@@ -48,6 +49,8 @@ EVALUATIONS = "evaluations"
 """In `run.json`: how many times the run was scored while training, for the best model."""
 TOWERS = "towers"
 """In `run.json`: which towers the run's cached features are of."""
+INIT = "init"
+"""In `run.json`: which run's weights it began with, if any."""
 STEP = "step-"
 MANIFEST = "manifest.json"
 """In a checkpoint: how many ranks and which ZeRO stage wrote it, the optimiser's groups; size and checksum of every

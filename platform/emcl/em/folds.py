@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,12 +19,20 @@ _FITTED, _JUDGED = 2, 1
 """Pairs without which nothing can be fitted, or judged."""
 
 
+class Choice(NamedTuple):
+    """What the folds say."""
+
+    shrinkage: Shrinkage
+    held_out: float
+    """`held_out_score` of a pair, in the mean over the folds; below 0 where the pairs show nothing that lasts."""
+
+
 def choose_shrinkage(
     parts: Sequence[PairMoments],
     whole: PairMoments,
     axes_of: Callable[[Covariances], Axes],
     fit: Callable[[Axes, Shrinkage], Factors],
-) -> Shrinkage | None:
+) -> Choice | None:
     """s_v and s_t by climbing from (1, 0.3) until no step to any side gives a higher `held_out_score`.
 
     None if the pairs are too few, or all in one fold.
@@ -59,7 +68,8 @@ def choose_shrinkage(
             best = max([best, *(at for at in around if min(at) >= 0 and max(at) < len(STEPS))], key=score)
             if best != before:
                 break
-    return STEPS[best[0]], STEPS[best[1]]
+    pairs = float(sum(number for *_, number in judged))
+    return Choice((STEPS[best[0]], STEPS[best[1]]), score(best) / pairs)
 
 
 def held_out_score(factors: Factors, held: Covariances) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,14 @@ class Block(NamedTuple):
         if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < len(self.video):
             raise ValueError(f"an owner is a row of the {len(self.video)} videos, from 0")
         return Block(self.video, self.text, owner, self.group.long())
+
+    @staticmethod
+    def join(blocks: Sequence[Block]) -> Block:
+        """One after the other; at least one."""
+        firsts = accumulate((len(block.video) for block in blocks[:-1]), initial=0)
+        owners = [block.owner + first for block, first in zip(blocks, firsts, strict=True)]
+        video, text, _, group = (torch.cat(rows) for rows in zip(*blocks, strict=True))
+        return Block(video, text, torch.cat(owners), group)
 
     def split(self, videos: int) -> Iterator[Block]:
         """Blocks of at most so many videos, each with its sentences."""

@@ -22,7 +22,7 @@ SHRINKAGE = (1.0, 0.3)
 """s_v and s_t that suit some thousand videos; used where there are too few to choose by."""
 VIDEOS_AT_ONCE = 8_192
 """In a block of `fit`."""
-FACTS = ("videos", "texts", "pairs", "shrinkage", "chosen")
+FACTS = ("videos", "texts", "pairs", "shrinkage", "chosen", "held_out")
 """What a fit says of itself."""
 STATE = ("video_mean", "video_centre", "video_bases", "text_mean", "text_centre", "text_bases", "correlation")
 """What is kept of a fit: the buffers' names."""
@@ -63,7 +63,8 @@ class SharedFactors(ExactState):
         self.shrinkage = None if shrinkage is None else (float(shrinkage[0]), float(shrinkage[1]))
         self.facts: dict[str, Any] = {}
         """What they were fitted on: numbers of videos, texts and pairs; the shrinkage, and whether it was chosen by
-        folds, by hand, or is the usual one, the pairs being too few."""
+        folds, by hand, or is the usual one, the pairs being too few; by folds also `held_out`, how far above random
+        ones a pair scores by factors of the other folds, which is not above 0 if the factors are of no use."""
         self.objective: list[float] = []
         """|M Q|_F before the first iteration of EM and after each."""
         self.video_mean: Tensor
@@ -111,7 +112,7 @@ class SharedFactors(ExactState):
         parts = self._measure(blocks, means, all_reduce)
         moments = sum(parts[1:], parts[0])
         by_folds = None if self.shrinkage else choose_shrinkage(parts, moments, self._axes, self._factors)
-        shrinkage = self.shrinkage or by_folds or SHRINKAGE
+        shrinkage = self.shrinkage or (by_folds.shrinkage if by_folds else SHRINKAGE)
         centres = moments.means
         axes = self._axes(moments.covariances(centres))
         factors = self._factors(axes, shrinkage)
@@ -127,6 +128,7 @@ class SharedFactors(ExactState):
         self.objective = factors.objective.tolist()
         chosen = "by hand" if self.shrinkage else "by folds" if by_folds else "the usual one"
         self.facts = {**moments.counts, "shrinkage": list(shrinkage), "chosen": chosen}
+        self.facts |= {"held_out": by_folds.held_out} if by_folds else {}
         return self
 
     def _measure(self, blocks: Blocks, means: Means, all_reduce: AllReduce | None) -> list[PairMoments]:

@@ -37,6 +37,8 @@ class Encoded:
     video_mask_BT: Tensor
     video_B: Tensor | None = None
     """Which video each is: in training, those of one number are not negatives of each other (`Batch.video_B`)."""
+    outputs_BW: Tensor | None = None
+    """What `Backbone.encode_video_with_outputs` gives besides, where it was asked for."""
     _of_all_ranks: Tensor | None = field(default=None, init=False, repr=False)
 
     def videos_of_all_ranks(self, ranks: Ranks) -> Tensor | None:
@@ -154,35 +156,51 @@ class Backbone(nn.Module):
 
     def encode_video(self, videos: VideoFrames) -> Tensor:
         """Frame embeddings in temporal order, each conditioned on the other frames of its video: (B, T, D)."""
-        mask_BT, grey = videos.mask_BT, self.config.absent_frames == "grey"
-        features_ND, absent_D = self._with_grey(videos.frames) if grey else (self.encode_frames(videos.frames), None)
-        flat = features_ND.new_zeros((mask_BT.numel(), features_ND.shape[-1])).index_copy(0, videos.slots, features_ND)
-        frames_BTD = flat.view(*mask_BT.shape, -1)
-        if absent_D is not None:
-            frames_BTD = torch.where(mask_BT[..., None], frames_BTD, absent_D)
-        return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
+        return self._in_order(self._encode(self.image, self._pictures(videos.frames)), videos)
 
-    def _with_grey(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames (n, H, W, 3) -> (n, D), and the embedding (D,) of a picture that is 0 once it is normalised.
-
-        It is one more picture of the same pass, also where no frame is absent: no rank waits to know that.
-        """
-        pictures = self.preprocess(torch.cat([frames, frames[:1]]))
-        pictures[-1] = 0
-        encoded_ND = self._run(self.image, pictures)
-        return encoded_ND[:-1], encoded_ND[-1]
+    def encode_video_with_outputs(self, videos: VideoFrames) -> tuple[Tensor, Tensor]:
+        """As `encode_video`; and the mean over each video's frames of what the image trunk puts out, before the head:
+        (B, W) in fp32, zeros for a video without a frame. For evaluation."""
+        outputs_NW = self._trunk(self.image, self._pictures(videos.frames))
+        own_NW = outputs_NW[: len(videos.frames)].float()
+        video_N = videos.slots // videos.mask_BT.shape[1]
+        total_BW = own_NW.new_zeros(len(videos.mask_BT), own_NW.shape[1]).index_add(0, video_N, own_NW)
+        mean_BW = total_BW / videos.mask_BT.sum(1, keepdim=True).clamp_min(1)
+        return self._in_order(self._encode(self.image, outputs_NW), videos), mean_BW
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Single frames, uint8 (n, H, W, 3) or outputs of the frozen trunk (n, W) -> (n, D)."""
-        if frames.ndim == 2:
-            return self.image.project(frames.to(_dtype(self.image)))
-        return self._run(self.image, self.preprocess(frames))
+        """Single frames, uint8 (n, H, W, 3) or outputs of the trunk (n, W) -> (n, D)."""
+        return self._encode(self.image, frames if frames.ndim == 2 else self.preprocess(frames))
 
     def encode_text(self, text: Tensor) -> Tensor:
-        """Token ids (B, L), or outputs of the frozen trunk (B, W) -> (B, D)."""
-        if text.is_floating_point():
-            return self.text.project(text.to(_dtype(self.text)))
-        return self._run(self.text, text)
+        """Token ids (B, L), or outputs of the trunk (B, W) -> (B, D)."""
+        return self._encode(self.text, text)
+
+    def text_outputs(self, text: Tensor) -> Tensor:
+        """What the text trunk puts out, before the head: (B, W), which `encode_text` takes. For evaluation."""
+        return self._trunk(self.text, text)
+
+    def _pictures(self, frames: Tensor) -> Tensor:
+        """What the image tower gets for frames; with `absent_frames=grey` one picture more, which stands for them.
+
+        That one is 0 once it is normalised, and in the pass also where no frame is absent: no rank waits to know that.
+        """
+        if frames.ndim == 2:
+            return frames
+        if self.config.absent_frames != "grey":
+            return self.preprocess(frames)
+        pictures = self.preprocess(torch.cat([frames, frames[:1]]))
+        pictures[-1] = 0
+        return pictures
+
+    def _in_order(self, features_ND: Tensor, videos: VideoFrames) -> Tensor:
+        """Features of `_pictures` to (B, T, D), each frame conditioned on the others."""
+        mask_BT, present = videos.mask_BT, len(videos.frames)
+        flat = features_ND.new_zeros((mask_BT.numel(), features_ND.shape[-1]))
+        frames_BTD = flat.index_copy(0, videos.slots, features_ND[:present]).view(*mask_BT.shape, -1)
+        if len(features_ND) > present:
+            frames_BTD = torch.where(mask_BT[..., None], frames_BTD, features_ND[present])
+        return frames_BTD if self.temporal is None else self.temporal(frames_BTD, mask_BT)
 
     def encode_tokens(self, ids: Tensor, *, projected: bool = False) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) -> each token in context (B, L, text.token_width), and the token mask (B, L).
@@ -203,10 +221,16 @@ class Backbone(nn.Module):
         ids = _kept_tokenizer(type(self), self.config, self.max_tokens)(texts)
         return ids.to(next(self.text.parameters()).device)
 
-    def _run(self, tower: nn.Module, inputs: Tensor) -> Tensor:
+    def _encode(self, tower: Tower, inputs: Tensor) -> Tensor:
+        """Of a tower's inputs, or of its trunk's outputs."""
+        if _are_outputs(inputs):
+            return self._in_full(tower.project(inputs.to(_dtype(tower))))
         if tower in self.recomputed and self.training and torch.is_grad_enabled():
             return self._in_full(checkpoint(tower, inputs, use_reentrant=False))
         return self._in_full(tower(inputs))
+
+    def _trunk(self, tower: Tower, inputs: Tensor) -> Tensor:
+        return inputs if _are_outputs(inputs) else tower.trunk(inputs)
 
     def _in_full(self, outputs: Tensor) -> Tensor:
         return outputs.float() if self.half_matrices else outputs
@@ -252,6 +276,11 @@ def _kept_tokenizer(kind: type[Backbone], config: ModelConfig, max_tokens: int) 
             del _tokenizers[next(iter(_tokenizers))]
         _tokenizers[key] = kind.tokenizer(config, max_tokens)
     return _tokenizers[key]
+
+
+def _are_outputs(inputs: Tensor) -> bool:
+    """Whether they are rows of a trunk's outputs, and neither pictures nor token ids."""
+    return inputs.ndim == 2 and inputs.is_floating_point()
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from emcl.errors import UserError
+from emcl.model.pair_scores import NO_FACTORS
 from emcl.model.pooling import mean_of_frames
 
 
@@ -28,6 +29,13 @@ class Embeddings:
     sentences: list[str]
     videos: list[str]
     """The samples' ids."""
+    text_factors: Tensor | None = None  # (texts, K + 2)
+    video_factors: Tensor | None = None  # (videos, K + 2)
+    """The vectors of the model's shared factors, whose inner products are log-likelihood ratios; both or neither."""
+    factors: str = NO_FACTORS
+    """Which those are (`fingerprint_of`)."""
+    model: str = ""
+    """A hash of the weights that encoded them, where that is kept."""
 
     @property
     def video_means(self) -> Tensor:
@@ -37,8 +45,9 @@ class Embeddings:
     def one_sentence(self) -> Embeddings:
         """With only each video's first text."""
         first = np.flatnonzero(np.diff(self.owner, prepend=-1))
-        sentences = [self.sentences[index] for index in first]
-        return replace(self, text=self.text[torch.from_numpy(first)], owner=self.owner[first], sentences=sentences)
+        kept, sentences = torch.from_numpy(first), [self.sentences[index] for index in first]
+        factors = None if self.text_factors is None else self.text_factors[kept]
+        return replace(self, text=self.text[kept], owner=self.owner[first], sentences=sentences, text_factors=factors)
 
     def save(self, path: Path) -> None:
         tensors = {
@@ -47,7 +56,10 @@ class Embeddings:
             "mask": self.mask.contiguous(),
             "owner": torch.from_numpy(self.owner),
         }
+        if self.text_factors is not None and self.video_factors is not None:
+            tensors |= {"text_factors": self.text_factors, "video_factors": self.video_factors}
         names = {"sentences": json.dumps(self.sentences), "videos": json.dumps(self.videos)}
+        names |= {"factors": json.dumps(self.factors), "model": json.dumps(self.model)}
         save_file(tensors, path, metadata=names)
 
     @classmethod
@@ -60,6 +72,10 @@ class Embeddings:
                 frames[mask] = packed
                 names = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
                 owner = file.get_tensor("owner").numpy()
-                return cls(file.get_tensor("text"), frames, mask, owner, names["sentences"], names["videos"])
+                with_factors = "text_factors" in file.keys()  # noqa: SIM118, it is no dictionary
+                factors = [file.get_tensor(f"{side}_factors") for side in ("text", "video") if with_factors]
+                made_with = {key: names[key] for key in ("factors", "model") if key in names}
+                kept = file.get_tensor("text"), frames, mask, owner, names["sentences"], names["videos"], *factors
+                return cls(*kept, **made_with)
         except (OSError, SafetensorError, KeyError, ValueError):
             raise UserError(f"{path} holds no embeddings: `emcl evaluate {path.parent}` writes them") from None

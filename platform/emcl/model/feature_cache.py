@@ -133,10 +133,11 @@ def _of_group(
 
 def identify_towers(backbone: Backbone, ranks: Ranks) -> str:
     """Hash of both trunks: their architecture and every weight. Called by all ranks; the first one's counts."""
-    return str(ranks.gather_objects(_hash_of_towers(backbone) if ranks.first else None)[0])
+    return str(ranks.gather_objects(hash_of_towers(backbone) if ranks.first else None)[0])
 
 
-def _hash_of_towers(backbone: Backbone) -> str:
+def hash_of_towers(backbone: Backbone) -> str:
+    """Of one rank's."""
     architecture = {**backbone.architecture(backbone.config), "colours": backbone.normalisation}
     digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for tower in (backbone.image, backbone.text):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from emcl.settings import Formerly, Tokens, group
+from emcl.settings import Clips, Formerly, Tokens, group
 
 MAX_FRAMES = 77
 """Frame positions of the temporal transformer, as many as CLIP's text tower has."""
@@ -130,7 +130,7 @@ class ModelConfig:
 
 @group
 class EMCLConfig:
-    """The EMCL layer; the defaults are EMCL-Net's."""
+    """The EMCL layer, whose defaults are EMCL-Net's, and the shared factors, which are none of its."""
 
     enabled: bool = Field(True, description="`false` trains and scores without the layer, or any `model.regulariser`.")
     variant: Literal["reference", "compact"] = Field(
@@ -155,6 +155,18 @@ class EMCLConfig:
         ge=0,
         le=1,
         description="alpha, of the moving average: of the bases' start (reference), of the rows' moments (compact).",
+    )
+    factors: int = Field(
+        128,
+        ge=0,
+        description=(
+            "K, of the factors that videos and their sentences share. They are found after training, in pairs of the "
+            "training split, and add to every score of a text and a video (docs/emcl.md); 0 does without. "
+            "`enabled` and `variant` are the layer's alone."
+        ),
+    )
+    factor_videos: Clips = Field(
+        20_000, ge=2, description="Videos that they are found in, at most: evenly chosen, each with all its captions."
     )
 
 

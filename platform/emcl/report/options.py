@@ -1,13 +1,14 @@
 """All combinations of retrieval's inference options on a run's saved embeddings: `emcl options RUN`.
 
-EMCL (none, the model's own layer, the published inference module, compact bases of a training bank) times rescoring of
-the similarity (none, the dual softmax, QB-Norm by the same bank, those of installed packages). Only the bank is
-encoded, once.
+EMCL (none, the model's own layer, the published inference module, compact bases of a training bank), without and with
+the model's shared factors, times rescoring of the similarity (none, the dual softmax, QB-Norm by the same bank, those
+of installed packages). Only the bank is encoded, once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +28,9 @@ from emcl.config import Config
 from emcl.data.split import open_training_split
 from emcl.disk import write_whole
 from emcl.distributed import ALONE, device
-from emcl.em import EMCL
+from emcl.em import EMCL, SharedFactors
 from emcl.errors import UserError
-from emcl.evaluate.driver import collect
+from emcl.evaluate.driver import collect, without_controls
 from emcl.evaluate.evaluate_settings import EvaluateConfig
 from emcl.metrics.rescoring import Rescoring, described, rescoring_of
 from emcl.metrics.retrieval_metrics import retrieval_metrics
@@ -37,19 +38,23 @@ from emcl.model.backbone import tokenizer_of
 from emcl.model.embeddings import Embeddings
 from emcl.model.emcl_layer import INFERENCE_MODULE, EMCLLayer
 from emcl.model.feature_cache import with_features
+from emcl.model.pair_scores import NO_FACTORS, add_ratios, fingerprint_of, weight_of
 from emcl.model.pooling import frame_scores, pooling_weights
 from emcl.model.regulariser import Regulariser
 from emcl.multitask import VideoLanguageModel
 from emcl.recipe import parse_overrides
 from emcl.registry import task_class
 from emcl.run_folder import EMBEDDINGS, OPTIONS, WEIGHTS, RunFolder
-from emcl.task.prediction import only_task
+from emcl.task.prediction import log_odds_scale_of, only_task
 from emcl.tasks.retrieval import RetrievalTask
 from emcl.tasks.retrieval_report import OPTION_COLUMNS, Option
 from emcl.train.export import open_export
+from emcl.train.pair_factors import evenly_chosen, open_factors
 from emcl.train.run_config import config_of_run
 
 log = logging.getLogger("emcl")
+NONE, SHARED = "none", "shared factors"
+"""What tables call them."""
 PUBLISHED_MODULE: dict[str, Any] = {"bases": 7, "iterations": 10, "temperature": 0.1, "beta": 4.0}
 """EMCL as an inference module on a trained model, as published for CLIP2Video."""
 
@@ -88,29 +93,50 @@ def every_option(
     model, config = open_export(export)
     target = device()
     model.to(target)
-    bank = _bank(export, folder.kept(EMBEDDINGS, "bank", alias=alias), model, config, name, bank_videos, target)
-    options = list(_combinations(model.heads[name], saved.evaluate.tile, rescorings, test, bank, target))
+    factors = _factors(export, model, test, name)
+    kept = folder.kept(EMBEDDINGS, "bank", alias=alias)
+    bank = _bank(export, kept, model, config, name, factors, bank_videos, target)
+    scale = log_odds_scale_of(model.heads[name])
+    ratio_scale = scale / weight_of(factors, name) if factors is not None and scale is not None else None
+    options = list(_combinations(model.heads[name], saved.evaluate.tile, rescorings, test, bank, ratio_scale, target))
     as_json = json.dumps([dataclasses.asdict(option) for option in options], indent=1)
     write_whole(folder.kept(OPTIONS, "test", alias=alias), as_json)
     return options
 
 
+def _factors(export: Path, model: VideoLanguageModel, test: Embeddings, task: str) -> SharedFactors | None:
+    """Those of the model, if the kept embeddings were made with them."""
+    factors = open_factors(export, model.backbone)
+    return factors if test.factors != NO_FACTORS and test.factors == fingerprint_of(factors) else None
+
+
 def _bank(
-    export: Path, kept: Path, model: VideoLanguageModel, config: Config, task: str, videos: int, target: torch.device
+    export: Path,
+    kept: Path,
+    model: VideoLanguageModel,
+    config: Config,
+    task: str,
+    factors: SharedFactors | None,
+    videos: int,
+    target: torch.device,
 ) -> Embeddings:
     """Training videos, evenly chosen, with all their captions; reuses a saved bank of the same videos and weights."""
     training = open_training_split(config.data, config.seed, tokenizer_of(config))
-    rows = np.linspace(0, len(training) - 1, min(videos, len(training))).astype(int).tolist()
-    if kept.is_file() and kept.stat().st_mtime > (export / WEIGHTS).stat().st_mtime:
+    rows = evenly_chosen(videos, len(training))
+    with (export / WEIGHTS).open("rb") as stream:
+        weights = hashlib.file_digest(stream, "sha256").hexdigest()
+    if kept.is_file():
         bank = Embeddings.open(kept)
-        if bank.videos == [training.sample(row).id for row in rows]:
+        same = (bank.model, bank.factors) == (weights, fingerprint_of(factors))
+        if same and bank.videos == [training.sample(row).id for row in rows]:
             return bank
     training = with_features(training, config, model.backbone, ALONE, target)
-    plain = dataclasses.replace(config.evaluate, shuffle_frames=False, swap_videos=False)
-    config = dataclasses.replace(config, evaluate=plain)
-    scorers = collect(model, training, config, ALONE, target, name="the query bank", rows=rows, only=[task])
+    config = without_controls(config)
+    scorers = collect(
+        model, training, config, ALONE, target, name="the query bank", rows=rows, only=[task], factors=factors
+    )
     scorer: Any = scorers[task]
-    bank = scorer.embeddings()[0]
+    bank = dataclasses.replace(scorer.embeddings()[0], model=weights)
     bank.save(kept)
     return bank
 
@@ -121,18 +147,31 @@ def _combinations(
     rescorings: Sequence[tuple[str, Rescoring]],
     test: Embeddings,
     bank: Embeddings,
+    scale: float | None,
     target: torch.device,
 ) -> Iterator[Option]:
+    """`scale` is what the ratios of shared factors are divided by; None without any."""
     layers = _layers(task, tile, bank)
     for name, (score, in_tiles) in tqdm(layers.items(), desc="inference options", unit="layer", leave=False):
         text, frames, mask = (tensor.to(target) for tensor in (test.text, test.frames, test.mask))
         similarity = score(text, frames, mask)
         by_text = score(bank.text.to(target), frames, mask)
         by_video = score(text, bank.frames.to(target), bank.mask.to(target))
-        for label, rescoring in rescorings:
-            both = partial(rescoring, bank_BG=by_text), partial(rescoring, bank_BG=by_video.T)
-            metrics = retrieval_metrics(similarity, test.owner, rescore=both)
-            yield Option(name, label, in_tiles or rescoring.transductive, metrics)
+        for with_factors in (False, True)[: 1 if scale is None else 2]:
+            if with_factors and scale is not None:
+                _add(similarity, test, test, scale)
+                _add(by_text, bank, test, scale)
+                _add(by_video, test, bank, scale)
+            for label, rescoring in rescorings:
+                both = partial(rescoring, bank_BG=by_text), partial(rescoring, bank_BG=by_video.T)
+                metrics = retrieval_metrics(similarity, test.owner, rescore=both)
+                named = f"{name} + {SHARED}" if with_factors and name != NONE else SHARED if with_factors else name
+                yield Option(named, label, in_tiles or rescoring.transductive, metrics)
+
+
+def _add(scores_QG: NDArray[np.float32], texts: Embeddings, videos: Embeddings, scale: float) -> None:
+    assert texts.text_factors is not None and videos.video_factors is not None
+    add_ratios(scores_QG, texts.text_factors, videos.video_factors, scale)
 
 
 def _rescorings(evaluate: EvaluateConfig) -> list[tuple[str, Rescoring]]:
@@ -164,7 +203,7 @@ def _layers(task: Any, tile: int, bank: Embeddings) -> dict[str, tuple[Score, bo
     def published(text: Tensor, frames: Tensor, mask: Tensor) -> NDArray[np.float32]:
         return reference_module(text, frames, mask, pooling=task.settings.pooling_temperature, tile=tile)
 
-    layers: dict[str, tuple[Score, bool]] = {"none": (through(None), False)}
+    layers: dict[str, tuple[Score, bool]] = {NONE: (through(None), False)}
     if task.emcl is not None:
         layers[f"its own ({task.emcl.label})"] = (through(task.emcl), task.emcl.transductive)
     settings = {**INFERENCE_MODULE, "bases": min(INFERENCE_MODULE["bases"], bank.text.shape[1])}

@@ -94,7 +94,7 @@ def _comparison(benchmark: str, split: str, kind: str, results: list[Result]) ->
         note = f"NOT COMPARABLE with published figures: {result.incomplete}" if result.incomplete else ""
         lines.append(Line(result.name, True, note, [_cell(result.metrics, name, bounds) for name in columns]))
         lines += [
-            Line(f"{result.name} + {one.name}", True, one.note, [_cell(one.metrics, name) for name in columns])
+            Line(f"{result.name}, {one.name}", True, one.note, [_cell(one.metrics, name) for name in columns])
             for one in report.variants(result)
         ]
     for paper in report.published.get((benchmark, split), ()):

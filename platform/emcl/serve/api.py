@@ -16,8 +16,10 @@ from fastapi.staticfiles import StaticFiles
 
 from emcl.data.decode import DecodeError
 from emcl.errors import UserError
-from emcl.inference import QuestionError, VideoError
-from emcl.search.index import Hit, VideoIndex
+from emcl.given_videos import VideoError
+from emcl.inference import QuestionError
+from emcl.search.hits import Hit
+from emcl.search.index import VideoIndex
 from emcl.serve import media
 from emcl.serve.parameters import NOT_THERE, WRONG, WRONG_VIDEO, Number, Text, Top, window_of
 from emcl.serve.predictions import add_predictions

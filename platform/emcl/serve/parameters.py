@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from fastapi import HTTPException, Query
 from fastapi import Path as InPath
 
-from emcl.search.index import VideoIndex, Window
+from emcl.search.hits import Window
+from emcl.search.index import VideoIndex
 from emcl.serve.schemas import LAST_WINDOW, Problem, Sentence
 
 Number = Annotated[int, InPath(ge=1, le=LAST_WINDOW, description="a window's number")]

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emcl.data.decode import duration
-from emcl.inference import Span, Video, VideoFeatures
-from emcl.search.index import Hit, VideoIndex, Window
+from emcl.features import VideoFeatures
+from emcl.given_videos import Span, Video
+from emcl.search.hits import Hit, Window
+from emcl.search.index import VideoIndex
 from emcl.search.windows import Windows
 from emcl.task import Offer, Prediction
 

@@ -13,6 +13,7 @@ from emcl.distributed import Ranks
 from emcl.errors import UserError
 from emcl.model.regulariser import Regulariser
 from emcl.suggestions import nearest
+from emcl.task.scorer import Scorer
 
 COMPARE = "compare sentences with videos"
 """What a task that `Compares` can do."""
@@ -67,7 +68,9 @@ def only_task(run: object, able: Sequence[str], task: str | None, deed: str, way
 class Compares(Protocol):
     """A task by which sentences and videos are compared: `emcl index`, `emcl search`, `VideoTextModel.similarity`.
 
-    Any task with these two attributes is one; there is nothing to inherit.
+    Any task with these two attributes is one; there is nothing to inherit. With a third, `log_odds_scale`, a number
+    that turns its scores into log-odds, the shared factors of its model add to them, if its scorer counts them too
+    (`takes_factors`).
     """
 
     emcl: Regulariser | None
@@ -86,6 +89,17 @@ class Compares(Protocol):
             layer: regulariser applied to both, the task's own or another; None for none.
         """
         ...
+
+
+def log_odds_scale_of(task: Any) -> float | None:
+    """Of a task that compares, if it has one: no shared factors add to the scores of others."""
+    scale = getattr(task, "log_odds_scale", None) if compares(task) else None
+    return None if scale is None else float(scale)
+
+
+def takes_factors(kind: Any) -> bool:
+    """Whether the evaluations of a class of tasks count shared factors, which no prediction may do alone."""
+    return kind.scorer_class.factor_weight is not Scorer.factor_weight
 
 
 def compares(task: Any) -> TypeGuard[Compares]:

@@ -15,6 +15,7 @@ from emcl.config import Config
 from emcl.data.samples import Sample
 from emcl.data.split import Split
 from emcl.distributed import Ranks
+from emcl.em import SharedFactors
 from emcl.errors import UserError, said_of
 from emcl.model.backbone import Backbone, Encoded
 from emcl.pictures import FramesOf
@@ -75,6 +76,25 @@ class Evaluation:
     ranks: Ranks
     device: torch.device
     lockstep: Lockstep
+    factors: SharedFactors | None = None
+    """Of the model, which scores of texts and videos are to be told by too; `Encoded.outputs_BW` is filled then."""
+
+    def encode_text(self, text: Tensor | None) -> Tensor:
+        """Texts as a collator gives them to (n, D), in chunks; called by all ranks, with None by one that has none."""
+        return self._in_lockstep(self.backbone.encode_text, text, self.split.filler())
+
+    def text_outputs(self, text: Tensor | None) -> Tensor:
+        """As `encode_text`, what the text trunk puts out, before the head: (n, W)."""
+        return self._in_lockstep(self.backbone.text_outputs, text, self.split.filler())
+
+    def encode_text_with_outputs(self, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both, by one pass."""
+        outputs = self.text_outputs(text)
+        filler = torch.zeros(1, self.backbone.text.width)
+        return self._in_lockstep(self.backbone.encode_text, None if text is None else outputs, filler), outputs
+
+    def _in_lockstep(self, call: Callable[[Tensor], Tensor], text: Tensor | None, filler: Tensor) -> Tensor:
+        return self.lockstep(call, None if text is None else (text,), (filler.to(self.device),))
 
     def run(self, call: Callable[[], Any]) -> Any:
         """`call()` within a forward pass of the whole model, as ZeRO-3 needs; on all ranks."""
@@ -124,6 +144,13 @@ class Scorer:
             UserError: nothing can be scored, such as a split without a caption; raised on all ranks.
         """
         raise NotImplementedError
+
+    def factor_weight(self, weights: Sequence[float]) -> float:
+        """By which of them the model's shared factors should count, judged by the records; called by all ranks.
+
+        For a scorer that adds them to its scores (`Evaluation.factors`); others leave it as it is.
+        """
+        return 0.0
 
     def gather(self) -> Any:
         """What `compute` takes, on rank 0; called by all ranks: here, all records in the order of their rows."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,11 +28,13 @@ from emcl.metrics.rescoring import check_rescoring
 from emcl.model.architecture_limits import check_limits
 from emcl.model.backbone import backbone_class, tokenizer_of
 from emcl.model.feature_cache import with_features
+from emcl.model.pair_scores import described_factors, exact_device, weight_of
 from emcl.multitask import VideoLanguageModel, check_tasks
 from emcl.prepare.sample_set import generate
-from emcl.run_folder import EVALUATIONS, TOWERS, RunFolder, export_identity
+from emcl.run_folder import EVALUATIONS, FACTORS, INIT, TOWERS, RunFolder, export_identity
 from emcl.task import Scores
 from emcl.tracking import Tracker, open_tracker
+from emcl.train import pair_factors
 from emcl.train.arithmetic import set_arithmetic
 from emcl.train.cores import host_and_cores, too_few_cores
 from emcl.train.engine import deepspeed_settings
@@ -39,6 +44,8 @@ from emcl.train.loop import Trainer
 from emcl.train.preemption import Stopped
 from emcl.train.run_config import config_of_run, find_run
 from emcl.train.watchdog import Watchdog
+
+Result = TypeVar("Result")
 
 
 def run(
@@ -80,7 +87,7 @@ def run(
             folder = RunFolder.open(evaluate_path)
             folder.check_written()
             recorded.tracker = open_tracker(config, f"evaluate {folder.name}", first_rank=ranks.first)
-            return _score(folder, config, ranks, device, recorded.tracker, watchdog, step=0)
+            return _score(folder, config, ranks, device, recorded.tracker, watchdog, step=0, trained=False)
         folder = at_end.enter_context(_claimed(ranks, config, resumed))  # until all is recorded
         return _train(*opened, ranks, device, folder, recorded, watchdog, resuming=resumed is not None, init=init)
 
@@ -116,6 +123,7 @@ def _train(
             "ranks": ranks.world_size,
             TOWERS: trainer.towers,
             EVALUATIONS: trainer.evaluations,
+            INIT: str(init) if init else folder.facts().get(INIT) if resuming else None,
         }
         folder.write_start(to_yaml(config), facts)
         tracker.text(to_yaml(config, secrets=False), folder.config_file.name)
@@ -128,8 +136,13 @@ def _train(
         for note in filter(None, (trainer.taken, trainer.resumed)):
             print(note, flush=True)
     trainer.train(tracker)
-    total = trainer.total
+    total, training = trainer.total, trainer.training
+    val = trainer.val if config.evaluate.select == "val" else None  # never the test split
     del trainer
+    begun_with = ranks.from_first(folder.facts().get(INIT))  # a run that may have trained the towers on these pairs
+    learnt = bool(begun_with) or not {"image", "text"} <= set(config.model.frozen)
+    _find_factors(training, val, folder, config, ranks, device, watchdog, learnt=learnt)
+    del training, val
     scores = {}
     if config.data.test:
         scores = _score(folder, config, ranks, device, tracker, watchdog, step=total)
@@ -141,6 +154,44 @@ def _train(
     return scores
 
 
+def _find_factors(
+    training: Split,
+    val: Split | None,
+    folder: RunFolder,
+    config: Config,
+    ranks: Ranks,
+    device: torch.device,
+    watchdog: Watchdog,
+    *,
+    learnt: bool,
+) -> None:
+    """Shared factors of the run's best model, if it compares: found in the training split and kept in its export.
+
+    A run whose pairs allow none says so, and ends as it would have without.
+    """
+    if ranks.first:
+        (folder.best / FACTORS).unlink(missing_ok=True)  # of this run before it was resumed, with other settings
+    if not pair_factors.wanted(config):
+        return
+    model = _best_model(folder, config, ranks).to(device)
+    watchdog.slow("finding shared factors")
+    began = time.perf_counter()
+    try:
+        factors = pair_factors.find_factors(
+            model, training, val, config, ranks, device, learnt=learnt, progress=watchdog.progress
+        )
+        keep = partial(pair_factors.save_factors, factors, folder.export, model, config)
+        _agreed(ranks, keep if ranks.first else lambda: None)
+    except UserError as reason:
+        if ranks.first:
+            print(f"note: no shared factors: {reason}", flush=True)
+        return
+    if ranks.first:
+        names = [name for name in model.heads if weight_of(factors, name)]
+        counts = ", ".join(f"{name} {weight_of(factors, name):g}" for name in names)
+        print(f"{described_factors(factors)} in {time.perf_counter() - began:.0f} s; weight: {counts}", flush=True)
+
+
 def _score(
     folder: RunFolder,
     config: Config,
@@ -150,13 +201,21 @@ def _score(
     watchdog: Watchdog,
     *,
     step: int,
+    trained: bool = True,
 ) -> dict[str, Scores]:
-    """The run's best model on the test split."""
+    """The run's best model on the test split; `trained` just now, or before."""
     watchdog.slow("scoring the test split")
     model = _best_model(folder, config, ranks).to(device)
+    factors = None
+    if pair_factors.wanted(config):
+        factors = _agreed(ranks, lambda: pair_factors.open_factors(folder.export, model.backbone))
+        if factors is not None:
+            factors.to(exact_device(device))
+        elif ranks.first and not trained:  # else the reason has been said
+            print(f"note: scored without shared factors: {folder.export} has none", flush=True)
     test = open_split(str(config.data.test), tokenizer_of(config))
     test = with_features(test, config, model.backbone, ranks, device, progress=watchdog.progress)
-    scores = evaluate(model, test, config, ranks, device, name="test", progress=watchdog.progress)
+    scores = evaluate(model, test, config, ranks, device, name="test", factors=factors, progress=watchdog.progress)
     notes = folder.training_notes()
     scores = {name: replace(item, protocol=item.protocol + notes) for name, item in scores.items()}
     if ranks.first:
@@ -171,19 +230,29 @@ def _score(
 
 def _best_model(folder: RunFolder, config: Config, ranks: Ranks) -> VideoLanguageModel:
     """The run's best model, the same on every rank; raises if a training run replaces it meanwhile."""
-    error, model, seen = None, None, []
-    try:
+    seen = []
+
+    def opened() -> VideoLanguageModel:
         export = folder.export
-        seen = [export_identity(export)]
+        seen.append(export_identity(export))
         model, _ = open_export(export, config)
         seen.append(export_identity(export))
+        return model
+
+    model = _agreed(ranks, opened)
+    if len({identity for both in ranks.gather_objects(seen) for identity in both}) > 1:
+        raise UserError(f"{folder.best} was replaced while it was opened: try again")
+    return model
+
+
+def _agreed(ranks: Ranks, call: Callable[[], Result]) -> Result:
+    """What `call` returns; raises any rank's UserError on all of them."""
+    try:
+        result, error = call(), None
     except UserError as wrong:
         error = wrong
     ranks.agree(error)
-    if len({identity for both in ranks.gather_objects(seen) for identity in both}) > 1:
-        raise UserError(f"{folder.best} was replaced while it was opened: try again")
-    assert model is not None
-    return model
+    return result
 
 
 def _check(config: Config, ranks: Ranks, *, training: bool) -> None:
