@@ -372,6 +372,17 @@ def test_an_index_says_by_which_factors_it_was_made(
         VideoIndex(tmp_path / "with", emcl.load(trained, device="cpu", factors=False)).search("a red circle")
 
 
+def test_torn_factors_of_an_index_are_refused_in_one_line(model: VideoTextModel, videos: Path, tmp_path: Path) -> None:
+    VideoIndex(tmp_path / "index", model, windows=Windows()).update(videos)
+    (tmp_path / "index" / FACTORS).write_bytes(b"PK\3\4 torn")
+    with pytest.raises(
+        UserError, match="factors.npz holds no shared factors .*: delete the file, and run `emcl index`"
+    ):
+        VideoIndex(tmp_path / "index", model)
+    (tmp_path / "index" / FACTORS).unlink()
+    assert len(VideoIndex(tmp_path / "index", model).search("a red circle", top=12)) == 12
+
+
 def test_an_index_of_an_older_version_is_refused_by_name(model: VideoTextModel, videos: Path, tmp_path: Path) -> None:
     import sqlite3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_published_recipe_trains_as_the_published_code(name: str, tmp_path: Pa
     same = ("frames", "fps", "max_tokens", "image_size", "augment", "batch_size")
     assert [getattr(data, key) for key in same] == [getattr(ours.data, key) for key in same]
     assert (optim.epochs, optim.betas, optim.eps, optim.warmup) == (ours.optim.epochs, [0.9, 0.98], 1e-6, 0.1)
-    assert config.emcl == ours.emcl
+    assert config.emcl == replace(ours.emcl, factors=0)  # what was found since
     planned, _ = plan(config)
     rates = {"new_decay": 1e-4, "new_no_decay": 1e-4, "clip_decay": 1e-7, "clip_no_decay": 1e-7}
     assert {group: rate for group, (_, rate) in planned.groups.items()} == {**rates, "logit_scale_decay": 1e-7}

@@ -105,7 +105,8 @@ class VideoIndex:
         try:
             of_pairs = SharedFactors.load(self.folder / FACTORS) if (self.folder / FACTORS).is_file() else None
         except ValueError as error:
-            raise UserError(f"{error}: fit them again by `emcl index --emcl PAIRS`, or delete the file") from None
+            self.close()
+            raise UserError(f"{error}: delete the file, and run `emcl index` again") from None
         without = not self._updating and self._fact("factors") == NO_FACTORS
         self.model.factors = of_pairs or (None if without else self._own_factors)
 

@@ -32,8 +32,6 @@ BATCHES = 64
 """Whose pairs are measured together."""
 PAIRS = "pairs"
 """The collator's name."""
-
-
 GRID = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 """Weights that are tried on a validation split."""
 JUDGED = 1_000
