@@ -44,12 +44,11 @@ class VideoFeatures:
 
     @staticmethod
     def join(parts: list[VideoFeatures]) -> VideoFeatures:
-        """One after the other; at least one."""
-        outputs = [part.outputs for part in parts if part.outputs is not None]
+        """One after the other, each with its outputs; at least one."""
         return VideoFeatures(
             torch.cat([part.frames for part in parts]),
             torch.cat([part.mask for part in parts]),
-            torch.cat(outputs) if len(outputs) == len(parts) else None,
+            torch.cat([part.needed_outputs() for part in parts]),
         )
 
 

@@ -152,9 +152,10 @@ class VideoTextModel:
         embeddings, outputs = [], []
         with self._precision():
             for tokens in backbone.tokenize(texts).split(4 * self.batch_size):
-                outputs.append(backbone.text_outputs(tokens))
-                embeddings.append(backbone.encode_text(outputs[-1]).float().cpu())
-        return TextFeatures(torch.cat(embeddings), torch.cat([rows.float().cpu() for rows in outputs]))
+                rows = backbone.text_outputs(tokens)
+                embeddings.append(backbone.encode_text(rows).float().cpu())
+                outputs.append(rows.float().cpu())
+        return TextFeatures(torch.cat(embeddings), torch.cat(outputs))
 
     def fit_emcl(self, videos: VideoFeatures, texts: Tensor | None = None, **settings: Any) -> VideoTextModel:
         """Fits the compact EMCL to a collection; `similarity` compares corrected features from then on.

@@ -21,6 +21,7 @@ from emcl.data.shards import find_shards
 from emcl.data.split import Split, open_split
 from emcl.disk import in_turn
 from emcl.distributed import Ranks
+from emcl.em import SharedFactors
 from emcl.errors import UserError
 from emcl.evaluate.driver import evaluate, split_name
 from emcl.evaluate.results import record, table
@@ -87,7 +88,10 @@ def run(
             folder = RunFolder.open(evaluate_path)
             folder.check_written()
             recorded.tracker = open_tracker(config, f"evaluate {folder.name}", first_rank=ranks.first)
-            return _score(folder, config, ranks, device, recorded.tracker, watchdog, step=0, trained=False)
+            watchdog.slow("opening the model")
+            model = _best_model(folder, config, ranks).to(device)
+            factors = _kept_factors(folder, config, model, ranks, device)
+            return _score(model, factors, folder, config, ranks, device, recorded.tracker, watchdog, step=0)
         folder = at_end.enter_context(_claimed(ranks, config, resumed))  # until all is recorded
         return _train(*opened, ranks, device, folder, recorded, watchdog, resuming=resumed is not None, init=init)
 
@@ -139,13 +143,16 @@ def _train(
     total, training = trainer.total, trainer.training
     val = trainer.val if config.evaluate.select == "val" else None  # never the test split
     del trainer
-    begun_with = ranks.from_first(folder.facts().get(INIT))  # a run that may have trained the towers on these pairs
-    learnt = bool(begun_with) or not {"image", "text"} <= set(config.model.frozen)
-    _find_factors(training, val, folder, config, ranks, device, watchdog, learnt=learnt)
-    del training, val
-    scores = {}
-    if config.data.test:
-        scores = _score(folder, config, ranks, device, tracker, watchdog, step=total)
+    if ranks.first:
+        (folder.best / FACTORS).unlink(missing_ok=True)  # of this run before it was resumed, with other settings
+    scores, wanted = {}, pair_factors.wanted(config)
+    if wanted or config.data.test:
+        watchdog.slow("opening the best model")
+        model = _best_model(folder, config, ranks).to(device)
+        factors = _found_factors(model, training, val, folder, config, ranks, device, watchdog) if wanted else None
+        del training, val
+        if config.data.test:
+            scores = _score(model, factors, folder, config, ranks, device, tracker, watchdog, step=total)
     if ranks.first:
         print(f"\nfiles of this run: {folder}/ (best/ is the exported model: emcl.load('{folder.best}'))")
         if tracker.uri:
@@ -154,7 +161,8 @@ def _train(
     return scores
 
 
-def _find_factors(
+def _found_factors(
+    model: VideoLanguageModel,
     training: Split,
     val: Split | None,
     folder: RunFolder,
@@ -162,19 +170,14 @@ def _find_factors(
     ranks: Ranks,
     device: torch.device,
     watchdog: Watchdog,
-    *,
-    learnt: bool,
-) -> None:
-    """Shared factors of the run's best model, if it compares: found in the training split and kept in its export.
+) -> SharedFactors | None:
+    """Shared factors of the run's best model, found in the training split and kept in its export.
 
     A run whose pairs allow none says so, and ends as it would have without.
     """
-    if ranks.first:
-        (folder.best / FACTORS).unlink(missing_ok=True)  # of this run before it was resumed, with other settings
-    if not pair_factors.wanted(config):
-        return
-    model = _best_model(folder, config, ranks).to(device)
     watchdog.slow("finding shared factors")
+    begun_with = ranks.from_first(folder.facts().get(INIT))  # a run that may have trained the towers on these pairs
+    learnt = bool(begun_with) or not {"image", "text"} <= set(config.model.frozen)
     began = time.perf_counter()
     try:
         factors = pair_factors.find_factors(
@@ -185,14 +188,29 @@ def _find_factors(
     except UserError as reason:
         if ranks.first:
             print(f"note: no shared factors: {reason}", flush=True)
-        return
+        return None
     if ranks.first:
         names = [name for name in model.heads if weight_of(factors, name)]
         counts = ", ".join(f"{name} {weight_of(factors, name):g}" for name in names)
         print(f"{described_factors(factors)} in {time.perf_counter() - began:.0f} s; weight: {counts}", flush=True)
+    return factors
+
+
+def _kept_factors(
+    folder: RunFolder, config: Config, model: VideoLanguageModel, ranks: Ranks, device: torch.device
+) -> SharedFactors | None:
+    """Those of an export, on the device; None where they are not wanted, or it has none, which is said."""
+    if not pair_factors.wanted(config):
+        return None
+    factors = _agreed(ranks, lambda: pair_factors.open_factors(folder.export, model.backbone))
+    if factors is None and ranks.first:
+        print(f"note: scored without shared factors: {folder.export} has none", flush=True)
+    return None if factors is None else factors.to(exact_device(device))
 
 
 def _score(
+    model: VideoLanguageModel,
+    factors: SharedFactors | None,
     folder: RunFolder,
     config: Config,
     ranks: Ranks,
@@ -201,18 +219,9 @@ def _score(
     watchdog: Watchdog,
     *,
     step: int,
-    trained: bool = True,
 ) -> dict[str, Scores]:
-    """The run's best model on the test split; `trained` just now, or before."""
+    """The run's best model on the test split."""
     watchdog.slow("scoring the test split")
-    model = _best_model(folder, config, ranks).to(device)
-    factors = None
-    if pair_factors.wanted(config):
-        factors = _agreed(ranks, lambda: pair_factors.open_factors(folder.export, model.backbone))
-        if factors is not None:
-            factors.to(exact_device(device))
-        elif ranks.first and not trained:  # else the reason has been said
-            print(f"note: scored without shared factors: {folder.export} has none", flush=True)
     test = open_split(str(config.data.test), tokenizer_of(config))
     test = with_features(test, config, model.backbone, ranks, device, progress=watchdog.progress)
     scores = evaluate(model, test, config, ranks, device, name="test", factors=factors, progress=watchdog.progress)
